@@ -1,0 +1,268 @@
+//! The configuration of a node's daemon: what people say.
+//!
+//! [`Config::parse`] reads YAML and reports everything that is wrong with it at once, each error naming the file, the
+//! key, the value, the reason and a remedy. What it returns has been checked: no later step finds an impossible value.
+
+mod error;
+mod parse;
+pub(crate) mod reader;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use error::{ConfigError, ConfigErrors, Problem};
+
+use crate::mode::Mode;
+use crate::name::{InterfaceName, NetworkName, NodeName};
+use crate::prefix::{Family, Prefix};
+use crate::record::DualStack;
+
+/// A configuration that spells out the defaults, with comments: the documentation of the keys.
+pub const EXAMPLE: &str = include_str!("config/example.yaml");
+
+/// Configuration of a node's daemon. All nodes of a cluster share everything but `node_name` and `underlay`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// How pod packets travel between nodes.
+    pub mode: Mode,
+    /// All addresses pods can have: one or two, at most one per family, IPv4 first. Never empty.
+    pub cluster_cidrs: Vec<Prefix>,
+    /// Length of the blocks that nodes get out of the cluster CIDRs.
+    pub block_lengths: BlockLengths,
+    /// Own name; none means the host name.
+    pub node_name: Option<NodeName>,
+    /// What tunnels run over.
+    pub underlay: UnderlayConfig,
+    /// Where the cluster's state comes from.
+    pub source: SourceConfig,
+    /// VXLAN.
+    pub vxlan: VxlanConfig,
+    /// WireGuard.
+    pub wireguard: WireguardConfig,
+    /// Packets from pods to addresses outside the cluster CIDRs leave with the node's address.
+    pub masquerade: bool,
+    /// Seconds an address rests after its pod is gone before another pod gets it.
+    pub cool_down: u32,
+    /// CNI installation.
+    pub cni: CniConfig,
+    /// Logging.
+    pub log: LogConfig,
+}
+
+/// Length in bits of node blocks, per family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockLengths {
+    /// IPv4; 26 means blocks of 64 addresses.
+    pub ipv4: u8,
+    /// IPv6; 122 means blocks of 64 addresses.
+    pub ipv6: u8,
+}
+
+/// What tunnels run over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnderlayConfig {
+    /// Family of the outer headers.
+    pub family: Family,
+    /// Interface whose addresses this node publishes; none means that of the default route.
+    pub interface: Option<InterfaceName>,
+    /// Addresses this node publishes instead of those found on the interface.
+    pub addresses: DualStack,
+    /// MTU in bytes, where the underlay's is smaller than the interface says; none means what the kernel says.
+    pub mtu: Option<u32>,
+}
+
+/// Where the cluster's state comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// A directory of manifests, on each host or on shared storage.
+    Directory {
+        /// The directory; absolute.
+        path: PathBuf,
+    },
+}
+
+/// VXLAN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VxlanConfig {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+}
+
+/// Which implementation of WireGuard to use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WireguardChoice {
+    /// The kernel's, else the bundled userspace device.
+    #[default]
+    Auto,
+    /// The kernel's or none.
+    Kernel,
+    /// The bundled userspace device, whatever the kernel has.
+    Userspace,
+}
+
+/// WireGuard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WireguardConfig {
+    /// UDP port of the first device. Never 65535: the second device has the next one.
+    pub port: u16,
+    /// Implementation.
+    pub device: WireguardChoice,
+    /// Persistent keepalive in seconds; 0 is off.
+    pub keepalive: u16,
+}
+
+impl WireguardConfig {
+    /// UDP port of a device, by index into [`crate::marks::WIREGUARD_INTERFACES`].
+    #[must_use]
+    pub fn port_of(&self, slot: u8) -> u16 {
+        self.port.saturating_add(u16::from(slot))
+    }
+}
+
+/// CNI installation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CniConfig {
+    /// Where the plugin's binary belongs; absolute.
+    pub bin_directory: PathBuf,
+    /// Where the network configuration list belongs; absolute.
+    pub config_directory: PathBuf,
+    /// Name of the network in it.
+    pub network: NetworkName,
+}
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object per line.
+    Json,
+}
+
+/// Least severity that is logged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    /// Only what failed.
+    Error,
+    /// And what looks wrong.
+    Warn,
+    /// And what changed.
+    #[default]
+    Info,
+    /// And why.
+    Debug,
+    /// And everything else.
+    Trace,
+}
+
+/// Logging.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LogConfig {
+    /// Form.
+    pub format: LogFormat,
+    /// Level.
+    pub level: LogLevel,
+}
+
+impl Default for BlockLengths {
+    fn default() -> Self {
+        Self { ipv4: 26, ipv6: 122 }
+    }
+}
+
+impl BlockLengths {
+    /// The length for a family.
+    #[must_use]
+    pub fn get(&self, family: Family) -> u8 {
+        match family {
+            Family::Ipv4 => self.ipv4,
+            Family::Ipv6 => self.ipv6,
+        }
+    }
+}
+
+impl Default for UnderlayConfig {
+    fn default() -> Self {
+        Self { family: Family::Ipv4, interface: None, addresses: DualStack::default(), mtu: None }
+    }
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self::Directory { path: PathBuf::from("/etc/husk/cluster") }
+    }
+}
+
+impl Default for VxlanConfig {
+    /// The port IANA assigned to VXLAN (RFC 7348, section 8).
+    fn default() -> Self {
+        Self { vni: 4242, port: 4789 }
+    }
+}
+
+impl Default for WireguardConfig {
+    fn default() -> Self {
+        Self { port: 51820, device: WireguardChoice::Auto, keepalive: 0 }
+    }
+}
+
+impl Default for CniConfig {
+    fn default() -> Self {
+        Self {
+            bin_directory: PathBuf::from("/opt/cni/bin"),
+            config_directory: PathBuf::from("/etc/cni/net.d"),
+            network: NetworkName::new("husk").expect("letters make a network name"),
+        }
+    }
+}
+
+impl Config {
+    /// The defaults, for these cluster CIDRs.
+    #[must_use]
+    pub fn new(mut cluster_cidrs: Vec<Prefix>) -> Self {
+        cluster_cidrs.sort();
+        Self {
+            mode: Mode::default(),
+            cluster_cidrs,
+            block_lengths: BlockLengths::default(),
+            node_name: None,
+            underlay: UnderlayConfig::default(),
+            source: SourceConfig::default(),
+            vxlan: VxlanConfig::default(),
+            wireguard: WireguardConfig::default(),
+            masquerade: true,
+            cool_down: 30,
+            cni: CniConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+
+    /// Reads a configuration. `file_name` is what errors call it.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the text, in the order of the keys.
+    pub fn parse(file_name: &str, text: &str) -> Result<Self, ConfigErrors> {
+        parse::parse(file_name, text)
+    }
+
+    /// The cluster CIDR of a family.
+    #[must_use]
+    pub fn cluster_cidr(&self, family: Family) -> Option<Prefix> {
+        self.cluster_cidrs.iter().copied().find(|cidr| cidr.family() == family)
+    }
+
+    /// Families pods have addresses of, IPv4 first.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        self.cluster_cidrs.iter().map(Prefix::family)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,83 @@
+//! Issues: what is wrong, found by a pure function, shown to people. A plan never fails; it has issues instead.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// How much an issue hurts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Severity {
+    /// Traffic flows as it should; somebody ought to look.
+    Warning,
+    /// Some traffic does not flow, and is dropped rather than sent in plaintext.
+    Error,
+    /// The node cannot serve pods: ADD and STATUS say so.
+    Blocking,
+}
+
+/// Closed set of kinds, for metrics, events and tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub enum IssueKind {
+    /// The own node has no underlay address of the family the tunnels use.
+    NoUnderlayAddress,
+    /// The cluster CIDR contains an address of this host, or the route to it.
+    UnderlayOverlap,
+    /// A device, key or kernel feature that the mode needs is missing.
+    EncapsulationUnavailable,
+    /// Two hosts use the same node name.
+    DuplicateNode,
+    /// The kernel lacks a family that the cluster has.
+    FamilyUnavailable,
+    /// Two nodes claim the same block.
+    DuplicateBlock,
+    /// Two nodes publish the same key.
+    DuplicateKey,
+    /// Two nodes publish the same address.
+    DuplicateAddress,
+    /// A block outside the cluster CIDR, or of no known pool.
+    ForeignBlock,
+    /// A peer's record lacks what the mode needs.
+    IncompletePeer,
+    /// A peer's address cannot be reached by any route.
+    NoRouteToPeer,
+    /// The MTU left for pods is too small.
+    MtuTooSmall,
+    /// A configured MTU exceeds the underlay's.
+    MtuTooLarge,
+    /// No address block could be had.
+    PoolExhausted,
+    /// A manifest could not be read.
+    BadManifest,
+    /// A lease could not be read, or contradicts another.
+    BadLease,
+    /// The kernel refused a change.
+    ApplyFailed,
+    /// Somebody else's firewall may drop packets of pods.
+    ForeignFirewall,
+    /// The cluster source does not answer or has not delivered yet.
+    SourceUnavailable,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Issue {
+    /// How much it hurts.
+    pub severity: Severity,
+    /// Kind.
+    pub kind: IssueKind,
+    /// What it is about: a node, a block, a file, a device.
+    pub subject: String,
+    /// What is wrong and why, one sentence.
+    pub message: String,
+    /// What to do about it, one sentence.
+    pub remedy: String,
+}
+
+impl fmt::Display for Issue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({})", self.subject, self.message, self.remedy)
+    }
+}

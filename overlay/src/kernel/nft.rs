@@ -1,0 +1,190 @@
+//! A small typed model of an nftables table: as much as Husk's rules need, printable and comparable.
+//!
+//! `dataplane` turns it into one `nft -j -f -` transaction. The statements follow libnftables-json(5).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::prefix::{Family, Prefix};
+
+/// Name of a counter object; counters keep their value when rules are rewritten.
+pub type CounterName = String;
+
+/// The whole of a table of family `inet`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NftTable {
+    /// Named counters.
+    pub counters: BTreeSet<CounterName>,
+    /// Named sets; elements change one by one, without touching rules.
+    pub sets: BTreeMap<String, Set>,
+    /// Chains with their rules in order.
+    pub chains: BTreeMap<String, Chain>,
+}
+
+/// A named set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Set {
+    /// Type of the elements.
+    pub element_type: ElementType,
+    /// Elements.
+    pub elements: BTreeSet<SetElement>,
+}
+
+/// What a set holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ElementType {
+    /// Single addresses (`ipv4_addr`, `ipv6_addr`).
+    Address(Family),
+    /// Prefixes (the same types with flag `interval`).
+    Prefix(Family),
+}
+
+/// An element of a set.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SetElement {
+    /// One address.
+    Address(IpAddr),
+    /// A prefix.
+    Prefix(Prefix),
+}
+
+/// A base chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Chain {
+    /// `filter`, `nat` or `route`.
+    pub kind: ChainKind,
+    /// Where packets meet it.
+    pub hook: Hook,
+    /// Order among the chains of a hook; lower is earlier.
+    pub priority: i32,
+    /// Rules in order. The policy of every chain is accept: Husk drops by rule, so that a reason can be named.
+    pub rules: Vec<Rule>,
+}
+
+/// Chain type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ChainKind {
+    /// Filtering.
+    Filter,
+    /// Address translation.
+    Nat,
+}
+
+/// Netfilter hook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Hook {
+    /// On arrival, before routing.
+    Prerouting,
+    /// To the host itself.
+    Input,
+    /// Through the host.
+    Forward,
+    /// From the host itself.
+    Output,
+    /// On departure.
+    Postrouting,
+}
+
+/// One rule. Its name stands in the kernel as a comment, together with a digest of the statements, so that a rule that
+/// an outsider removed or replaced is recognised.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Short name for people and for recognition.
+    pub name: String,
+    /// Statements in order.
+    pub statements: Vec<Statement>,
+}
+
+/// A statement of a rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Statement {
+    /// Go on only if this matches.
+    Match(Match),
+    /// Count packets and bytes in a named counter.
+    Counter(CounterName),
+    /// Let pass (this chain only).
+    Accept,
+    /// Drop.
+    Drop,
+    /// Source NAT to the address of the outgoing interface with flags `random,fully-random`: ports chosen in sequence collide
+    /// when two packets are translated at once.
+    Masquerade,
+    /// Clamp the TCP MSS option of SYN packets to the route's MTU.
+    ClampMss,
+}
+
+/// A comparison.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Match {
+    /// What is looked at.
+    pub key: MatchKey,
+    /// How.
+    pub operator: MatchOperator,
+    /// With what.
+    pub value: MatchValue,
+}
+
+/// Left-hand side of a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MatchKey {
+    /// Name of the incoming interface.
+    InputInterface,
+    /// Name of the outgoing interface.
+    OutputInterface,
+    /// Source address; implies the family.
+    Source(Family),
+    /// Destination address; implies the family.
+    Destination(Family),
+    /// Layer 4 protocol, also behind IPv6 extension headers.
+    Protocol,
+    /// UDP destination port.
+    UdpDestinationPort,
+    /// TCP flags, masked with SYN|RST.
+    TcpSynRst,
+    /// Interface that the route back to the source leads to, given the incoming interface (`fib saddr . iif oif`):
+    /// missing when a reply would leave elsewhere.
+    ReversePathInterface,
+    /// Family of the packet.
+    NetworkFamily,
+}
+
+/// Comparison operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MatchOperator {
+    /// Equal, or contained in.
+    Equal,
+    /// Not equal, or not contained in.
+    NotEqual,
+}
+
+/// Right-hand side of a comparison.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MatchValue {
+    /// Text; a trailing `*` matches any interface with the prefix.
+    Text(String),
+    /// One of several texts.
+    AnyOf(Vec<String>),
+    /// Number.
+    Number(u32),
+    /// A named set of this table.
+    Set(String),
+    /// Any address of a prefix.
+    Prefix(Prefix),
+    /// No value, for look-ups that may find nothing (`missing`).
+    Missing,
+    /// IPv4 or IPv6.
+    Family(Family),
+}

@@ -1,0 +1,154 @@
+//! X25519 keys (RFC 7748). A private key cannot be printed, compared, cloned or serialised; it is wiped when dropped.
+
+use std::fmt;
+use std::str::FromStr;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+/// Why bytes or text are not a key. Says nothing of the key itself.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Not base64 of 32 bytes.
+    #[error("not a key: 44 characters of base64 (32 bytes) are expected")]
+    Encoding,
+    /// The all-zero key, which no peer may have.
+    #[error("not a key: all bytes are zero")]
+    Zero,
+}
+
+/// A public key; text and serde form is base64, as `wg` prints it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PublicKey([u8; 32]);
+
+impl PublicKey {
+    /// Takes the 32 bytes of a public key.
+    ///
+    /// # Errors
+    /// When all are zero.
+    pub fn from_bytes(bytes: [u8; 32]) -> Result<Self, KeyError> {
+        if bytes == [0; 32] { Err(KeyError::Zero) } else { Ok(Self(bytes)) }
+    }
+
+    /// The 32 bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&BASE64.encode(self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for PublicKey {
+    type Err = KeyError;
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        let bytes = BASE64.decode(text.trim()).map_err(|_| KeyError::Encoding)?;
+        Self::from_bytes(bytes.try_into().map_err(|_| KeyError::Encoding)?)
+    }
+}
+
+impl TryFrom<String> for PublicKey {
+    type Error = KeyError;
+    fn try_from(text: String) -> Result<Self, KeyError> {
+        text.parse()
+    }
+}
+
+impl From<PublicKey> for String {
+    fn from(key: PublicKey) -> String {
+        key.to_string()
+    }
+}
+
+/// A private key. Deliberately without `Debug`, `Display`, `Clone`, `PartialEq` and serde.
+#[derive(Zeroize, ZeroizeOnDrop)]
+pub struct PrivateKey([u8; 32]);
+
+impl PrivateKey {
+    /// Makes a key of 32 random bytes, clamped as RFC 7748 section 5 says, so that what the kernel hands back compares
+    /// equal to what was set.
+    ///
+    /// # Errors
+    /// When all bytes are zero: the source of randomness is broken.
+    pub fn from_random(mut bytes: [u8; 32]) -> Result<Self, KeyError> {
+        if bytes == [0; 32] {
+            return Err(KeyError::Zero);
+        }
+        bytes[0] &= 248;
+        bytes[31] = (bytes[31] & 127) | 64;
+        let key = Self(bytes);
+        bytes.zeroize();
+        Ok(key)
+    }
+
+    /// Reads the base64 form from a key file or a UAPI line.
+    ///
+    /// # Errors
+    /// When it is not base64 of 32 bytes; the error does not repeat the text.
+    pub fn from_base64(text: &str) -> Result<Self, KeyError> {
+        let decoded = Zeroizing::new(BASE64.decode(text.trim()).map_err(|_| KeyError::Encoding)?);
+        Self::from_random(decoded.as_slice().try_into().map_err(|_| KeyError::Encoding)?)
+    }
+
+    /// The base64 form, for the key file; wiped when dropped.
+    #[must_use]
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        Zeroizing::new(BASE64.encode(self.0))
+    }
+
+    /// The bytes, for the kernel.
+    #[must_use]
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The public key that belongs to this one.
+    #[must_use]
+    pub fn public(&self) -> PublicKey {
+        PublicKey(x25519_dalek::x25519(self.0, x25519_dalek::X25519_BASEPOINT_BYTES))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 7748 section 6.1, Alice's pair.
+    #[test]
+    fn public_key_matches_the_rfc_vector() {
+        let private = [
+            0x77, 0x07, 0x6d, 0x0a, 0x73, 0x18, 0xa5, 0x7d, 0x3c, 0x16, 0xc1, 0x72, 0x51, 0xb2, 0x66, 0x45, 0xdf, 0x4c,
+            0x2f, 0x87, 0xeb, 0xc0, 0x99, 0x2a, 0xb1, 0x77, 0xfb, 0xa5, 0x1d, 0xb9, 0x2c, 0x2a,
+        ];
+        let public = PrivateKey::from_random(private).unwrap().public();
+        let expected = [
+            0x85, 0x20, 0xf0, 0x09, 0x89, 0x30, 0xa7, 0x54, 0x74, 0x8b, 0x7d, 0xdc, 0xb4, 0x3e, 0xf7, 0x5a, 0x0d, 0xbf,
+            0x3a, 0x0d, 0x26, 0x38, 0x1a, 0xf4, 0xeb, 0xa4, 0xa9, 0x8e, 0xaa, 0x9b, 0x4e, 0x6a,
+        ];
+        assert_eq!(public.as_bytes(), &expected);
+    }
+
+    #[test]
+    fn base64_round_trips_and_errors_hide_the_text() {
+        let key = PrivateKey::from_random([7; 32]).unwrap();
+        let again = PrivateKey::from_base64(&key.to_base64()).unwrap();
+        assert_eq!(key.public(), again.public());
+        let error = PrivateKey::from_base64("c2VjcmV0").err().unwrap();
+        assert!(!error.to_string().contains("c2VjcmV0"));
+        assert_eq!(key.public().to_string().parse::<PublicKey>(), Ok(key.public()));
+        assert_eq!("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=".parse::<PublicKey>(), Err(KeyError::Zero));
+    }
+}

@@ -1,0 +1,25 @@
+//! What every node of a Husk overlay should look like: types, MTU, keys and [`plan`]. No I/O happens here.
+//!
+//! Reading order: [`name`], [`prefix`], [`mac`] and [`keys`] are the vocabulary; [`config`] what people say; [`record`] what
+//! nodes tell each other, [`manifest`] its text form; [`facts`] and [`endpoint`] what a node finds on itself; [`kernel`] what
+//! its kernel should hold;
+//! [`mtu`] the byte ledger; [`plan`] puts it all together.
+
+pub mod config;
+pub mod digest;
+pub mod endpoint;
+pub mod facts;
+pub mod ipc;
+pub mod issue;
+pub mod kernel;
+pub mod keys;
+pub mod mac;
+pub mod manifest;
+pub mod marks;
+pub mod mode;
+pub mod mtu;
+pub mod name;
+pub mod plan;
+pub mod prefix;
+pub mod record;
+mod yaml;

@@ -1,0 +1,78 @@
+//! From manifests to YAML.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use super::{API_VERSION, Manifest};
+use crate::mac::MacAddress;
+use crate::name::{InstanceId, NodeName};
+use crate::prefix::Prefix;
+use crate::record::{DualStack, WireguardRecord};
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Object<'a> {
+    api_version: &'static str,
+    kind: &'static str,
+    metadata: Metadata,
+    spec: Spec<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    creation_timestamp: Option<jiff::Timestamp>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged, rename_all_fields = "camelCase")]
+enum Spec<'a> {
+    Node {
+        instance: &'a InstanceId,
+        addresses: DualStack,
+        underlay_mtu: u32,
+        blocks: &'a BTreeSet<Prefix>,
+        router: DualStack,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        vxlan_mac: Option<MacAddress>,
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        wireguard: &'a [WireguardRecord],
+    },
+    Pool {
+        cidr: Prefix,
+        block_length: u8,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        disabled: bool,
+    },
+    Block {
+        cidr: Prefix,
+        node: &'a NodeName,
+    },
+}
+
+pub(super) fn to_yaml(manifest: &Manifest) -> String {
+    let (creation_timestamp, spec) = match manifest {
+        Manifest::Node(record) => (
+            Some(record.created),
+            Spec::Node {
+                instance: &record.instance,
+                addresses: record.addresses,
+                underlay_mtu: record.underlay_mtu,
+                blocks: &record.blocks,
+                router: record.router,
+                vxlan_mac: record.vxlan_mac,
+                wireguard: &record.wireguard,
+            },
+        ),
+        Manifest::Pool(pool) => {
+            (None, Spec::Pool { cidr: pool.cidr, block_length: pool.block_length, disabled: pool.disabled })
+        }
+        Manifest::Block { cidr, node } => (None, Spec::Block { cidr: *cidr, node }),
+    };
+    let metadata = Metadata { name: manifest.name(), creation_timestamp };
+    let object = Object { api_version: API_VERSION, kind: manifest.kind(), metadata, spec };
+    serde_saphyr::to_string(&object).expect("text, numbers, lists and maps have a YAML form")
+}

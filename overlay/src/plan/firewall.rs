@@ -1,0 +1,222 @@
+//! The node's nftables table, whatever the mode: antispoofing, the leak guard of tunnelled modes, the VTEP's guest list,
+//! masquerading, MSS clamping.
+//!
+//! ```text
+//! prerouting  -300  IPv6 link-local talk of a pod              drop: its neighbours are permanent, nobody listens
+//!                   pod with a foreign source address          drop, counter spoofed
+//!                   cluster CIDR seen outside the tunnel       drop, counter plaintext_in
+//! prerouting  -300  VXLAN sent by a pod                        drop, counter pod_to_vtep: masqueraded it would look like ours
+//! input       -150  VXLAN from an address that is no node      drop, counter unknown_vtep
+//! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
+//! postrouting  100  into the tunnel from a foreign address     masquerade: the peer drops what is not this node's
+//!                   pod to an address outside the cluster      masquerade random,fully-random
+//! postrouting  300  cluster CIDR about to leave untunnelled    drop, counter plaintext_out
+//! ```
+//! The last chain runs after every address translation (priority 100), so that it sees packets as the wire would.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Context;
+use super::peers::Peer;
+use crate::kernel::{
+    Chain, ChainKind, Desired, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
+    SetElement, Statement,
+};
+use crate::mode::Mode;
+use crate::name::NodeName;
+use crate::prefix::{Family, Prefix};
+
+/// Counter of packets a pod sent from an address that is not its own.
+pub const SPOOFED: &str = "spoofed";
+/// Counter of cluster packets that arrived outside the tunnel.
+pub const PLAINTEXT_IN: &str = "plaintext_in";
+/// Counter of cluster packets that were about to leave outside the tunnel.
+pub const PLAINTEXT_OUT: &str = "plaintext_out";
+/// Counter of VXLAN packets from addresses that are no nodes.
+pub const UNKNOWN_VTEP: &str = "unknown_vtep";
+
+/// Counter of VXLAN packets that pods sent.
+pub const POD_TO_VTEP: &str = "pod_to_vtep";
+
+/// IANA protocol numbers.
+const UDP: u32 = 17;
+
+pub(super) fn render(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, desired: &mut Desired) {
+    let mut table = NftTable::default();
+    let guarded = context.config.mode != Mode::Direct;
+    for cidr in &context.config.cluster_cidrs {
+        let elements = BTreeSet::from([SetElement::Prefix(*cidr)]);
+        let set = Set { element_type: ElementType::Prefix(cidr.family()), elements };
+        table.sets.insert(cluster_set(cidr.family()), set);
+    }
+    let mut prerouting = antispoofing(context, &mut table);
+    table.counters.insert(SPOOFED.into());
+    if guarded {
+        table.counters.extend([PLAINTEXT_IN.into(), PLAINTEXT_OUT.into()]);
+        prerouting.extend(plaintext_rules(context, PLAINTEXT_IN));
+        let mut postrouting = vec![
+            rule("tunnelled", vec![output("husk*"), Statement::Accept]),
+            rule("loopback", vec![output("lo"), Statement::Accept]),
+        ];
+        postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
+        insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
+    }
+    insert(&mut table, "prerouting-guard", ChainKind::Filter, Hook::Prerouting, -300, prerouting);
+    if context.config.mode == Mode::Vxlan {
+        vtep(context, peers, &mut table);
+    }
+    insert(&mut table, "forward-mss", ChainKind::Filter, Hook::Forward, -150, clamping());
+    let mut translations = Vec::new();
+    if guarded {
+        translations.extend(context.families().map(masquerade_into_tunnel));
+    }
+    if context.config.masquerade {
+        translations.extend(context.families().map(masquerade));
+    }
+    if !translations.is_empty() {
+        insert(&mut table, "postrouting-masquerade", ChainKind::Nat, Hook::Postrouting, 100, translations);
+    }
+    desired.nft = Some(table);
+}
+
+fn insert(table: &mut NftTable, name: &str, kind: ChainKind, hook: Hook, priority: i32, rules: Vec<Rule>) {
+    table.chains.insert(name.to_owned(), Chain { kind, hook, priority, rules });
+}
+
+fn cluster_set(family: Family) -> String {
+    format!("cluster_{}", family.to_string().to_lowercase())
+}
+
+fn rule(name: impl Into<String>, statements: Vec<Statement>) -> Rule {
+    Rule { name: name.into(), statements }
+}
+
+fn equal(key: MatchKey, value: MatchValue) -> Statement {
+    Statement::Match(Match { key, operator: MatchOperator::Equal, value })
+}
+
+fn unequal(key: MatchKey, value: MatchValue) -> Statement {
+    Statement::Match(Match { key, operator: MatchOperator::NotEqual, value })
+}
+
+fn input(interface: &str) -> Statement {
+    equal(MatchKey::InputInterface, MatchValue::Text(interface.to_owned()))
+}
+
+fn output(interface: &str) -> Statement {
+    equal(MatchKey::OutputInterface, MatchValue::Text(interface.to_owned()))
+}
+
+/// A pod may send only from addresses whose route leads back to its own interface, and may not speak for the node.
+fn antispoofing(context: &Context<'_>, table: &mut NftTable) -> Vec<Rule> {
+    let source = MatchKey::Source(Family::Ipv6);
+    let mut rules = vec![
+        rule("loopback", vec![input("lo"), Statement::Accept]),
+        rule("tunnel", vec![input("husk-*"), Statement::Accept]),
+        rule("link-local", vec![input("husk*"), equal(source, MatchValue::Prefix(link_local())), Statement::Drop]),
+        rule(
+            SPOOFED,
+            vec![
+                input("husk*"),
+                equal(MatchKey::ReversePathInterface, MatchValue::Missing),
+                Statement::Counter(SPOOFED.into()),
+                Statement::Drop,
+            ],
+        ),
+    ];
+    if context.config.mode == Mode::Vxlan {
+        // To a peer it would come from this node's address, like what this node's own device sends.
+        table.counters.insert(POD_TO_VTEP.into());
+        let mut statements = vec![input("husk*")];
+        statements.extend(to_vtep(context));
+        let family = context.config.underlay.family;
+        if context.families().any(|served| served == family) {
+            // Between pods it stays inside the tunnel.
+            statements.push(unequal(MatchKey::Destination(family), MatchValue::Set(cluster_set(family))));
+        }
+        statements.extend([Statement::Counter(POD_TO_VTEP.into()), Statement::Drop]);
+        rules.push(rule(POD_TO_VTEP, statements));
+    }
+    rules.push(rule("pod", vec![input("husk*"), Statement::Accept]));
+    rules
+}
+
+/// Packets to the UDP port of VXLAN devices.
+fn to_vtep(context: &Context<'_>) -> [Statement; 2] {
+    [
+        equal(MatchKey::Protocol, MatchValue::Number(UDP)),
+        equal(MatchKey::UdpDestinationPort, MatchValue::Number(context.config.vxlan.port.into())),
+    ]
+}
+
+/// IPv6 link-local addresses (RFC 4291 section 2.4). Every pod's kernel sends listener reports and router solicitations from
+/// one; counted as spoofed they would hide real spoofing.
+fn link_local() -> Prefix {
+    Prefix::containing(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).into(), 10).expect("ten bits fit IPv6")
+}
+
+/// Drops what carries a cluster address; only packets outside the overlay get to these rules.
+fn plaintext_rules(context: &Context<'_>, counter: &str) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for family in context.families() {
+        for (side, key) in [("source", MatchKey::Source(family)), ("destination", MatchKey::Destination(family))] {
+            let name = format!("{counter}-{side}-{}", family.to_string().to_lowercase());
+            let from_cluster = equal(key, MatchValue::Set(cluster_set(family)));
+            rules.push(rule(name, vec![from_cluster, Statement::Counter(counter.into()), Statement::Drop]));
+        }
+    }
+    rules
+}
+
+/// The VTEP takes packets from known nodes only.
+fn vtep(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut NftTable) {
+    let family = context.config.underlay.family;
+    let known = peers.values().filter(|peer| peer.plan.refused.is_none());
+    let elements: BTreeSet<SetElement> = known.filter_map(|peer| peer.plan.address).map(SetElement::Address).collect();
+    table.sets.insert("nodes".into(), Set { element_type: ElementType::Address(family), elements });
+    table.counters.insert(UNKNOWN_VTEP.into());
+    let mut statements = to_vtep(context).to_vec();
+    statements.extend([
+        unequal(MatchKey::Source(family), MatchValue::Set("nodes".into())),
+        Statement::Counter(UNKNOWN_VTEP.into()),
+        Statement::Drop,
+    ]);
+    let stranger = rule(UNKNOWN_VTEP, statements);
+    insert(table, "input-vtep", ChainKind::Filter, Hook::Input, -150, vec![stranger]);
+}
+
+fn clamping() -> Vec<Rule> {
+    [("mss-in", input("husk*")), ("mss-out", output("husk*"))]
+        .into_iter()
+        .map(|(name, side)| {
+            rule(name, vec![side, equal(MatchKey::TcpSynRst, MatchValue::Text("syn".into())), Statement::ClampMss])
+        })
+        .collect()
+}
+
+/// What the host forwards, or sends from an address chosen before the route was known (a service address translated to a
+/// pod's), enters the tunnel with the node's overlay address: the peer accepts no other from this node, and its answer comes
+/// back through the tunnel.
+fn masquerade_into_tunnel(family: Family) -> Rule {
+    rule(
+        format!("tunnel-source-{}", family.to_string().to_lowercase()),
+        vec![
+            output("husk-*"),
+            unequal(MatchKey::Source(family), MatchValue::Set(cluster_set(family))),
+            Statement::Masquerade,
+        ],
+    )
+}
+
+fn masquerade(family: Family) -> Rule {
+    let cluster = || MatchValue::Set(cluster_set(family));
+    rule(
+        format!("masquerade-{}", family.to_string().to_lowercase()),
+        vec![
+            equal(MatchKey::Source(family), cluster()),
+            unequal(MatchKey::Destination(family), cluster()),
+            unequal(MatchKey::OutputInterface, MatchValue::Text("husk*".into())),
+            Statement::Masquerade,
+        ],
+    )
+}
