@@ -1,0 +1,342 @@
+//! What can go wrong between Husk and the kernel: every variant names the operation and the object.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+/// Why the kernel, or a program or file that stands for it, did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel answered a request with an error.
+    #[error("{0}")]
+    Refused(Refusal),
+
+    /// A socket could not be opened, set up, written or read.
+    #[error("cannot {operation} a {protocol} socket: {source}")]
+    Socket {
+        /// What was tried, for example "open".
+        operation: &'static str,
+        /// Netlink protocol, for example "NETLINK_ROUTE".
+        protocol: &'static str,
+        /// The system's word.
+        source: io::Error,
+    },
+
+    /// The kernel did not answer in time. What became of the request is unknown; the next read tells.
+    #[error("cannot {operation} {object}: the kernel did not answer within {seconds} s")]
+    TimedOut {
+        /// Operation of the request.
+        operation: &'static str,
+        /// Object of the request.
+        object: String,
+        /// How long it was waited for, in seconds.
+        seconds: u64,
+    },
+
+    /// A table changed during every attempt to read it.
+    #[error("cannot {operation} {object}: it changed during each of {attempts} attempts")]
+    Interrupted {
+        /// Operation of the request.
+        operation: &'static str,
+        /// Object of the request.
+        object: String,
+        /// How often it was tried.
+        attempts: u32,
+    },
+
+    /// The kernel dropped answers because they came faster than they were read. What became of the request is unknown;
+    /// the next read tells.
+    #[error("cannot tell whether {operation} {object} succeeded: the kernel dropped answers (receive buffer overrun)")]
+    Overrun {
+        /// Operation of the request.
+        operation: &'static str,
+        /// Object of the request.
+        object: String,
+    },
+
+    /// An answer that could not be understood.
+    #[error("cannot {operation} {object}: the answer could not be understood: {reason}")]
+    Malformed {
+        /// Operation of the request.
+        operation: &'static str,
+        /// Object of the request.
+        object: String,
+        /// What was wrong with the answer; never holds the answer of a WireGuard device, which has keys in it.
+        reason: String,
+    },
+
+    /// A network namespace could not be opened or entered.
+    #[error("cannot {operation} the network namespace {path}: {source}")]
+    Namespace {
+        /// What was tried, for example "enter".
+        operation: &'static str,
+        /// Path of the namespace file.
+        path: String,
+        /// The system's word.
+        source: io::Error,
+    },
+
+    /// A path that should lead to a network namespace leads to something else.
+    #[error("{path} is not a network namespace: it is {found}")]
+    NotANamespace {
+        /// The path.
+        path: String,
+        /// What it is instead.
+        found: &'static str,
+    },
+
+    /// A file below `/proc` or `/sys`, or a control socket, could not be used.
+    #[error("cannot {operation} {}: {source}", path.display())]
+    File {
+        /// What was tried, for example "write".
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+
+    /// A program that Husk runs failed.
+    #[error("cannot {operation} {object} with {program}: {reason}")]
+    Program {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        object: String,
+        /// Name of the program.
+        program: &'static str,
+        /// What it said, or why it could not be run.
+        reason: String,
+    },
+
+    /// A program that Husk runs is not installed.
+    #[error("cannot {operation} {object}: the program {program} is not installed")]
+    NoProgram {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        object: String,
+        /// Name of the program.
+        program: &'static str,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+
+    /// The kernel lacks something the operation needs.
+    #[error("cannot {operation} {object}: {reason}")]
+    Unsupported {
+        /// Operation.
+        operation: &'static str,
+        /// Object.
+        object: String,
+        /// What is missing.
+        reason: String,
+        /// What would help, for example which module to load.
+        remedy: &'static str,
+    },
+
+    /// A change that needs a private key found none in the key ring.
+    #[error("cannot configure {interface}: its private key is not in the key ring")]
+    NoPrivateKey {
+        /// WireGuard device.
+        interface: String,
+    },
+
+    /// A change that was to be made together with others, whose failure is reported with the first of them.
+    #[error("it was to be made in one step with the change before it, which failed")]
+    WithTheOthers,
+
+    /// Changes that were not made, since what makes them safe is not in place.
+    #[error("{withheld} withheld, since {missing} is not in place: {reason}")]
+    Withheld {
+        /// The changes with a verb, for example "\"add route 10.42.1.0/24 dev husk-vx\" and 3 more changes are".
+        withheld: String,
+        /// What is not in place.
+        missing: &'static str,
+        /// Why it is not.
+        reason: String,
+    },
+
+    /// A change to a device that a userspace WireGuard process has not created yet.
+    #[error("cannot configure {interface}: its userspace process has not created the device yet")]
+    WaitingForUserspaceDevice {
+        /// WireGuard device.
+        interface: String,
+    },
+}
+
+/// The kernel's refusal of one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Operation, for example "add route".
+    pub operation: &'static str,
+    /// Object, for example "10.42.1.0/24 via 10.42.1.0 dev husk-vx".
+    pub object: String,
+    /// Error number.
+    pub errno: Errno,
+    /// The kernel's extended acknowledgement, if it gave one: usually says more than the number.
+    pub explanation: Option<String>,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { operation, object, errno, explanation } = self;
+        write!(f, "the kernel refused to {operation} {object}: ")?;
+        match explanation {
+            Some(text) => write!(f, "{text} ({})", errno.desc()),
+            None => f.write_str(errno.desc()),
+        }
+    }
+}
+
+impl Error {
+    /// The error number, when the system gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Refused(refusal) => Some(refusal.errno),
+            Self::Socket { source, .. } | Self::Namespace { source, .. } | Self::File { source, .. } => {
+                source.raw_os_error().map(Errno::from_raw)
+            }
+            _ => None,
+        }
+    }
+
+    /// The kernel's extended acknowledgement, when it gave one.
+    #[must_use]
+    pub fn explanation(&self) -> Option<&str> {
+        match self {
+            Self::Refused(refusal) => refusal.explanation.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// What a person should do about it, as an imperative clause. The error's text does not say it.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Refused(refusal) => refusal_remedy(refusal),
+            Self::Socket { .. } | Self::Namespace { .. } | Self::File { .. } => {
+                self.errno().map_or(TRIED_AGAIN, remedy)
+            }
+            Self::TimedOut { .. } => {
+                "look for a process that holds the kernel's network lock (tasks in state D, `dmesg`); it is tried again"
+            }
+            Self::Interrupted { .. } => "find the program that rewrites it all the time and stop it",
+            Self::Overrun { .. } => "nothing, it is read again; if it stays, raise net.core.rmem_max",
+            Self::Malformed { .. } => "report it with the kernel's version, and that of nft if it is about nftables",
+            Self::NotANamespace { .. } => {
+                "remove the mount point that a namespace left behind, or correct the path of the namespace"
+            }
+            Self::Program { .. } => "see the program's words; the change is tried again every few seconds",
+            Self::NoProgram { remedy, .. } | Self::Unsupported { remedy, .. } => remedy,
+            Self::NoPrivateKey { .. } => {
+                "look for why the daemon could not make or load the key, further up in its log"
+            }
+            Self::WithTheOthers => "see the first of the changes that failed together",
+            Self::Withheld { .. } => "mend what is named as the reason; the changes are then made within seconds",
+            Self::WaitingForUserspaceDevice { .. } => {
+                "nothing, it is tried again; if it stays, the log says why `huskd wireguard-userspace` does not start"
+            }
+        }
+    }
+}
+
+/// The remedy where the reason is all that can be said.
+const TRIED_AGAIN: &str = "the change is tried again every few seconds; if it stays, see the kernel's reason";
+
+const PRIVILEGE: &str = "run as root, or with the capabilities NET_ADMIN and SYS_ADMIN";
+
+/// `EACCES` with an explanation is about the state of the object, for example an interface on which IPv6 is disabled.
+fn refusal_remedy(refusal: &Refusal) -> &'static str {
+    match (refusal.errno, &refusal.explanation) {
+        (Errno::EACCES, Some(_)) => TRIED_AGAIN,
+        (Errno::EACCES, None) => {
+            "run as root, or with the capability NET_ADMIN; if it is about IPv6, see net.ipv6.conf.*.disable_ipv6"
+        }
+        (errno, _) => remedy(errno),
+    }
+}
+
+/// What usually helps against an error number.
+fn remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EPERM | Errno::EACCES => PRIVILEGE,
+        Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EAFNOSUPPORT => {
+            "load the kernel module of this feature, or use a kernel built with it"
+        }
+        Errno::ENOMEM | Errno::ENOBUFS => "free memory on this host",
+        Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (`ulimit -n`, fs.file-max)",
+        Errno::ENODEV | Errno::ENXIO => "nothing, the interface vanished meanwhile and the next pass sees it",
+        Errno::EEXIST => "remove what somebody else made in its place, or give Husk another range",
+        _ => TRIED_AGAIN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(errno: Errno, explanation: Option<&str>) -> Error {
+        Error::Refused(Refusal {
+            operation: "add route",
+            object: "10.42.1.0/24 dev husk-vx".to_owned(),
+            errno,
+            explanation: explanation.map(str::to_owned),
+        })
+    }
+
+    #[test]
+    fn a_refusal_says_what_on_what_and_why() {
+        assert_eq!(
+            refusal(Errno::EINVAL, Some("Nexthop has invalid gateway")).to_string(),
+            "the kernel refused to add route 10.42.1.0/24 dev husk-vx: Nexthop has invalid gateway (Invalid argument)"
+        );
+        assert_eq!(
+            refusal(Errno::EPERM, None).to_string(),
+            "the kernel refused to add route 10.42.1.0/24 dev husk-vx: Operation not permitted"
+        );
+    }
+
+    #[test]
+    fn a_remedy_claims_a_missing_privilege_only_where_one_is_missing() {
+        assert!(refusal(Errno::EPERM, None).remedy().contains("NET_ADMIN"));
+        assert!(refusal(Errno::EACCES, None).remedy().contains("disable_ipv6"));
+        let disabled = refusal(Errno::EACCES, Some("IPv6 is disabled on this device"));
+        assert!(!disabled.remedy().contains("root"), "{}", disabled.remedy());
+        let file =
+            |errno: Errno| Error::File { operation: "write", path: "/proc/sys/net/x".into(), source: errno.into() };
+        assert!(file(Errno::EACCES).remedy().contains("run as root"));
+        assert!(refusal(Errno::ENODEV, None).remedy().contains("vanished"));
+    }
+
+    #[test]
+    fn every_error_has_a_remedy_that_its_text_does_not_repeat() {
+        let (operation, object, reason) = ("read", "x".to_owned(), "y".to_owned());
+        let all = [
+            refusal(Errno::EPERM, None),
+            refusal(Errno::EINVAL, Some("why")),
+            Error::Socket { operation, protocol: "NETLINK_ROUTE", source: Errno::EPERM.into() },
+            Error::TimedOut { operation, object: object.clone(), seconds: 10 },
+            Error::Interrupted { operation, object: object.clone(), attempts: 8 },
+            Error::Overrun { operation, object: object.clone() },
+            Error::Malformed { operation, object: object.clone(), reason: reason.clone() },
+            Error::Namespace { operation, path: object.clone(), source: Errno::EPERM.into() },
+            Error::NotANamespace { path: object.clone(), found: "a directory" },
+            Error::File { operation, path: "/z".into(), source: Errno::EACCES.into() },
+            Error::Program { operation, object: object.clone(), program: "nft", reason: reason.clone() },
+            Error::NoProgram { operation, object: object.clone(), program: "nft", remedy: "install it" },
+            Error::Unsupported { operation, object: object.clone(), reason: reason.clone(), remedy: "load it" },
+            Error::NoPrivateKey { interface: object.clone() },
+            Error::WithTheOthers,
+            Error::Withheld { withheld: object.clone(), missing: "the table", reason },
+            Error::WaitingForUserspaceDevice { interface: object },
+        ];
+        for error in all {
+            assert!(!error.remedy().is_empty(), "{error}");
+            assert!(!error.to_string().contains(error.remedy()), "{error}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What is asked of the kernel itself, without `nft`: whether the table exists and is in force, which generation of rules is
+//! in force, and the values of counters. nft's JSON leaves the flags of a table out, its error for a missing table ("No such
+//! file or directory") may mean much else, and it takes a process where a message does.
+//!
+//! Requests of nfnetlink's subsystem nftables (include/uapi/linux/netfilter/nf_tables.h).
+
+use std::collections::BTreeMap;
+
+use husk_overlay::kernel::CounterName;
+use husk_overlay::marks;
+use netlink_packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NetlinkSerializable, NlasIterator,
+};
+use nix::errno::Errno;
+
+use super::CounterValue;
+use crate::error::Error;
+use crate::netlink::{Protocol, Request, Socket};
+
+/// `NFNL_SUBSYS_NFTABLES << 8`, to which the number of a message is added.
+const SUBSYSTEM: u16 = 10 << 8;
+
+const NFT_MSG_GETTABLE: u16 = 1;
+const NFT_MSG_GETGEN: u16 = 16;
+const NFT_MSG_GETOBJ: u16 = 19;
+
+const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_TABLE_FLAGS: u16 = 2;
+
+/// `NFT_TABLE_F_DORMANT`: the rules of the table are not in force.
+const DORMANT: u32 = 1;
+
+const NFTA_GEN_ID: u16 = 1;
+
+const NFTA_OBJ_TABLE: u16 = 1;
+const NFTA_OBJ_NAME: u16 = 2;
+const NFTA_OBJ_TYPE: u16 = 3;
+const NFTA_OBJ_DATA: u16 = 4;
+const NFT_OBJECT_COUNTER: u32 = 1;
+const NFTA_COUNTER_BYTES: u16 = 1;
+const NFTA_COUNTER_PACKETS: u16 = 2;
+
+/// `struct nfgenmsg`: family, version `NFNETLINK_V0`, resource id 0.
+const HEADER: usize = 4;
+const NFPROTO_UNSPEC: u8 = 0;
+const NFPROTO_INET: u8 = 1;
+
+/// The table, as far as nft does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) dormant: bool,
+}
+
+/// Looks for the table in the socket's network namespace.
+pub(super) fn find(socket: &mut Socket) -> Result<Option<Table>, Error> {
+    let question = Message::new(NFT_MSG_GETTABLE, NFPROTO_INET).with(NFTA_TABLE_NAME, &name());
+    match socket.get(request("look for", object(), question)) {
+        Ok(answer) => match answer.number(NFTA_TABLE_FLAGS) {
+            Some(flags) => Ok(Some(Table { dormant: flags & DORMANT != 0 })),
+            // Without flags it would be taken for one in force.
+            None => Err(malformed("look for", object(), "the table has no flags")),
+        },
+        Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(None),
+        Err(error) => Err(explained("look for", object(), error)),
+    }
+}
+
+/// The number of the generation of rules in the socket's network namespace: every transaction of anybody makes another.
+pub(super) fn generation(socket: &mut Socket) -> Result<u32, Error> {
+    let (operation, object) = ("read", "the generation of the nftables rules".to_owned());
+    let answer = socket.get(request(operation, object.clone(), Message::new(NFT_MSG_GETGEN, NFPROTO_UNSPEC)));
+    let answer = answer.map_err(|error| explained(operation, object.clone(), error))?;
+    answer.number(NFTA_GEN_ID).ok_or_else(|| malformed(operation, object, "it has no number"))
+}
+
+/// Values of the table's counters; empty when there is no table.
+pub(super) fn counters(socket: &mut Socket) -> Result<BTreeMap<CounterName, CounterValue>, Error> {
+    let (operation, object) = ("read counters of", object());
+    let question = Message::new(NFT_MSG_GETOBJ, NFPROTO_INET)
+        .with(NFTA_OBJ_TABLE, &name())
+        .with(NFTA_OBJ_TYPE, &NFT_OBJECT_COUNTER.to_be_bytes());
+    let answers = socket.dump(request(operation, object.clone(), question));
+    let answers = answers.map_err(|error| explained(operation, object.clone(), error))?;
+    let mut counters = BTreeMap::new();
+    for answer in answers {
+        // A kernel that does not filter sends the objects of all tables.
+        let ours = answer.get(NFTA_OBJ_TABLE) == Some(name().as_slice());
+        if ours && answer.number(NFTA_OBJ_TYPE) == Some(NFT_OBJECT_COUNTER) {
+            let (name, value) = answer
+                .counter()
+                .ok_or_else(|| malformed(operation, object.clone(), "a counter lacks name or value"))?;
+            counters.insert(name, value);
+        }
+    }
+    Ok(counters)
+}
+
+fn object() -> String {
+    format!("nft table inet {}", marks::NFT_TABLE)
+}
+
+/// The table's name as an attribute has it, with a final zero.
+fn name() -> Vec<u8> {
+    [marks::NFT_TABLE.as_bytes(), &[0]].concat()
+}
+
+fn request(operation: &'static str, object: String, message: Message) -> Request<Message> {
+    Request { operation, object, flags: 0, message }
+}
+
+fn malformed(operation: &'static str, object: String, reason: &str) -> Error {
+    Error::Malformed { operation, object, reason: reason.to_owned() }
+}
+
+/// What nfnetlink says to a subsystem it does not have means that there is no nftables.
+fn explained(operation: &'static str, object: String, error: Error) -> Error {
+    match error.errno() {
+        Some(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT) => Error::Unsupported {
+            operation,
+            object,
+            reason: "the kernel has no nftables".to_owned(),
+            remedy: "load the module nf_tables, or use a kernel built with it",
+        },
+        _ => error,
+    }
+}
+
+/// Opens a socket in the calling thread's network namespace.
+pub(super) fn open() -> Result<Socket, Error> {
+    Socket::open(Protocol::Netfilter)
+        .map_err(|error| explained("open a socket for", "the nftables rules".to_owned(), error))
+}
+
+/// A question or an answer: its number within the subsystem, the family it is about, and its attributes as they are.
+#[derive(Debug)]
+struct Message {
+    number: u16,
+    family: u8,
+    attributes: Vec<u8>,
+}
+
+impl Message {
+    fn new(number: u16, family: u8) -> Self {
+        Self { number, family, attributes: Vec::new() }
+    }
+
+    fn with(mut self, kind: u16, value: &[u8]) -> Self {
+        let length = u16::try_from(4 + value.len()).expect("a name or a number is short");
+        self.attributes.extend(length.to_ne_bytes());
+        self.attributes.extend(kind.to_ne_bytes());
+        self.attributes.extend(value);
+        self.attributes.resize(self.attributes.len().next_multiple_of(4), 0);
+        self
+    }
+
+    fn get(&self, kind: u16) -> Option<&[u8]> {
+        find_attribute(&self.attributes, kind)
+    }
+
+    /// A number in network byte order, as all of nftables' are.
+    fn number(&self, kind: u16) -> Option<u32> {
+        self.get(kind)?.try_into().ok().map(u32::from_be_bytes)
+    }
+
+    fn counter(&self) -> Option<(CounterName, CounterValue)> {
+        let name = self.get(NFTA_OBJ_NAME)?;
+        let name = std::str::from_utf8(name.strip_suffix(&[0]).unwrap_or(name)).ok()?.to_owned();
+        let data = self.get(NFTA_OBJ_DATA)?;
+        let number = |kind| find_attribute(data, kind)?.try_into().ok().map(u64::from_be_bytes);
+        Some((name, CounterValue { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? }))
+    }
+}
+
+fn find_attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
+    let attribute = NlasIterator::new(attributes).map_while(Result::ok).find(|attribute| attribute.kind() == kind)?;
+    let length = usize::from(attribute.length());
+    attribute.into_inner().get(4..length)
+}
+
+impl NetlinkSerializable for Message {
+    fn message_type(&self) -> u16 {
+        SUBSYSTEM | self.number
+    }
+
+    fn buffer_len(&self) -> usize {
+        HEADER + self.attributes.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer[..HEADER].copy_from_slice(&[self.family, 0, 0, 0]);
+        buffer[HEADER..].copy_from_slice(&self.attributes);
+    }
+}
+
+impl NetlinkDeserializable for Message {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Self::Error> {
+        let (start, attributes) = payload.split_at_checked(HEADER).ok_or("shorter than its header")?;
+        Ok(Self { number: header.message_type & 0xff, family: start[0], attributes: attributes.to_vec() })
+    }
+}
+
+impl From<Message> for NetlinkPayload<Message> {
+    fn from(message: Message) -> Self {
+        Self::InnerMessage(message)
+    }
+}

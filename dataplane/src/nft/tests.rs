@@ -1,0 +1,537 @@
+use std::process::Command;
+
+use husk_overlay::kernel::{ChainKind, Hook, Match, MatchKey, MatchOperator, MatchValue, Rule, Set, Statement};
+use husk_overlay::prefix::Family;
+use proptest::prelude::*;
+
+use super::*;
+use crate::netns::Netns;
+
+fn matches(key: MatchKey, operator: MatchOperator, value: MatchValue) -> Statement {
+    Statement::Match(Match { key, operator, value })
+}
+
+fn equal(key: MatchKey, value: MatchValue) -> Statement {
+    matches(key, MatchOperator::Equal, value)
+}
+
+fn rule(name: &str, statements: Vec<Statement>) -> Rule {
+    Rule { name: name.to_owned(), statements }
+}
+
+fn text(text: &str) -> MatchValue {
+    MatchValue::Text(text.to_owned())
+}
+
+fn any_of(texts: &[&str]) -> MatchValue {
+    MatchValue::AnyOf(texts.iter().map(|text| (*text).to_owned()).collect())
+}
+
+fn in_set(name: &str) -> MatchValue {
+    MatchValue::Set(name.to_owned())
+}
+
+fn set(element_type: ElementType, elements: &[&str]) -> Set {
+    let element = |text: &&str| match text.parse() {
+        Ok(prefix) => SetElement::Prefix(prefix),
+        Err(_) => SetElement::Address(text.parse().unwrap()),
+    };
+    Set { element_type, elements: elements.iter().map(element).collect() }
+}
+
+fn chain(hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
+    Chain { kind: ChainKind::Filter, hook, priority, rules }
+}
+
+/// A table with every kind of object, key, value and statement that the model has.
+fn everything() -> NftTable {
+    let v4 = Family::Ipv4;
+    let v6 = Family::Ipv6;
+    let counter = || Statement::Counter("spoofed".to_owned());
+    let prerouting = vec![
+        rule(
+            "spoofed-route",
+            vec![
+                equal(MatchKey::InputInterface, text("husk*")),
+                equal(MatchKey::ReversePathInterface, MatchValue::Missing),
+                counter(),
+                Statement::Drop,
+            ],
+        ),
+        rule(
+            "has-route",
+            vec![
+                matches(MatchKey::ReversePathInterface, MatchOperator::NotEqual, MatchValue::Missing),
+                equal(MatchKey::NetworkFamily, MatchValue::Family(v4)),
+                Statement::Accept,
+            ],
+        ),
+        rule("route-by-name", vec![equal(MatchKey::ReversePathInterface, text("husk-vx")), Statement::Accept]),
+        rule(
+            "vtep-v4",
+            vec![
+                matches(MatchKey::Source(v4), MatchOperator::NotEqual, in_set("nodes4")),
+                equal(MatchKey::Protocol, text("udp")),
+                equal(MatchKey::UdpDestinationPort, MatchValue::Number(4789)),
+                Statement::Drop,
+            ],
+        ),
+        rule("v6", vec![equal(MatchKey::NetworkFamily, MatchValue::Family(v6)), Statement::Accept]),
+        rule(
+            "link-local",
+            vec![equal(MatchKey::Source(v6), MatchValue::Prefix("fe80::/10".parse().unwrap())), Statement::Drop],
+        ),
+        rule("cluster4", vec![equal(MatchKey::Destination(v4), text("10.42.0.0/16")), Statement::Accept]),
+        rule("cluster6", vec![equal(MatchKey::Destination(v6), any_of(&["fd42::/48", "fd43::/48"])), Statement::Drop]),
+    ];
+    let forward = vec![
+        rule(
+            "mss",
+            vec![
+                equal(MatchKey::OutputInterface, text("husk*")),
+                equal(MatchKey::Protocol, text("tcp")),
+                equal(MatchKey::TcpSynRst, text("syn")),
+                Statement::ClampMss,
+            ],
+        ),
+        rule("protocols", vec![equal(MatchKey::Protocol, any_of(&["tcp", "udp"])), Statement::Accept]),
+        rule(
+            "not-out",
+            vec![
+                matches(MatchKey::OutputInterface, MatchOperator::NotEqual, any_of(&["husk-wg0", "husk-wg1", "x*"])),
+                equal(MatchKey::Source(v6), in_set("blocks6")),
+                counter(),
+                Statement::Drop,
+            ],
+        ),
+    ];
+    let masquerade = rule(
+        "masquerade \"quoted\" ä",
+        vec![
+            equal(MatchKey::Source(v4), in_set("blocks4")),
+            matches(MatchKey::Destination(v4), MatchOperator::NotEqual, in_set("blocks4")),
+            equal(MatchKey::Source(v4), text("10.42.0.0/16")),
+            Statement::Masquerade,
+        ],
+    );
+    NftTable {
+        counters: ["leaked".to_owned(), "spoofed".to_owned()].into(),
+        sets: [
+            ("nodes4".to_owned(), set(ElementType::Address(v4), &["192.0.2.1", "192.0.2.2"])),
+            ("nodes6".to_owned(), set(ElementType::Address(v6), &["2001:db8::1"])),
+            // Adjacent prefixes, a host prefix, one covered by another.
+            (
+                "blocks4".to_owned(),
+                set(
+                    ElementType::Prefix(v4),
+                    &["10.42.0.0/26", "10.42.0.64/26", "10.9.9.9/32", "10.50.0.0/16", "10.50.1.0/24"],
+                ),
+            ),
+            ("blocks6".to_owned(), set(ElementType::Prefix(v6), &["fd42::/122", "fd42::40/122", "fe80::1/128"])),
+            ("empty".to_owned(), set(ElementType::Prefix(v6), &[])),
+        ]
+        .into(),
+        chains: [
+            ("raw-prerouting".to_owned(), chain(Hook::Prerouting, -300, prerouting)),
+            ("input".to_owned(), chain(Hook::Input, 0, vec![])),
+            ("forward".to_owned(), chain(Hook::Forward, -150, forward)),
+            ("output".to_owned(), chain(Hook::Output, 10, vec![rule("count", vec![counter()])])),
+            (
+                "nat-postrouting".to_owned(),
+                Chain { kind: ChainKind::Nat, hook: Hook::Postrouting, priority: 100, rules: vec![masquerade] },
+            ),
+        ]
+        .into(),
+    }
+}
+
+/// Runs a test in a namespace of its own, which ends with it.
+fn in_namespace<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    Netns::new_unnamed().unwrap().run_in(test).unwrap()
+}
+
+/// `nft` as an outsider calls it.
+fn nft(command: &str) -> String {
+    let output = Command::new("nft").args(["-a", command]).output().unwrap();
+    assert!(output.status.success(), "nft {command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn changes_to(table: &NftTable) -> Vec<NftChange> {
+    diff(Some(table), read().unwrap().as_ref())
+}
+
+/// Brings the kernel to `table` and proves that nothing is left to do; returns what was changed.
+fn converge(table: &NftTable) -> Vec<NftChange> {
+    let changes = changes_to(table);
+    apply(&changes).unwrap();
+    assert_eq!(read().unwrap(), Some(NftState::of(table)));
+    assert_eq!(changes_to(table), []);
+    changes
+}
+
+#[test]
+fn statements_compile_to_the_json_of_libnftables() {
+    let table = everything();
+    let json = compile::transaction(&[NftChange::RebuildChain {
+        name: "raw-prerouting".to_owned(),
+        rules: table.chains["raw-prerouting"].rules[..1].to_vec(),
+        reason: String::new(),
+    }]);
+    let comment = compile::rule_comment(&table.chains["raw-prerouting"].rules[0]);
+    assert!(comment.starts_with("husk:spoofed-route:"), "{comment}");
+    assert_eq!(comment.len(), "husk:spoofed-route:".len() + 16);
+    let expected = json!({ "nftables": [
+        { "flush": { "chain": { "family": "inet", "table": "husk", "name": "raw-prerouting" } } },
+        { "add": { "rule": { "family": "inet", "table": "husk", "chain": "raw-prerouting", "comment": comment, "expr": [
+            { "match": { "op": "==", "left": { "meta": { "key": "iifname" } }, "right": "husk*" } },
+            { "match": { "op": "==", "left": { "fib": { "result": "oif", "flags": ["saddr", "iif"] } }, "right": false } },
+            { "counter": "spoofed" },
+            { "drop": null },
+        ] } } },
+    ] });
+    assert_eq!(json, expected);
+}
+
+#[test]
+fn a_comment_changes_with_its_statements_and_is_never_too_long() {
+    let one = rule("a", vec![Statement::Drop]);
+    let other = rule("a", vec![Statement::Accept]);
+    assert_ne!(compile::rule_comment(&one), compile::rule_comment(&other));
+    let long = rule(&"ä".repeat(200), vec![]);
+    assert!(compile::rule_comment(&long).len() <= 128);
+}
+
+/// Versions of nft print some expressions differently.
+fn in_one_spelling(listing: &str) -> String {
+    [
+        ("meta l4proto udp udp dport", "udp dport"),
+        ("meta l4proto tcp tcp flags", "tcp flags"),
+        ("oif exists", "oif != missing"),
+        ("oif != 0", "oif != missing"),
+        ("flags & (syn | rst) == syn", "flags syn / syn,rst"),
+        ("flags & (syn|rst) == syn", "flags syn / syn,rst"),
+        ("flags & (rst | syn) == syn", "flags syn / syn,rst"),
+        ("random,fully-random", "fully-random,random"),
+    ]
+    .iter()
+    .fold(listing.to_owned(), |text, (one, other)| text.replace(one, other))
+}
+
+#[test]
+fn a_table_of_every_feature_round_trips() {
+    in_namespace(|| {
+        assert_eq!(read().unwrap(), None);
+        assert!(read_counters().unwrap().is_empty());
+        let table = everything();
+        let changes = converge(&table);
+        assert!(matches!(changes.as_slice(), [NftChange::CreateTable { .. }]), "{changes:?}");
+        // What the kernel holds is what was meant, in nft's own words.
+        let listing = in_one_spelling(&nft("list table inet husk"));
+        for expected in [
+            "iifname \"husk*\" fib saddr . iif oif missing counter name \"spoofed\" drop",
+            "fib saddr . iif oif != missing meta nfproto ipv4 accept",
+            "fib saddr . iif oifname \"husk-vx\" accept",
+            "ip saddr != @nodes4 udp dport 4789 drop",
+            "ip6 daddr { fd42::/48, fd43::/48 } drop",
+            "oifname \"husk*\" tcp flags syn / syn,rst tcp option maxseg size set rt mtu",
+            "oifname != { \"husk-wg0\", \"husk-wg1\", \"x*\" } ip6 saddr @blocks6 counter name \"spoofed\" drop",
+            "ip saddr @blocks4 ip daddr != @blocks4 ip saddr 10.42.0.0/16 masquerade fully-random,random",
+        ] {
+            assert!(listing.contains(expected), "{expected:?} is missing in\n{listing}");
+        }
+        apply(&diff(None, read().unwrap().as_ref())).unwrap();
+        assert_eq!(read().unwrap(), None);
+    });
+}
+
+/// Handles of all rules; the kernel never uses one twice within a table.
+fn rule_handles() -> Vec<String> {
+    let listing = nft("list table inet husk");
+    let rules = listing.lines().filter(|line| line.contains("comment \"husk:"));
+    rules.map(|line| line.rsplit("# handle ").next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
+    in_namespace(|| {
+        let mut table = everything();
+        // Not before a rule refers to it does a counter count; the loopback device gives it something to count.
+        Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        converge(&table);
+        Command::new("ping").args(["-c1", "-W1", "127.0.0.1"]).output().unwrap();
+        let counted = read_counters().unwrap()["spoofed"];
+        assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
+        let handles = rule_handles();
+        assert_eq!(handles.len(), 13);
+
+        let nodes = table.sets.get_mut("nodes4").unwrap();
+        nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));
+        nodes.elements.insert(SetElement::Address("192.0.2.3".parse().unwrap()));
+        let blocks = table.sets.get_mut("blocks4").unwrap();
+        blocks.elements.insert(SetElement::Prefix("10.60.0.0/16".parse().unwrap()));
+        let changes: Vec<String> = converge(&table).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            changes,
+            [
+                "nft table inet husk: set blocks4: add 10.60.0.0/16",
+                "nft table inet husk: set nodes4: delete 192.0.2.1",
+                "nft table inet husk: set nodes4: add 192.0.2.3",
+            ]
+        );
+        assert_eq!(rule_handles(), handles);
+        assert_eq!(read_counters().unwrap()["spoofed"], counted);
+
+        // A prefix that grows to cover its neighbours: delete and add in one transaction.
+        let blocks = table.sets.get_mut("blocks4").unwrap();
+        blocks.elements.insert(SetElement::Prefix("10.42.0.0/16".parse().unwrap()));
+        converge(&table);
+        assert_eq!(rule_handles(), handles);
+    });
+}
+
+#[test]
+fn the_table_is_listed_again_only_when_rules_have_changed() {
+    in_namespace(|| {
+        let table = everything();
+        let mut reader = Reader::default();
+        assert_eq!(reader.read().unwrap(), None);
+        converge(&table);
+        assert_eq!(reader.read().unwrap(), Some(NftState::of(&table)));
+        // What was never in the kernel comes from memory.
+        let marked = NftState { foreign: vec![("mark".to_owned(), "x".to_owned())], ..NftState::of(&table) };
+        reader.last.as_mut().unwrap().1 = Some(marked.clone());
+        assert_eq!(reader.read().unwrap(), Some(marked));
+        nft("add counter inet husk strangers");
+        let seen = reader.read().unwrap().unwrap();
+        assert!(seen.counters.contains("strangers") && seen.foreign.is_empty(), "{seen:?}");
+        nft("add table inet husk { flags dormant; }");
+        assert!(reader.read().unwrap().unwrap().dormant);
+        nft("delete table inet husk");
+        assert_eq!(reader.read().unwrap(), None);
+    });
+}
+
+#[test]
+fn counters_of_other_tables_and_other_objects_are_not_ours() {
+    in_namespace(|| {
+        assert!(read_counters().unwrap().is_empty());
+        for table in ["inet stranger", "ip husk", "inet husk"] {
+            nft(&format!("add table {table}"));
+        }
+        nft("add counter inet stranger theirs { packets 5 bytes 6 ; }");
+        nft("add counter ip husk theirs { packets 5 bytes 6 ; }");
+        nft("add counter inet husk spoofed { packets 7 bytes 4294967296 ; }");
+        nft("add quota inet husk spent { 10 mbytes ; }");
+        let value = CounterValue { packets: 7, bytes: 1 << 32 };
+        assert_eq!(read_counters().unwrap(), [("spoofed".to_owned(), value)].into());
+    });
+}
+
+#[test]
+fn a_rebuilt_chain_keeps_counters_and_other_chains() {
+    in_namespace(|| {
+        let mut table = everything();
+        Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        converge(&table);
+        Command::new("ping").args(["-c1", "-W1", "127.0.0.1"]).output().unwrap();
+        let counted = read_counters().unwrap();
+        table.chains.get_mut("forward").unwrap().rules.reverse();
+        let changes = converge(&table);
+        assert_eq!(
+            changes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["nft table inet husk: rebuild chain forward with 3 rules (order of rules)"]
+        );
+        assert_eq!(read_counters().unwrap(), counted);
+    });
+}
+
+#[test]
+fn what_an_outsider_broke_is_repaired_and_what_is_his_is_left_alone() {
+    let sabotages: &[&str] = &[
+        "flush chain inet husk forward",
+        "delete rule inet husk output handle $RULE",
+        "insert rule inet husk forward accept",
+        "add rule inet husk input counter drop",
+        "flush chain inet husk raw-prerouting; delete chain inet husk raw-prerouting",
+        "delete element inet husk nodes4 { 192.0.2.1 }",
+        "add element inet husk nodes4 { 198.51.100.1 }",
+        "add element inet husk nodes4 { 198.51.100.1 comment \"mine\" }",
+        "add element inet husk blocks4 { 10.1.0.1-10.1.0.6 }",
+        "flush set inet husk blocks6",
+        "delete set inet husk empty",
+        "delete set inet husk empty; add set inet husk empty { type ipv4_addr; flags interval; }",
+        "delete set inet husk empty; add set inet husk empty { type ipv6_addr; flags interval, timeout; timeout 5s; }",
+        "delete counter inet husk leaked",
+        "add counter inet husk mine",
+        "add set inet husk mine { type inet_service; elements = { 80 } }",
+        "add map inet husk mine { type ipv4_addr : verdict; }",
+        "add quota inet husk mine { over 5 mbytes; }",
+        "add chain inet husk mine; add rule inet husk mine accept",
+        "add chain inet husk mine; add rule inet husk output jump mine",
+        "add chain inet husk mine; add chain inet husk mine2; add rule inet husk mine2 jump mine",
+        "add chain inet husk input { type filter hook input priority 0; policy drop; }",
+        "delete chain inet husk input; add chain inet husk input { type filter hook input priority 7; }",
+        "delete chain inet husk input; add chain inet husk input",
+        "delete table inet husk",
+        "flush ruleset",
+        "flush table inet husk",
+        "add table inet husk { flags dormant; }",
+    ];
+    in_namespace(|| {
+        let table = everything();
+        converge(&table);
+        let counting = nft("list chain inet husk output");
+        let handle = counting.lines().find(|line| line.contains("husk:count")).unwrap().rsplit(' ').next().unwrap();
+        let foreign = "table inet theirs; table ip husk; add chain inet theirs c { type filter hook input priority 0; }; \
+                       add chain ip husk c; add rule ip husk c drop";
+        for sabotage in sabotages {
+            nft(&foreign.replace("table inet theirs; table ip husk;", "add table inet theirs; add table ip husk;"));
+            let theirs = || nft("list table inet theirs") + &nft("list table ip husk");
+            let before = theirs();
+            nft(&sabotage.replace("$RULE", handle));
+            let survived = !sabotage.contains("ruleset");
+            let changes = converge(&table);
+            assert!(!changes.is_empty(), "{sabotage}: nothing was found wrong");
+            if survived {
+                assert_eq!(theirs(), before, "{sabotage}");
+                nft("delete table inet theirs; delete table ip husk");
+            }
+            // The handle named above belongs to the first table.
+            if sabotage.contains("$RULE") {
+                assert!(matches!(changes.as_slice(), [NftChange::RebuildChain { .. }]), "{changes:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_set_of_another_type_is_replaced_under_the_rules_that_use_it() {
+    in_namespace(|| {
+        let mut table = everything();
+        converge(&table);
+        // An address set becomes a prefix set while a rule refers to it.
+        table.sets.insert("nodes4".to_owned(), set(ElementType::Prefix(Family::Ipv4), &["192.0.2.0/24"]));
+        let changes = converge(&table);
+        assert!(changes.iter().any(|change| matches!(change, NftChange::ReplaceSet { .. })), "{changes:?}");
+        assert!(changes.iter().any(|change| matches!(change, NftChange::RebuildChain { .. })), "{changes:?}");
+    });
+}
+
+#[test]
+fn a_refused_transaction_changes_nothing_and_says_why() {
+    in_namespace(|| {
+        let table = everything();
+        converge(&table);
+        let mut broken = table.clone();
+        broken.counters.insert("another".to_owned());
+        broken.chains.get_mut("input").unwrap().rules =
+            vec![rule("no-such-set", vec![equal(MatchKey::Source(Family::Ipv4), in_set("missing"))])];
+        let error = apply(&changes_to(&broken)).unwrap_err().to_string();
+        assert!(error.starts_with("cannot change table inet husk with nft: "), "{error}");
+        assert!(error.contains("No such file or directory"), "{error}");
+        assert_eq!(changes_to(&table), []);
+    });
+}
+
+#[test]
+fn whole_families_round_trip_in_a_prefix_set() {
+    in_namespace(|| {
+        let all = [
+            ("all4".to_owned(), set(ElementType::Prefix(Family::Ipv4), &["0.0.0.0/0"])),
+            ("all6".to_owned(), set(ElementType::Prefix(Family::Ipv6), &["::/0"])),
+            ("high".to_owned(), set(ElementType::Prefix(Family::Ipv4), &["128.0.0.0/1", "255.255.255.255/32"])),
+        ];
+        converge(&NftTable { sets: all.into(), ..NftTable::default() });
+    });
+}
+
+fn any_prefix() -> impl Strategy<Value = SetElement> {
+    (0_u32..64, 20_u8..=32).prop_map(|(low, length)| {
+        let address = std::net::IpAddr::from((0x0a2a_0000_u32 + low * 97).to_be_bytes());
+        SetElement::Prefix(husk_overlay::prefix::Prefix::containing(address, length).unwrap())
+    })
+}
+
+fn any_table() -> impl Strategy<Value = NftTable> {
+    let name = || prop::sample::select(vec!["a", "b", "c"]).prop_map(str::to_owned);
+    let set = (any::<bool>(), prop::collection::btree_set(any_prefix(), 0..8)).prop_map(|(v4, elements)| Set {
+        element_type: ElementType::Prefix(if v4 { Family::Ipv4 } else { Family::Ipv6 }),
+        elements: if v4 { elements } else { BTreeSet::new() },
+    });
+    let rules = prop::collection::vec((name(), any::<bool>(), name()), 0..4).prop_map(|rules| {
+        let statements = |drop, set: &str| {
+            vec![
+                equal(MatchKey::Source(Family::Ipv4), in_set(set)),
+                if drop { Statement::Drop } else { Statement::Accept },
+            ]
+        };
+        rules.into_iter().map(|(name, drop, set)| rule(&name, statements(drop, &set))).collect::<Vec<_>>()
+    });
+    let chain = (0..3, rules).prop_map(|(priority, rules)| chain(Hook::Input, priority, rules));
+    (
+        prop::collection::btree_set(name(), 0..3),
+        prop::collection::btree_map(name(), set, 0..3),
+        prop::collection::btree_map(name(), chain, 0..3),
+    )
+        .prop_map(|(counters, sets, chains)| NftTable { counters, sets, chains })
+}
+
+#[test]
+fn withheld_removals_stay_unless_something_new_lies_in_their_place() {
+    let v4 = Family::Ipv4;
+    let table = |elements: &[&str], chains: &[&str]| NftTable {
+        sets: [("s".to_owned(), set(ElementType::Prefix(v4), elements))].into(),
+        chains: chains.iter().map(|name| ((*name).to_owned(), chain(Hook::Input, 0, vec![]))).collect(),
+        ..NftTable::default()
+    };
+    let before = table(&["10.0.0.0/24", "10.1.0.0/24"], &["a", "b"]);
+    let after = table(&["10.0.0.0/16"], &["a"]);
+    in_namespace(|| {
+        converge(&before);
+        let changes = without_removals(changes_to(&after));
+        apply(&changes).unwrap();
+        let kept = table(&["10.0.0.0/16", "10.1.0.0/24"], &["a"]);
+        assert_eq!(read().unwrap(), Some(NftState::of(&kept)));
+    });
+    assert_eq!(without_removals(vec![NftChange::DeleteTable]), []);
+}
+
+proptest! {
+    #[test]
+    fn a_diff_leads_from_any_table_to_any_other(from in prop::option::of(any_table()), to in prop::option::of(any_table())) {
+        let mut state = from.as_ref().map(NftState::of);
+        for change in diff(to.as_ref(), state.clone().as_ref()) {
+            change.apply_to(&mut state);
+        }
+        prop_assert_eq!(&state, &to.as_ref().map(NftState::of));
+        prop_assert_eq!(diff(to.as_ref(), state.as_ref()), vec![]);
+    }
+
+    #[test]
+    fn canonical_prefixes_mean_the_same_and_do_not_overlap(elements in prop::collection::btree_set(any_prefix(), 0..12)) {
+        let original = Set { element_type: ElementType::Prefix(Family::Ipv4), elements };
+        let canonical = compile::canonical_elements(&original);
+        let prefixes = |set: &BTreeSet<SetElement>| set.iter().map(|it| match it {
+            SetElement::Prefix(prefix) => *prefix,
+            SetElement::Address(address) => husk_overlay::prefix::Prefix::host(*address),
+        }).collect::<Vec<_>>();
+        let kept = prefixes(&canonical);
+        for (index, one) in kept.iter().enumerate() {
+            prop_assert!(kept[index + 1..].iter().all(|other| !one.overlaps(other)));
+            prop_assert!(original.elements.contains(&SetElement::Prefix(*one)));
+        }
+        for prefix in prefixes(&original.elements) {
+            prop_assert!(kept.iter().any(|one| one.covers(&prefix)));
+        }
+    }
+
+    #[test]
+    fn any_listing_is_read_or_refused(kind in "[a-z]{1,8}", key in "[a-z]{1,5}", text in ".{0,8}", number in any::<i64>()) {
+        for body in [json!(null), json!(text), json!({ key.clone(): text }), json!({ "name": text, key: number, "elem": [number, text] })] {
+            let kind = kind.as_str();
+            let listing = json!({ "nftables": [{ kind: body }, { "set": body }, { "chain": body }, { "rule": body }, { "counter": body }] });
+            drop(parse::state(&listing));
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! How a wired pod deviates from what was wired.
+
+use std::net::IpAddr;
+
+use husk_overlay::mac::MacAddress;
+use husk_overlay::marks::ROUTE_PROTOCOL;
+use husk_overlay::name::InterfaceName;
+use husk_overlay::prefix::{Family, Prefix};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
+
+use super::{PodSpec, find, request};
+use crate::error::Error;
+use crate::netlink::{Protocol, Request, Socket};
+
+/// Deviations in the host's namespace.
+pub(super) fn host(spec: &PodSpec) -> Result<Vec<String>, Error> {
+    let mut found = Inspection::open("on the host")?;
+    let Some(index) = found.link(&spec.host_interface, spec.mtu, spec.host_mac)? else { return Ok(found.deviations) };
+    let (routes, neighbours) = (found.routes(index)?, found.neighbours(index)?);
+    for address in spec.addresses.iter() {
+        let destination = Prefix::host(address);
+        let expected = |route: &Route| {
+            route.destination == Some(destination) && route.gateway.is_none() && route.protocol == ROUTE_PROTOCOL
+        };
+        found.expect(routes.iter().any(expected), || {
+            format!("the route {destination} dev {} is missing", spec.host_interface)
+        });
+        found.neighbour(&neighbours, &spec.host_interface, address, spec.pod_mac);
+    }
+    Ok(found.deviations)
+}
+
+/// Deviations in the pod's namespace, which is the calling thread's.
+pub(super) fn pod(spec: &PodSpec) -> Result<Vec<String>, Error> {
+    let mut found = Inspection::open("in the pod")?;
+    let interface = &spec.pod_interface;
+    let Some(index) = found.link(interface, spec.mtu, spec.pod_mac)? else { return Ok(found.deviations) };
+    let (addresses, routes, neighbours) = (found.addresses(index)?, found.routes(index)?, found.neighbours(index)?);
+    for address in spec.addresses.iter() {
+        found.expect(addresses.contains(&address), || format!("{interface} lacks the address {address}"));
+    }
+    for family in spec.families() {
+        let gateway = request::gateway(family);
+        let expected = |route: &Route| {
+            route.family == Some(family)
+                && route.destination.is_none_or(|it| it.length() == 0)
+                && route.gateway == Some(gateway)
+        };
+        found.expect(routes.iter().any(expected), || {
+            format!("the route default via {gateway} dev {interface} is missing")
+        });
+        found.neighbour(&neighbours, interface, gateway, spec.host_mac);
+    }
+    Ok(found.deviations)
+}
+
+/// A route, as far as it is compared.
+struct Route {
+    family: Option<Family>,
+    /// None for a default route.
+    destination: Option<Prefix>,
+    gateway: Option<IpAddr>,
+    protocol: u8,
+}
+
+/// A permanent neighbour.
+type Neighbour = (IpAddr, Vec<u8>);
+
+/// Reads one namespace and collects deviations.
+struct Inspection {
+    socket: Socket,
+    place: &'static str,
+    deviations: Vec<String>,
+}
+
+impl Inspection {
+    fn open(place: &'static str) -> Result<Self, Error> {
+        Ok(Self { socket: Socket::open(Protocol::Route)?, place, deviations: Vec::new() })
+    }
+
+    fn expect(&mut self, holds: bool, deviation: impl FnOnce() -> String) {
+        if !holds {
+            self.deviations.push(format!("{}, {}", self.place, deviation()));
+        }
+    }
+
+    /// Compares a link and returns its index; none if it is missing.
+    fn link(&mut self, interface: &InterfaceName, mtu: u32, mac: MacAddress) -> Result<Option<u32>, Error> {
+        let Some(link) = find(&mut self.socket, interface)? else {
+            self.expect(false, || format!("the interface {interface} is missing"));
+            return Ok(None);
+        };
+        let LinkMessage { header, attributes, .. } = link;
+        self.expect(header.flags.contains(LinkFlags::Up), || format!("the interface {interface} is down"));
+        for attribute in &attributes {
+            match attribute {
+                LinkAttribute::Mtu(actual) => {
+                    self.expect(*actual == mtu, || format!("{interface} has the MTU {actual} instead of {mtu}"));
+                }
+                LinkAttribute::Address(actual) => {
+                    self.expect(actual[..] == mac.0, || format!("{interface} has another Ethernet address than {mac}"));
+                }
+                _ => {}
+            }
+        }
+        Ok(Some(header.index))
+    }
+
+    fn neighbour(&mut self, all: &[Neighbour], interface: &InterfaceName, address: IpAddr, mac: MacAddress) {
+        let present = all.iter().any(|(it, lladdr)| *it == address && lladdr[..] == mac.0);
+        self.expect(present, || format!("the permanent neighbour {address} lladdr {mac} dev {interface} is missing"));
+    }
+
+    fn dump(&mut self, table: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        self.socket.dump_shared(Request { operation: "list", object: table.to_owned(), flags: 0, message })
+    }
+
+    fn addresses(&mut self, index: u32) -> Result<Vec<IpAddr>, Error> {
+        let all = self.dump("addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+        let own = all.into_iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewAddress(address) if address.header.index == index => Some(address.attributes),
+            _ => None,
+        });
+        // IPv4 has both attributes, of which the second is the peer on a point-to-point link; IPv6 has just the second.
+        let address = |attribute| match attribute {
+            AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(address),
+            _ => None,
+        };
+        Ok(own.flatten().filter_map(address).collect())
+    }
+
+    fn routes(&mut self, index: u32) -> Result<Vec<Route>, Error> {
+        let all = self.dump("routes", RouteNetlinkMessage::GetRoute(RouteMessage::default()))?;
+        Ok(all.into_iter().filter_map(|message| parse_route(message, index)).collect())
+    }
+
+    fn neighbours(&mut self, index: u32) -> Result<Vec<Neighbour>, Error> {
+        let all = self.dump("neighbours", RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()))?;
+        Ok(all.into_iter().filter_map(|message| parse_neighbour(message, index)).collect())
+    }
+}
+
+fn parse_route(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
+    let RouteNetlinkMessage::NewRoute(message) = message else { return None };
+    let mut route = Route {
+        family: None,
+        destination: None,
+        gateway: None,
+        protocol: match message.header.protocol {
+            RouteProtocol::Other(number) => number,
+            known => known.into(),
+        },
+    };
+    route.family = match message.header.address_family {
+        netlink_packet_route::AddressFamily::Inet => Some(Family::Ipv4),
+        netlink_packet_route::AddressFamily::Inet6 => Some(Family::Ipv6),
+        _ => None,
+    };
+    let mut ours = false;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(it) => ours = *it == index,
+            RouteAttribute::Gateway(address) => route.gateway = ip(address),
+            RouteAttribute::Destination(address) => {
+                route.destination =
+                    ip(address).and_then(|it| Prefix::containing(it, message.header.destination_prefix_length).ok());
+            }
+            _ => {}
+        }
+    }
+    ours.then_some(route)
+}
+
+fn parse_neighbour(message: RouteNetlinkMessage, index: u32) -> Option<Neighbour> {
+    let RouteNetlinkMessage::NewNeighbour(message) = message else { return None };
+    if message.header.ifindex != index || message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(it)) => Some(IpAddr::from(*it)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(it)) => Some(IpAddr::from(*it)),
+        _ => None,
+    })?;
+    let lladdr = message.attributes.into_iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(it) => Some(it),
+        _ => None,
+    })?;
+    Some((address, lladdr))
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(it) => Some((*it).into()),
+        RouteAddress::Inet6(it) => Some((*it).into()),
+        _ => None,
+    }
+}
