@@ -1,0 +1,71 @@
+//! An attachment and what belongs to it, as ADD, DEL, CHECK and GC see it.
+
+use husk_dataplane::pod::{self, PodSpec};
+use husk_ipam::lease::{BootTime, DEFAULT_LOCK_WAIT, LeaseStore};
+use husk_overlay::endpoint::{AttachmentId, Endpoint};
+use husk_overlay::ipc::LEASE_DIRECTORY;
+
+use crate::error::Failure;
+use crate::invocation::Container;
+use crate::netconf::NetConf;
+
+/// The id of an attachment.
+pub(crate) fn id(conf: &NetConf, container: &Container) -> AttachmentId {
+    AttachmentId { network: conf.network.clone(), container_id: container.id.clone(), ifname: container.ifname.clone() }
+}
+
+/// The lease store.
+pub(crate) fn leases(conf: &NetConf) -> LeaseStore {
+    LeaseStore::new(conf.run_file(LEASE_DIRECTORY), DEFAULT_LOCK_WAIT)
+}
+
+/// How an endpoint is wired.
+pub(crate) fn spec(endpoint: &Endpoint, mtu: u32) -> PodSpec {
+    PodSpec {
+        host_interface: endpoint.host_interface.clone(),
+        host_mac: endpoint.id.host_mac(),
+        alias: endpoint.id.to_string(),
+        pod_interface: endpoint.id.ifname.clone(),
+        pod_mac: endpoint.pod_mac,
+        addresses: endpoint.addresses,
+        mtu,
+    }
+}
+
+/// The attachment that the alias of a host interface names; none if it names none.
+pub(crate) fn of_alias(alias: &str) -> Option<AttachmentId> {
+    let mut parts = alias.split('/');
+    let (network, container_id, ifname) = (parts.next()?, parts.next()?, parts.next()?);
+    let id = AttachmentId {
+        network: network.parse().ok()?,
+        container_id: container_id.parse().ok()?,
+        ifname: ifname.parse().ok()?,
+    };
+    parts.next().is_none().then_some(id)
+}
+
+/// Takes an attachment down: first the interface, then the addresses, so that no other pod gets an address that still
+/// works. An address stays leased if its interface cannot be deleted.
+pub(crate) fn remove(store: &LeaseStore, id: &AttachmentId) -> Result<(), Failure> {
+    pod::detach(&id.host_interface())?;
+    store.release(id, BootTime::now())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_leads_back_to_its_attachment() {
+        let id = AttachmentId {
+            network: "husk".parse().unwrap(),
+            container_id: "a.b_c".parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        };
+        assert_eq!(of_alias(&id.to_string()), Some(id));
+        for other in ["", "husk", "husk/abc", "husk/abc/eth0/x", "a b/c/eth0", "uplink to rack 7"] {
+            assert_eq!(of_alias(other), None, "{other}");
+        }
+    }
+}
