@@ -1,0 +1,356 @@
+//! The reconcile loop: level-triggered, one thread, one pass at a time.
+//!
+//! A pass reads the cluster source, the leases and the node itself, plans, and brings the kernel to the plan. Wakes carry
+//! no data, so that nothing is lost when many come at once, and what an outsider changed comes back by itself.
+
+mod announce;
+mod blocks;
+mod endpoints;
+mod failures;
+mod forwarding;
+mod handle;
+mod inputs;
+mod node;
+mod pace;
+mod pods;
+mod reports;
+mod sessions;
+mod state;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use husk_dataplane::Sweep;
+use husk_dataplane::kernel::{Actual, Kernel, Table, diff_table};
+use husk_dataplane::reconcile::{Outcome, reconcile};
+use husk_ipam::lease::{LeaseStore, Leases};
+use husk_overlay::config::Config;
+use husk_overlay::facts::Facts;
+use husk_overlay::issue::{Issue, IssueKind, Severity};
+use husk_overlay::kernel::LinkKind;
+use husk_overlay::marks;
+use husk_overlay::mode::Mode;
+use husk_overlay::name::{InterfaceName, NodeName};
+use husk_overlay::plan::{Plan, name_taken, plan};
+use husk_overlay::record::{NodeRecord, Snapshot};
+
+pub use handle::{Ask, Handle, Message, Waker, channel};
+pub use node::Node;
+pub use state::State;
+
+use self::pace::{Cause, Pace};
+use crate::node_file::Writer;
+use crate::source::ClusterSource;
+
+/// Time between two full passes when nothing wakes the loop.
+const TICK: Duration = Duration::from_secs(5);
+
+/// Least time from the end of a pass to the next one, so that a storm of events costs bounded work.
+const GAP: Duration = Duration::from_millis(20);
+
+/// What the engine is made of.
+pub struct Parts<K, S, N> {
+    /// Validated configuration.
+    pub config: Config,
+    /// Own name.
+    pub node_name: NodeName,
+    /// Kernel tables.
+    pub kernel: K,
+    /// Cluster source.
+    pub source: S,
+    /// The node.
+    pub node: N,
+    /// Lease store of the plugin.
+    pub leases: LeaseStore,
+    /// Writes `node.json` and the network configuration.
+    pub writer: Writer,
+    /// Where the last snapshot is kept; none for tests.
+    pub state_file: Option<PathBuf>,
+    /// Boot id for `node.json`.
+    pub boot_id: String,
+    /// Randomness: where the search for a free block starts.
+    pub block_offset: u128,
+}
+
+/// The reconcile loop.
+pub struct Engine<K, S, N> {
+    parts: Parts<K, S, N>,
+    snapshot: Snapshot,
+    /// The source has delivered a full list since the daemon started: only then may state be swept.
+    delivered: bool,
+    source_issue: Option<Issue>,
+    created: jiff::Timestamp,
+    leases: Leases,
+    /// The leases are those of this pass; without them, which pods there are is not known and nothing may be swept.
+    leases_known: bool,
+    /// Another host has published itself under this node's name.
+    name_taken: bool,
+    block_changes: blocks::BlockChanges,
+    /// Where devices were told that their peers are.
+    told: endpoints::Told,
+    /// Pods whose MTU could not be set, or only at one end.
+    untuned: BTreeSet<InterfaceName>,
+    pace: Pace,
+    published: Option<NodeRecord>,
+    last: Option<Pass>,
+    passes: u64,
+    state: tokio::sync::watch::Sender<State>,
+    keeper: Option<state::Keeper>,
+}
+
+/// A finished pass.
+struct Pass {
+    facts: Facts,
+    plan: Plan,
+    outcome: Outcome,
+    /// Problems found after planning.
+    issues: Vec<Issue>,
+    took: Duration,
+}
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    /// Makes an engine that knows the last snapshot of an earlier daemon, if there is one.
+    pub fn new(parts: Parts<K, S, N>, state: tokio::sync::watch::Sender<State>, now: jiff::Timestamp) -> Self {
+        let snapshot = parts.state_file.as_deref().and_then(state::load_snapshot).unwrap_or_default();
+        let keeper = parts.state_file.clone().and_then(state::Keeper::start);
+        let created = snapshot.nodes.get(&parts.node_name).map_or(now, |own| own.created);
+        Self {
+            parts,
+            snapshot,
+            delivered: false,
+            source_issue: None,
+            created,
+            leases: Leases::default(),
+            leases_known: false,
+            name_taken: false,
+            block_changes: blocks::BlockChanges::default(),
+            told: endpoints::Told::new(),
+            untuned: BTreeSet::new(),
+            pace: Pace::default(),
+            published: None,
+            last: None,
+            passes: 0,
+            state,
+            keeper,
+        }
+    }
+
+    /// Runs until the last handle is gone or one says stop.
+    pub fn run(&mut self, inbox: &Receiver<Message>, waker: &Waker) {
+        let mut next_pass = Instant::now();
+        let mut earliest = next_pass;
+        let mut next_tick = next_pass;
+        let mut next_look = next_pass + self.pace.interval();
+        let mut cause = Cause::OwnAccord;
+        loop {
+            let now = Instant::now();
+            if now >= next_pass {
+                waker.clear();
+                if now >= next_tick {
+                    self.reclaim_leases();
+                    next_tick = now + TICK;
+                }
+                self.pace.begin(std::mem::replace(&mut cause, Cause::OwnAccord));
+                self.pass();
+                let end = Instant::now();
+                next_pass = end + TICK;
+                earliest = end + GAP.max(end - now);
+                next_look = end + self.pace.interval();
+            } else if now >= next_look {
+                if self.silent_tables_changed() {
+                    next_pass = now;
+                    continue;
+                }
+                let end = Instant::now();
+                self.pace.all_is_well(end - now);
+                next_look = end + self.pace.interval();
+            }
+            let wait = next_pass.min(next_look).saturating_duration_since(Instant::now());
+            match inbox.recv_timeout(wait) {
+                Ok(Message::Wake) => {
+                    next_pass = next_pass.min(earliest);
+                    cause = Cause::Event;
+                }
+                Ok(Message::Ask(ask)) => self.answer(ask),
+                Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        if let Some(keeper) = &self.keeper {
+            keeper.flush();
+        }
+    }
+
+    /// One pass. Never fails: what goes wrong is an issue of the state it leaves.
+    pub fn pass(&mut self) {
+        let started = Instant::now();
+        let mut issues = Vec::new();
+        self.read_source();
+        let facts = match self.parts.node.facts(&self.snapshot, self.created) {
+            Ok(facts) => facts,
+            Err(error) => {
+                self.fail(&error);
+                return;
+            }
+        };
+        self.name_taken = name_taken(&self.snapshot, &facts);
+        // After the interfaces: the plugin makes the lease first, so that an interface without a lease is one too many.
+        self.read_leases(&mut issues);
+        self.ensure_blocks(&mut issues);
+        self.retire_blocks();
+        let plan = self.plan(&facts);
+        self.ensure_devices(&plan, &mut issues);
+        self.parts.node.remember(&plan.desired);
+        let keys = match self.parts.node.key_ring() {
+            Ok(keys) => keys,
+            Err(error) => {
+                self.fail(&error);
+                return;
+            }
+        };
+        let sweep = self.sweep();
+        let (shrinking, growing) = self.mistuned_pods(&plan);
+        self.tune_pods(&shrinking, &mut issues);
+        self.follow_peers(&plan, &keys, &mut issues);
+        let outcome = reconcile(&mut self.parts.kernel, &plan.desired, &keys, sweep);
+        self.tune_pods(&growing, &mut issues);
+        failures::report(&outcome, &mut issues);
+        issues.extend(self.parts.node.foreign_chains().iter().filter_map(forwarding::issue));
+        self.start_sessions(&plan, &outcome);
+        let published = self.publish(&plan, &mut issues);
+        self.passes += 1;
+        let took = started.elapsed();
+        let repeated = self.pace.ended(failures::digest(&outcome), !outcome.is_clean());
+        log_pass(&outcome, took, repeated);
+        self.last = Some(Pass { facts, plan, outcome, issues, took });
+        let announced = self.announce();
+        if published && announced {
+            self.release_blocks();
+        }
+    }
+
+    fn plan(&self, facts: &Facts) -> Plan {
+        plan(&self.parts.config, &self.snapshot, facts, &self.leases.endpoints)
+    }
+
+    /// A pass that could not even look at the node: the data plane stays as it is, and pods wait.
+    fn fail(&mut self, error: &anyhow::Error) {
+        let reason = format!("{error:#}");
+        if self.pace.ended(failures::digest_of_reason(&reason), true) {
+            tracing::debug!(error = reason, "the pass was given up again");
+        } else {
+            tracing::error!(error = reason, "the pass was given up; the data plane stays as it is");
+        }
+        self.passes += 1;
+        if let Err(error) = self.parts.writer.not_ready() {
+            tracing::error!(%error, "pods that are added now are refused by the daemon");
+        }
+        let (issues, passes) = (self.all_issues(), self.passes);
+        self.state.send_modify(|state| {
+            *state = State { ready: false, reason: Some(reason), node_file: None, issues, passes };
+        });
+    }
+
+    /// Makes the processes of userspace WireGuard devices as planned, which no kernel table can: one that is missing
+    /// starts; one that holds the name of a device of the kernel, or that another mode has no use for, ends.
+    fn ensure_devices(&mut self, plan: &Plan, issues: &mut Vec<Issue>) {
+        for name in marks::WIREGUARD_INTERFACES {
+            let Ok(interface) = InterfaceName::new(name) else { continue };
+            let kind = plan.desired.links.get(&interface).map(|link| &link.kind);
+            let useless = self.parts.config.mode != Mode::Wireguard && self.sweep() == Sweep::Allowed;
+            let (outcome, failure, remedy) = match kind {
+                Some(LinkKind::WireguardUserspace) => (
+                    self.parts.node.ensure_userspace_device(&interface),
+                    "does not start",
+                    "provide /dev/net/tun and CAP_NET_ADMIN, or load the kernel module wireguard",
+                ),
+                Some(_) => (
+                    self.parts.node.stop_userspace_device(&interface),
+                    "does not end and keeps the name from the kernel's",
+                    "end the process `huskd wireguard-userspace` by hand",
+                ),
+                None if useless => (
+                    self.parts.node.stop_userspace_device(&interface),
+                    "does not end",
+                    "end the process `huskd wireguard-userspace` by hand",
+                ),
+                None => continue,
+            };
+            let Err(error) = outcome else { continue };
+            let message = format!("the userspace WireGuard device {failure}: {error:#}");
+            tracing::error!(%interface, "{message}");
+            issues.push(Issue {
+                severity: if kind.is_some() { Severity::Blocking } else { Severity::Error },
+                kind: IssueKind::EncapsulationUnavailable,
+                subject: interface.to_string(),
+                message,
+                remedy: remedy.into(),
+            });
+        }
+    }
+
+    /// Tells the others what this node can receive; only after the kernel can. True if the source has the record.
+    fn publish(&mut self, plan: &Plan, issues: &mut Vec<Issue>) -> bool {
+        let Some(record) = &plan.record else { return false };
+        if self.snapshot.nodes.get(&self.parts.node_name) == Some(record) {
+            return true;
+        }
+        // Without a block of a family the node cannot serve pods, but it can receive; with any other it cannot.
+        let cannot_receive =
+            |issue: &Issue| issue.severity == Severity::Blocking && issue.kind != IssueKind::PoolExhausted;
+        if !self.delivered || plan.blocking().chain(issues.iter()).any(cannot_receive) {
+            return false;
+        }
+        match self.parts.source.publish(record) {
+            Ok(()) => {
+                if self.published.as_ref() != Some(record) {
+                    tracing::info!(addresses = ?record.addresses, blocks = ?record.blocks, "published the node's record");
+                }
+                self.published = Some(record.clone());
+                self.snapshot.nodes.insert(self.parts.node_name.clone(), record.clone());
+                self.keep_snapshot();
+                true
+            }
+            Err(error) => {
+                issues.push(Issue {
+                    severity: Severity::Error,
+                    kind: IssueKind::SourceUnavailable,
+                    subject: "own record".into(),
+                    message: error.to_string(),
+                    remedy: "make the source writable for this node".into(),
+                });
+                false
+            }
+        }
+    }
+
+    /// WireGuard devices send no events when somebody changes their peers.
+    fn silent_tables_changed(&mut self) -> bool {
+        let Some(last) = &self.last else { return true };
+        if last.plan.desired.wireguard.is_empty() {
+            return false;
+        }
+        let mut actual = Actual::default();
+        let read = self.parts.kernel.read(Table::Wireguard, &last.plan.desired, &mut actual);
+        read.is_err() || !diff_table(Table::Wireguard, &last.plan.desired, &actual, self.sweep()).is_empty()
+    }
+
+    fn sweep(&self) -> Sweep {
+        if self.delivered && self.leases_known { Sweep::Allowed } else { Sweep::Withheld }
+    }
+}
+
+/// `repeated`: the same as in the pass before, though nothing had happened.
+fn log_pass(outcome: &Outcome, took: Duration, repeated: bool) {
+    let (changes, failures) = (outcome.changes(), outcome.failures.len());
+    if changes > 0 && !repeated {
+        tracing::info!(changes, failures, ?took, "reconciled");
+    } else {
+        tracing::debug!(changes, failures, ?took, "reconciled");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,86 @@
+//! What a pass says to the outside: `node.json` for the plugin, the state for those who wait, the log for people.
+
+use husk_dataplane::kernel::Kernel;
+use husk_overlay::ipc::NodeFile;
+use husk_overlay::issue::{Issue, Severity};
+
+use super::{Engine, Node, Pass, State, blocks};
+use crate::source::ClusterSource;
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    /// Writes `node.json` and tells those who wait. True if `node.json` says what it should.
+    pub(super) fn announce(&mut self) -> bool {
+        let Some(last) = &self.last else { return false };
+        let families = self.parts.config.families().collect();
+        let blocks = blocks::in_order(&last.plan);
+        let reason = self.not_ready(last);
+        let node_file = match (&reason, last.plan.pod_mtu) {
+            (None, Some(pod_mtu)) => Some(NodeFile {
+                version: husk_overlay::ipc::VERSION,
+                boot_id: self.parts.boot_id.clone(),
+                pod_mtu,
+                blocks,
+                families,
+                router: last.plan.record.as_ref().map(|record| record.router).unwrap_or_default(),
+                cluster_cidrs: self.parts.config.cluster_cidrs.clone(),
+                cool_down: self.parts.config.cool_down,
+            }),
+            _ => None,
+        };
+        let (node_file, written) = match node_file {
+            None => (None, self.parts.writer.not_ready()),
+            Some(node_file) => match self.parts.writer.ready(&node_file) {
+                Ok(()) => (Some(node_file), Ok(())),
+                // What may lie there from before is not true any more; removing it works on a full disk too.
+                Err(error) => (None, self.parts.writer.not_ready().and(Err(error))),
+            },
+        };
+        let announced = written.is_ok();
+        let reason = reason.or_else(|| written.err().map(|error| error.to_string()));
+        let issues = self.all_issues();
+        let was = self.state.borrow().clone();
+        if was.reason != reason {
+            match &reason {
+                None => {
+                    tracing::info!(pod_mtu = node_file.as_ref().map(|file| file.pod_mtu), "ready: pods can be added");
+                }
+                Some(reason) => tracing::warn!(reason, "not ready: pods have to wait"),
+            }
+        }
+        for issue in issues.iter().filter(|issue| !was.issues.contains(issue)) {
+            tracing::warn!(kind = ?issue.kind, subject = issue.subject, remedy = issue.remedy, "{}", issue.message);
+        }
+        let passes = self.passes;
+        self.state.send_modify(|state| *state = State { ready: reason.is_none(), reason, node_file, issues, passes });
+        announced
+    }
+
+    pub(super) fn all_issues(&self) -> Vec<Issue> {
+        let mut issues: Vec<Issue> = self.source_issue.iter().cloned().collect();
+        if let Some(last) = &self.last {
+            issues.extend(last.plan.issues.iter().cloned());
+            issues.extend(last.issues.iter().cloned());
+        }
+        issues.sort();
+        issues.dedup();
+        issues
+    }
+
+    /// Why pods cannot be added, if they cannot.
+    fn not_ready(&self, last: &Pass) -> Option<String> {
+        let blocking = last.plan.blocking().chain(last.issues.iter().filter(|i| i.severity == Severity::Blocking));
+        if let Some(issue) = blocking.into_iter().next() {
+            return Some(issue.to_string());
+        }
+        let blocks = last.plan.record.as_ref().map(|record| &record.blocks);
+        for family in self.parts.config.families() {
+            if !blocks.is_some_and(|blocks| blocks.iter().any(|block| block.family() == family)) {
+                return Some(match &self.source_issue {
+                    Some(issue) => issue.to_string(),
+                    None => format!("this node has no {family} address block yet"),
+                });
+            }
+        }
+        None
+    }
+}

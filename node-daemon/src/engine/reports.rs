@@ -1,0 +1,224 @@
+//! Answers to `huskctl`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use husk_dataplane::kernel::{Actual, Kernel, Table, diff};
+use husk_dataplane::reconcile::survey;
+use husk_dataplane::wireguard::WireguardPeerStatus;
+use husk_overlay::ipc::{Request, Response};
+use husk_overlay::kernel::Desired;
+use husk_overlay::keys::PublicKey;
+use serde::Serialize;
+
+use super::{Ask, Engine, Node, Pass, blocks};
+use crate::report::{
+    BlockReport, DiffReport, IpamReport, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
+};
+use crate::source::ClusterSource;
+
+/// A WireGuard session older than this is dead (`REJECT_AFTER_TIME`, WireGuard paper section 6.1).
+const SESSION: Duration = Duration::from_secs(180);
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    /// Answers.
+    pub(super) fn answer(&mut self, ask: Ask) {
+        let response = match &ask.request {
+            Request::Blocks { families } => self.more_blocks(families),
+            Request::Status => self.report(Self::status),
+            Request::Peers => self.report(Self::peers),
+            Request::Mtu => self.report(Self::mtu),
+            Request::Diff => self.difference(),
+            Request::Ipam => self.report(Self::ipam),
+            Request::Admit { .. } | Request::Released | Request::Ready => {
+                Response::Refused { reason: "this question is not for the loop".into() }
+            }
+        };
+        // The client may have given up.
+        let _ = ask.answer.send(response);
+    }
+
+    fn report<T: Serialize>(&mut self, make: impl FnOnce(&mut Self, &Pass) -> T) -> Response {
+        let Some(last) = self.last.take() else {
+            let reason = self.state.borrow().reason.clone();
+            return Response::NotReady {
+                reason: reason.unwrap_or_else(|| "the daemon has not finished its first pass".into()),
+                issues: Vec::new(),
+            };
+        };
+        let report = serde_json::to_value(make(self, &last));
+        self.last = Some(last);
+        match report {
+            Ok(report) => Response::Report { report },
+            Err(error) => Response::Refused { reason: error.to_string() },
+        }
+    }
+
+    fn status(&mut self, last: &Pass) -> Status {
+        let state = self.state.borrow().clone();
+        let config = &self.parts.config;
+        let device = last.plan.desired.wireguard.values().next();
+        let routed = last.plan.peers.values().filter(|peer| peer.refused.is_none()).count();
+        let router = last.plan.record.as_ref().map(|record| record.router).unwrap_or_default();
+        let blocks = last.plan.record.as_ref().map(|record| record.blocks.clone()).unwrap_or_default();
+        Status {
+            node: self.parts.node_name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            mode: config.mode,
+            encrypted: config.mode.encrypted(),
+            wireguard_device: device.map(|device| if device.userspace { "userspace" } else { "kernel" }.to_owned()),
+            ready: state.ready,
+            reason: state.reason,
+            addresses: last.facts.addresses,
+            underlay_interface: last.facts.underlay_interface.clone(),
+            underlay_mtu: last.facts.underlay_mtu,
+            pod_mtu: last.plan.pod_mtu,
+            blocks,
+            router,
+            endpoints: self.leases.endpoints.len(),
+            peers: (routed, last.plan.peers.len()),
+            source: match &config.source {
+                husk_overlay::config::SourceConfig::Directory { path } => format!("directory {}", path.display()),
+            },
+            passes: self.passes,
+            last_pass: LastPass {
+                microseconds: u64::try_from(last.took.as_micros()).unwrap_or(u64::MAX),
+                changes: last.outcome.changes(),
+                failures: last.outcome.failures.len(),
+            },
+            counters: self.parts.node.counters(),
+            issues: state.issues,
+        }
+    }
+
+    fn peers(&mut self, last: &Pass) -> Vec<PeerReport> {
+        let mut actual = Actual::default();
+        if let Err(error) = self.parts.kernel.read(Table::Wireguard, &last.plan.desired, &mut actual) {
+            tracing::warn!(%error, "WireGuard devices cannot be read");
+        }
+        let live: BTreeMap<PublicKey, WireguardPeerStatus> =
+            actual.wireguard.into_values().flat_map(|device| device.status).collect();
+        let of = |key: Option<PublicKey>| live.get(&key?);
+        let rows = last.plan.peers.iter().map(|(name, peer)| {
+            let status = of(peer.public_key);
+            let age = status.and_then(|status| status.last_handshake).map(age_of);
+            let state = match (&peer.refused, peer.public_key, age) {
+                (Some(_), _, _) => PeerState::Refused,
+                (None, None, _) => PeerState::Configured,
+                (None, Some(_), Some(age)) if age < SESSION => PeerState::Connected,
+                (None, Some(_), _) => PeerState::Idle,
+            };
+            let endpoint = status.and_then(|status| status.endpoint).map(|endpoint| endpoint.to_string());
+            PeerReport {
+                node: name.clone(),
+                state,
+                reason: peer.refused.clone(),
+                endpoint: endpoint.or_else(|| match (peer.address, peer.port) {
+                    (Some(address), Some(port)) => Some(std::net::SocketAddr::new(address, port).to_string()),
+                    (address, _) => address.map(|address| address.to_string()),
+                }),
+                public_key: peer.public_key,
+                handshake_age: age.map(|age| age.as_secs()),
+                received: status.map(|status| status.received_bytes),
+                sent: status.map(|status| status.sent_bytes),
+                mtu: peer.ledger.inner.filter(|_| peer.refused.is_none()),
+                blocks: peer.blocks.clone(),
+            }
+        });
+        rows.collect()
+    }
+
+    fn mtu(&mut self, last: &Pass) -> Vec<MtuReport> {
+        let own = MtuReport {
+            node: self.parts.node_name.clone(),
+            own: true,
+            address: last.facts.addresses.get(self.parts.config.underlay.family),
+            ledger: last.plan.ledger.clone(),
+        };
+        let peers = last.plan.peers.iter().map(|(name, peer)| MtuReport {
+            node: name.clone(),
+            own: false,
+            address: peer.address,
+            ledger: peer.ledger.clone(),
+        });
+        std::iter::once(own).chain(peers).collect()
+    }
+
+    /// The next pass, with apply left out.
+    fn difference(&mut self) -> Response {
+        self.read_source();
+        let facts = match self.parts.node.facts(&self.snapshot, self.created) {
+            Ok(facts) => facts,
+            Err(error) => return Response::Refused { reason: format!("{error:#}") },
+        };
+        // What is wrong with a lease is an issue of the next pass.
+        self.read_leases(&mut Vec::new());
+        let desired: Desired = self.plan(&facts).desired;
+        let (actual, failures) = survey(&mut self.parts.kernel, &desired);
+        if let Some(failure) = failures.first() {
+            let reason = format!("the table {} cannot be read: {}", failure.table, failure.error);
+            return Response::Refused { reason };
+        }
+        let changes = diff(&desired, &actual, self.sweep()).iter().map(ToString::to_string).collect();
+        match serde_json::to_value(DiffReport { changes }) {
+            Ok(report) => Response::Report { report },
+            Err(error) => Response::Refused { reason: error.to_string() },
+        }
+    }
+
+    fn ipam(&mut self, last: &Pass) -> IpamReport {
+        let pools = blocks::pools(&self.parts.config, &self.snapshot.pools).into_iter().map(|pool| {
+            let used = self.snapshot.blocks.keys().filter(|block| pool.cidr.covers(block)).count();
+            let total = pool.cidr.subnet_count(pool.block_length);
+            PoolReport {
+                used_blocks: u64::try_from(used).unwrap_or(u64::MAX),
+                total_blocks: u64::try_from(total).unwrap_or(u64::MAX),
+                pool,
+            }
+        });
+        let router = last.plan.record.as_ref().map(|record| record.router).unwrap_or_default();
+        let own = blocks::in_order(&last.plan).into_iter().map(|block| {
+            let leased = self.leases.endpoints.values().flat_map(|lease| lease.addresses.iter());
+            let reserved = router.iter().filter(|address| block.contains(*address)).count();
+            let total = block.size().saturating_sub(reserved as u128);
+            BlockReport {
+                block,
+                leased: leased.filter(|address| block.contains(*address)).count() as u64,
+                total: u64::try_from(total).unwrap_or(u64::MAX),
+            }
+        });
+        let bad = |issue: &&husk_overlay::issue::Issue| {
+            use husk_overlay::issue::IssueKind::{BadLease, DuplicateBlock, ForeignBlock, PoolExhausted};
+            matches!(issue.kind, BadLease | DuplicateBlock | ForeignBlock | PoolExhausted)
+        };
+        let mut findings: Vec<String> =
+            self.state.borrow().issues.iter().filter(bad).map(ToString::to_string).collect();
+        let missing =
+            self.leases.endpoints.values().filter(|lease| !last.facts.pod_interfaces.contains(&lease.host_interface));
+        findings.extend(missing.map(|lease| {
+            format!(
+                "{}: its lease exists, its host interface {} does not; it is released once the network namespace is gone",
+                lease.display_name(),
+                lease.host_interface
+            )
+        }));
+        let leased: std::collections::BTreeSet<_> =
+            self.leases.endpoints.values().map(|lease| &lease.host_interface).collect();
+        let orphans = last.facts.pod_interfaces.iter().filter(|interface| !leased.contains(interface));
+        findings.extend(orphans.map(|interface| {
+            format!("{interface}: a pod interface without a lease; the next GC of the runtime removes it")
+        }));
+        IpamReport {
+            pools: pools.collect(),
+            blocks: own.collect(),
+            leases: self.leases.endpoints.values().cloned().collect(),
+            findings,
+        }
+    }
+}
+
+/// Age of a handshake given as time since the Unix epoch.
+fn age_of(handshake: Duration) -> Duration {
+    // A clock that was set back makes the handshake one of the future: as young as can be.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(handshake)
+}

@@ -1,0 +1,241 @@
+//! What the loop leaves for others to read, and what it keeps for the next daemon.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk_overlay::ipc::NodeFile;
+use husk_overlay::issue::Issue;
+use husk_overlay::record::Snapshot;
+
+use crate::files;
+
+/// Largest snapshot file in bytes that is read back.
+const LARGEST_SNAPSHOT: u64 = 64 << 20;
+
+/// Least time between two writes of the last snapshot; a write that took long is followed by ten times that.
+const PACE: Duration = Duration::from_millis(20);
+
+/// State after a pass.
+#[derive(Debug, Clone, Default)]
+pub struct State {
+    /// Pods can be added.
+    pub ready: bool,
+    /// Why not.
+    pub reason: Option<String>,
+    /// The daemon's word to the plugin, as it stands in `node.json`.
+    pub node_file: Option<NodeFile>,
+    /// What is wrong.
+    pub issues: Vec<Issue>,
+    /// Passes so far; zero means that the daemon has just started.
+    pub passes: u64,
+}
+
+/// Reads the last snapshot; one that cannot be read is as good as none.
+pub(super) fn load_snapshot(path: &Path) -> Option<Snapshot> {
+    match files::read_text(path, LARGEST_SNAPSHOT) {
+        Ok(text) => {
+            let snapshot = serde_json::from_str(&text?);
+            snapshot
+                .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "the last snapshot is ignored"))
+                .ok()
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the last snapshot is ignored");
+            None
+        }
+    }
+}
+
+/// Keeps the last snapshot for a start without the source, on a thread of its own: writing it to a disk takes longer than a
+/// pass of the loop. Of many changes in a row the newest is written, with [`PACE`] between two writes.
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    slot: Mutex<Slot>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// What is to be written.
+    newest: Option<Snapshot>,
+    /// Snapshots given so far, and how many of them were written, tried in vain, or outdone by a newer one.
+    given: u64,
+    done: u64,
+    /// Somebody waits: the pace does not count.
+    urgent: bool,
+    stopping: bool,
+}
+
+impl Shared {
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Keeper {
+    /// Starts to keep snapshots in a file; none if there is no thread to be had.
+    pub(super) fn start(path: PathBuf) -> Option<Self> {
+        let write = move |snapshot: &Snapshot| files::replace(&path, &serde_json::to_vec(snapshot)?, 0o600);
+        let started = Self::with(PACE, write);
+        started
+            .inspect_err(|error| tracing::warn!(%error, "the last snapshot is not kept: there is no thread to be had"))
+            .ok()
+    }
+
+    fn with(pace: Duration, write: impl FnMut(&Snapshot) -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let theirs = Arc::clone(&shared);
+        thread::Builder::new().name("husk-snapshot".into()).spawn(move || write_all(&theirs, pace, write))?;
+        Ok(Self { shared })
+    }
+
+    /// Has a snapshot written soon, unless a newer one comes first.
+    pub(super) fn keep(&self, snapshot: &Snapshot) {
+        let snapshot = snapshot.clone();
+        let mut slot = self.shared.slot();
+        slot.newest = Some(snapshot);
+        slot.given += 1;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until the newest snapshot was written, or could not be.
+    pub(super) fn flush(&self) {
+        let mut slot = self.shared.slot();
+        let given = slot.given;
+        slot.urgent = true;
+        self.shared.changed.notify_all();
+        let waited = self.shared.changed.wait_while(slot, |slot| slot.done < given);
+        waited.unwrap_or_else(PoisonError::into_inner).urgent = false;
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.shared.slot().stopping = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+fn write_all(shared: &Shared, pace: Duration, mut write: impl FnMut(&Snapshot) -> io::Result<()>) {
+    let mut failed = false;
+    loop {
+        let idle = shared.changed.wait_while(shared.slot(), |slot| slot.newest.is_none() && !slot.stopping);
+        let mut slot = idle.unwrap_or_else(PoisonError::into_inner);
+        let Some(snapshot) = slot.newest.take() else { return };
+        let given = slot.given;
+        drop(slot);
+        let begun = Instant::now();
+        let written = write(&snapshot);
+        let rest = pace.max(begun.elapsed().saturating_mul(10));
+        if let (Err(error), false) = (&written, failed) {
+            tracing::warn!(%error, "the last snapshot cannot be kept; a restart without the source will know an older one");
+        }
+        failed = written.is_err();
+        let mut slot = shared.slot();
+        slot.done = given;
+        if failed && !slot.stopping {
+            // The disk may have room again next time.
+            slot.newest.get_or_insert(snapshot);
+        }
+        shared.changed.notify_all();
+        let hurry = |slot: &Slot| slot.stopping || (slot.urgent && slot.done < slot.given);
+        let rested = shared.changed.wait_timeout_while(slot, rest, |slot| !hurry(slot));
+        drop(rested.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use husk_overlay::name::NodeName;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(3600);
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// A keeper whose disk takes each write only when the test says how it ends; and what it was asked to write.
+    fn slow_disk(pace: Duration) -> (Keeper, Receiver<Snapshot>, Sender<io::Result<()>>) {
+        let (asked, writes) = channel();
+        let (outcome, outcomes) = channel::<io::Result<()>>();
+        let write = move |snapshot: &Snapshot| {
+            asked.send(snapshot.clone()).map_err(io::Error::other)?;
+            outcomes.recv().map_err(io::Error::other)?
+        };
+        (Keeper::with(pace, write).unwrap(), writes, outcome)
+    }
+
+    fn snapshot(number: u128) -> Snapshot {
+        let block = "10.0.0.0/8".parse::<husk_overlay::prefix::Prefix>().unwrap().subnet(26, number).unwrap();
+        Snapshot { blocks: [(block, NodeName::new("a").unwrap())].into(), ..Snapshot::default() }
+    }
+
+    #[test]
+    fn who_gives_snapshots_never_waits_and_only_the_newest_is_written_next() {
+        let (keeper, writes, outcome) = slow_disk(Duration::ZERO);
+        keeper.keep(&snapshot(0));
+        assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(0));
+        // The disk hangs in the first write; were it waited for, this loop would not end.
+        for number in 1..1000 {
+            keeper.keep(&snapshot(number));
+        }
+        outcome.send(Ok(())).unwrap();
+        assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(999));
+        outcome.send(Ok(())).unwrap();
+        keeper.flush();
+        drop(keeper);
+        assert!(writes.recv_timeout(PATIENCE).is_err(), "the thread ends, and has written nothing more");
+    }
+
+    #[test]
+    fn writes_keep_their_pace_unless_the_daemon_stops() {
+        let (keeper, writes, outcome) = slow_disk(LONG);
+        for _ in 0..4 {
+            outcome.send(Ok(())).unwrap();
+        }
+        keeper.keep(&snapshot(0));
+        keeper.flush();
+        assert_eq!(writes.try_iter().collect::<Vec<_>>(), [snapshot(0)]);
+        keeper.keep(&snapshot(1));
+        keeper.keep(&snapshot(2));
+        assert!(writes.recv_timeout(Duration::from_millis(50)).is_err());
+        keeper.flush();
+        assert_eq!(writes.try_iter().collect::<Vec<_>>(), [snapshot(2)]);
+        // What was not flushed is written when the keeper goes.
+        keeper.keep(&snapshot(3));
+        drop(keeper);
+        assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(3));
+        assert!(writes.recv_timeout(PATIENCE).is_err());
+    }
+
+    #[test]
+    fn a_write_that_fails_is_tried_again_and_holds_up_nobody() {
+        let (keeper, writes, outcome) = slow_disk(Duration::ZERO);
+        outcome.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
+        keeper.keep(&snapshot(0));
+        keeper.flush();
+        outcome.send(Ok(())).unwrap();
+        assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(0));
+        assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(0));
+        keeper.flush();
+    }
+
+    #[test]
+    fn what_is_kept_is_read_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("snapshot.json");
+        let keeper = Keeper::start(path.clone()).unwrap();
+        keeper.keep(&snapshot(1));
+        keeper.keep(&snapshot(2));
+        keeper.flush();
+        assert_eq!(load_snapshot(&path), Some(snapshot(2)));
+    }
+}

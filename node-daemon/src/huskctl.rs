@@ -1,0 +1,157 @@
+//! The troubleshooting command `huskctl`: asks the daemon, prints tables for people or JSON for scripts.
+//!
+//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), 2 wrong usage, 3 the daemon
+//! does not answer or refused.
+
+mod tables;
+
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use husk_overlay::ipc::{self, Request, Response};
+use husk_overlay::issue::Severity;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::report::{DiffReport, IpamReport, MtuReport, PeerReport, Status};
+
+/// How long the daemon may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Looks into the Husk daemon of this node.
+///
+/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction); 2 wrong usage; 3 the daemon
+/// does not answer.
+#[derive(Parser)]
+#[command(name = "huskctl", version, verbatim_doc_comment)]
+pub struct Arguments {
+    /// Form of the output
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Directory of the daemon's socket
+    #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
+    run_directory: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// Tables for people
+    Table,
+    /// JSON for scripts
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Is this node ready, and what is wrong
+    Status,
+    /// How every peer is reached: endpoint, handshake age, bytes, MTU
+    Peers,
+    /// Where the bytes of a full-sized packet go, for every peer
+    Mtu,
+    /// What the daemon would change in the kernel now; exit status 1 if anything
+    Diff,
+    /// Address pools, blocks and leases
+    #[command(subcommand)]
+    Ipam(IpamCommand),
+}
+
+#[derive(Subcommand)]
+enum IpamCommand {
+    /// Pools, own blocks and leases
+    Show,
+    /// Looks for contradictions between leases, blocks and interfaces; exit status 1 if any
+    Check,
+}
+
+/// Runs the command and says how the process should exit.
+#[must_use]
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match answer(arguments) {
+        Ok((text, found)) => {
+            // A reader that closed the pipe has read enough.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            if found { ExitCode::from(1) } else { ExitCode::SUCCESS }
+        }
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "huskctl: {error:#}");
+            ExitCode::from(3)
+        }
+    }
+}
+
+/// The text to print, and whether something was found.
+fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
+    let socket = arguments.run_directory.join(ipc::SOCKET_FILE);
+    let show = Show { output: arguments.output };
+    match &arguments.command {
+        Command::Status => {
+            let status: Status = ask(&socket, &Request::Status)?;
+            let wrong = !status.ready || status.issues.iter().any(|issue| issue.severity >= Severity::Error);
+            Ok((show.text(&status, tables::status)?, wrong))
+        }
+        Command::Peers => {
+            let peers: Vec<PeerReport> = ask(&socket, &Request::Peers)?;
+            let wrong = peers.iter().any(|peer| peer.reason.is_some());
+            Ok((show.text(&peers, |peers| tables::peers(peers))?, wrong))
+        }
+        Command::Mtu => {
+            let rows: Vec<MtuReport> = ask(&socket, &Request::Mtu)?;
+            let wrong = rows.iter().any(|row| row.ledger.inner.is_none());
+            Ok((show.text(&rows, |rows| tables::mtu(rows))?, wrong))
+        }
+        Command::Diff => {
+            let diff: DiffReport = ask(&socket, &Request::Diff)?;
+            Ok((show.text(&diff, tables::diff)?, !diff.changes.is_empty()))
+        }
+        Command::Ipam(command) => {
+            let ipam: IpamReport = ask(&socket, &Request::Ipam)?;
+            match command {
+                IpamCommand::Show => Ok((show.text(&ipam, tables::ipam)?, false)),
+                IpamCommand::Check => {
+                    Ok((show.text(&ipam.findings, |f| tables::findings(f))?, !ipam.findings.is_empty()))
+                }
+            }
+        }
+    }
+}
+
+struct Show {
+    output: Output,
+}
+
+impl Show {
+    fn text<T: Serialize>(&self, report: &T, table: impl Fn(&T) -> String) -> anyhow::Result<String> {
+        match self.output {
+            Output::Table => Ok(table(report)),
+            Output::Json => Ok(serde_json::to_string_pretty(report)? + "\n"),
+        }
+    }
+}
+
+fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
+    use anyhow::Context as _;
+    let mut stream = UnixStream::connect(socket).with_context(|| {
+        format!(
+            "no daemon answers on {}; is huskd running? Try: systemctl status huskd, or huskd run",
+            socket.display()
+        )
+    })?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    ipc::write_message(&mut stream, request).context("cannot send the request to the daemon")?;
+    match ipc::read_message(&mut stream).context("cannot read the daemon's answer")? {
+        Response::Report { report } => serde_json::from_value(report)
+            .context("the daemon's answer is not understood; huskctl and huskd should be of one version"),
+        Response::Refused { reason } | Response::NotReady { reason, .. } => anyhow::bail!("{reason}"),
+        Response::Done => {
+            anyhow::bail!("the daemon's answer is not understood; huskctl and huskd should be of one version")
+        }
+    }
+}

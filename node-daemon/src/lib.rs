@@ -1,0 +1,22 @@
+//! The node daemon `huskd` and the troubleshooting command `huskctl`.
+//!
+//! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
+//! comes from; [`host`] what a node says about itself; [`wireguard_userspace`] the device for kernels without WireGuard;
+//! [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot ends; [`cleanup`] the way out.
+
+pub mod boot;
+pub mod cleanup;
+pub mod daemon;
+pub mod engine;
+pub mod files;
+pub mod host;
+pub mod huskctl;
+pub mod identity;
+pub mod keys;
+pub mod logging;
+pub mod node_file;
+pub mod report;
+pub mod server;
+pub mod source;
+pub mod watch;
+pub mod wireguard_userspace;

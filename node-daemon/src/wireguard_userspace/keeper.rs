@@ -1,0 +1,103 @@
+//! The daemon's part: a device's process runs, and answers, or is started anew.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use husk_overlay::name::InterfaceName;
+use nix::net::if_::if_nametoindex;
+
+use super::process::{Answer, Process};
+
+/// The program that runs: the file it came from may have been replaced or removed, by an upgrade for example.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// How long a process may take from its start to its first answer.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long an answer counts. A process that ends takes its device with it, which is looked for every time.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Questions in a row that stay without an answer before the process is ended: it may only be short of processor time.
+const QUESTIONS: u32 = 3;
+
+/// Pause between questions to a process that runs and does not listen, as one does that is just starting.
+const STARTING: Duration = Duration::from_millis(200);
+
+/// Keeps the processes of a daemon's devices.
+pub struct Keeper {
+    run_directory: PathBuf,
+    runtime: tokio::runtime::Handle,
+    /// When a device last answered.
+    answered: BTreeMap<InterfaceName, Instant>,
+}
+
+impl Keeper {
+    /// For the daemon with that run directory. Processes are reaped by the runtime.
+    #[must_use]
+    pub fn new(run_directory: &Path, runtime: tokio::runtime::Handle) -> Self {
+        Self { run_directory: run_directory.to_owned(), runtime, answered: BTreeMap::new() }
+    }
+
+    /// Makes sure that the device is there and its process answers. One that hangs is killed, and started like one that is
+    /// missing. Takes some milliseconds when all is well, seconds otherwise.
+    ///
+    /// # Errors
+    /// When the process does not start, or cannot be ended.
+    pub fn ensure(&mut self, interface: &InterfaceName) -> Result<()> {
+        let fresh = self.answered.get(interface).is_some_and(|at| at.elapsed() < FRESH);
+        if fresh && if_nametoindex(interface.as_str()).is_ok() {
+            return Ok(());
+        }
+        self.answered.remove(interface);
+        let process = Process::new(interface, &self.run_directory);
+        match ask_repeatedly(&process)? {
+            Answer::Alive => {}
+            Answer::Absent => self.start(&process, interface)?,
+            Answer::Hangs => {
+                tracing::error!(%interface, "the userspace WireGuard device does not answer; its process is killed and started anew");
+                if !process.kill()? {
+                    bail!(
+                        "a process that Husk did not start serves {} and does not answer; end it",
+                        super::socket_path(interface).display()
+                    );
+                }
+                self.start(&process, interface)?;
+            }
+        }
+        self.answered.insert(interface.clone(), Instant::now());
+        Ok(())
+    }
+
+    /// Ends the device's process; false if there was none.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn stop(&mut self, interface: &InterfaceName) -> Result<bool> {
+        self.answered.remove(interface);
+        Process::new(interface, &self.run_directory).stop()
+    }
+
+    fn start(&self, process: &Process, interface: &InterfaceName) -> Result<()> {
+        let _runtime = self.runtime.enter();
+        let mut child = process.spawn(Path::new(OWN_PROGRAM))?;
+        let pid = child.id();
+        self.runtime.block_on(process.wait_ready(&mut child, START_PATIENCE))?;
+        tracing::info!(%interface, pid, "started the userspace WireGuard device");
+        Ok(())
+    }
+}
+
+/// A process that runs and does not even listen is starting, or its socket was removed, so that nobody can reach it.
+fn ask_repeatedly(process: &Process) -> Result<Answer> {
+    for _ in 0..QUESTIONS {
+        match process.ask() {
+            Answer::Alive => return Ok(Answer::Alive),
+            Answer::Absent if !process.runs()? => return Ok(Answer::Absent),
+            Answer::Absent => std::thread::sleep(STARTING),
+            Answer::Hangs => {}
+        }
+    }
+    Ok(Answer::Hangs)
+}

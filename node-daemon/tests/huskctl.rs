@@ -1,0 +1,359 @@
+//! The command `huskctl` against a daemon that gives canned answers.
+
+// clippy.toml allows this in test functions; what they call belongs to the test as well.
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::thread::JoinHandle;
+
+use husk_node_daemon::report::{
+    BlockReport, Counter, DiffReport, IpamReport, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
+};
+use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
+use husk_overlay::ipc::{Request, Response, SOCKET_FILE, read_message, write_message};
+use husk_overlay::issue::{Issue, IssueKind, Severity};
+use husk_overlay::keys::PrivateKey;
+use husk_overlay::mode::Mode;
+use husk_overlay::mtu::{Stack, ledger};
+use husk_overlay::name::{ContainerId, InterfaceName, NetworkName, NodeName};
+use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::record::{DualStack, Pool};
+use serde::Serialize;
+
+fn huskctl(run_directory: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_huskctl"))
+        .arg("--run-directory")
+        .arg(run_directory)
+        .args(arguments)
+        .env_remove("HUSK_RUN_DIRECTORY")
+        .output()
+        .expect("cargo built huskctl")
+}
+
+/// Answers one connection; returns what was asked.
+fn answer_once(directory: &Path, response: Response) -> JoinHandle<Request> {
+    let listener = UnixListener::bind(directory.join(SOCKET_FILE)).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let request = read_message(&mut stream).unwrap();
+        write_message(&mut stream, &response).unwrap();
+        request
+    })
+}
+
+struct Ran {
+    request: Request,
+    status: i32,
+    text: String,
+    errors: String,
+}
+
+fn run_against(response: Response, arguments: &[&str]) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    let server = answer_once(directory.path(), response);
+    let output = huskctl(directory.path(), arguments);
+    Ran {
+        request: server.join().unwrap(),
+        status: output.status.code().unwrap(),
+        text: String::from_utf8(output.stdout).unwrap(),
+        errors: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn run(report: &impl Serialize, arguments: &[&str]) -> Ran {
+    run_against(Response::Report { report: serde_json::to_value(report).unwrap() }, arguments)
+}
+
+/// Lines with runs of spaces made one: the columns' words, not their widths.
+fn words(text: &str) -> Vec<String> {
+    let squeeze = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    text.lines().map(squeeze).filter(|line| !line.is_empty()).collect()
+}
+
+fn prefix(text: &str) -> Prefix {
+    text.parse().unwrap()
+}
+
+fn dual(four: &str, six: &str) -> DualStack {
+    DualStack { ipv4: Some(four.parse().unwrap()), ipv6: Some(six.parse().unwrap()) }
+}
+
+fn status() -> Status {
+    Status {
+        node: NodeName::new("alpha").unwrap(),
+        version: "9.9.9".into(),
+        mode: Mode::Wireguard,
+        encrypted: true,
+        wireguard_device: Some("userspace".into()),
+        ready: true,
+        reason: None,
+        addresses: dual("192.0.2.1", "2001:db8::1"),
+        underlay_interface: Some(InterfaceName::new("eth0").unwrap()),
+        underlay_mtu: 1500,
+        pod_mtu: Some(1440),
+        blocks: [prefix("10.42.0.0/26"), prefix("fd42::/122")].into(),
+        router: dual("10.42.0.0", "fd42::"),
+        endpoints: 2,
+        peers: (3, 4),
+        source: "directory /etc/husk/cluster".into(),
+        passes: 17,
+        last_pass: LastPass { microseconds: 12_345, changes: 5, failures: 1 },
+        counters: [
+            ("plaintext_out".to_owned(), Counter { packets: 3, bytes: 2048 }),
+            ("spoofed".to_owned(), Counter::default()),
+        ]
+        .into(),
+        issues: Vec::new(),
+    }
+}
+
+fn issue(severity: Severity) -> Issue {
+    Issue {
+        severity,
+        kind: IssueKind::NoRouteToPeer,
+        subject: "beta".into(),
+        message: "this host has no route to 192.0.2.2".into(),
+        remedy: "check the underlay's routes on this host".into(),
+    }
+}
+
+fn peer(name: &str, state: PeerState) -> PeerReport {
+    PeerReport {
+        node: NodeName::new(name).unwrap(),
+        state,
+        reason: None,
+        endpoint: Some("192.0.2.2:51820".into()),
+        public_key: Some(PrivateKey::from_random([1; 32]).unwrap().public()),
+        handshake_age: Some(75),
+        received: Some(1536),
+        sent: Some(10),
+        mtu: Some(1440),
+        blocks: [prefix("10.42.0.64/26")].into(),
+    }
+}
+
+fn ipam(findings: Vec<String>) -> IpamReport {
+    let id = AttachmentId {
+        network: NetworkName::new("husk").unwrap(),
+        container_id: ContainerId::new("c0ffee").unwrap(),
+        ifname: InterfaceName::new("eth0").unwrap(),
+    };
+    let lease = Endpoint {
+        addresses: dual("10.42.0.5", "fd42::5"),
+        pod_mac: id.pod_mac(),
+        host_interface: id.host_interface(),
+        netns: NetnsIdentity { path: "/run/netns/x".into(), device: 4, inode: 1 },
+        pod_namespace: Some("default".into()),
+        pod_name: Some("web-0".into()),
+        id,
+    };
+    let cidr = prefix("10.42.0.0/16");
+    IpamReport {
+        pools: vec![PoolReport {
+            pool: Pool { name: "default-ipv4".into(), cidr, block_length: 26, disabled: false },
+            used_blocks: 3,
+            total_blocks: 1024,
+        }],
+        blocks: vec![BlockReport { block: prefix("10.42.0.0/26"), leased: 1, total: 63 }],
+        leases: vec![lease],
+        findings,
+    }
+}
+
+fn mtu(underlay: u32) -> MtuReport {
+    MtuReport {
+        node: NodeName::new("alpha").unwrap(),
+        own: true,
+        address: Some("192.0.2.1".parse().unwrap()),
+        ledger: ledger(&Mode::Wireguard.stack(), Family::Ipv4, underlay),
+    }
+}
+
+#[test]
+fn status_tells_a_person_how_the_node_is() {
+    let ran = run(&status(), &["status"]);
+    assert_eq!((ran.request, ran.status, ran.errors.as_str()), (Request::Status, 0, ""));
+    assert_eq!(
+        words(&ran.text),
+        [
+            "Node: alpha (huskd 9.9.9)",
+            "Ready: yes",
+            "Mode: wireguard",
+            "Encryption: WireGuard (userspace device)",
+            "Underlay: 192.0.2.1, 2001:db8::1 on eth0, MTU 1500",
+            "Pod MTU: 1440",
+            "Blocks: 10.42.0.0/26, fd42::/122",
+            "Router addresses: 10.42.0.0, fd42::",
+            "Pods: 2",
+            "Peers: 3 of 4 routed",
+            "Source: directory /etc/husk/cluster",
+            "Last pass: #17 in 12.3 ms, 5 changes, 1 failures",
+            "Dropped (plaintext_out): 3 packets, 2.0 KiB",
+            "No issues.",
+        ]
+    );
+}
+
+#[test]
+fn status_exits_with_1_when_something_is_wrong() {
+    let warned = Status { issues: vec![issue(Severity::Warning)], ..status() };
+    let ran = run(&warned, &["status"]);
+    assert_eq!(ran.status, 0);
+    let told = words(&ran.text).split_off(13);
+    assert_eq!(
+        told,
+        [
+            "Issues (1):",
+            "warning NoRouteToPeer beta: this host has no route to 192.0.2.2",
+            "-> check the underlay's routes on this host",
+        ]
+    );
+    let failing = Status { issues: vec![issue(Severity::Error)], ..status() };
+    assert_eq!(run(&failing, &["status"]).status, 1);
+    let waiting = Status { ready: false, reason: Some("no blocks".into()), pod_mtu: None, ..status() };
+    let ran = run(&waiting, &["status"]);
+    assert_eq!(ran.status, 1);
+    assert!(words(&ran.text).contains(&"Ready: NO: no blocks".to_owned()));
+    assert!(words(&ran.text).contains(&"Pod MTU: -".to_owned()));
+    let plain = Status { mode: Mode::Vxlan, encrypted: false, wireguard_device: None, ..status() };
+    assert!(words(&run(&plain, &["status"]).text).contains(&"Encryption: none".to_owned()));
+}
+
+#[test]
+fn peers_are_a_row_each() {
+    let refused = PeerReport {
+        reason: Some("the node publishes no WireGuard key".into()),
+        endpoint: None,
+        handshake_age: None,
+        received: None,
+        sent: None,
+        mtu: None,
+        blocks: [].into(),
+        ..peer("gamma", PeerState::Refused)
+    };
+    let ran = run(&vec![peer("beta", PeerState::Connected), refused], &["peers"]);
+    assert_eq!((ran.request, ran.status), (Request::Peers, 1));
+    assert_eq!(
+        words(&ran.text),
+        [
+            "PEER STATE ENDPOINT HANDSHAKE RECEIVED SENT MTU BLOCKS REASON",
+            "beta connected 192.0.2.2:51820 75 s 1.5 KiB 10 B 1440 10.42.0.64/26",
+            "gamma REFUSED - - - - - - the node publishes no WireGuard key",
+        ]
+    );
+    assert_eq!(run(&vec![peer("beta", PeerState::Idle)], &["peers"]).status, 0);
+    let alone = run(&Vec::<PeerReport>::new(), &["peers"]);
+    assert_eq!((alone.status, alone.text.contains("alone")), (0, true));
+}
+
+#[test]
+fn the_ledger_adds_up_line_by_line() {
+    let ran = run(&vec![mtu(1500)], &["mtu"]);
+    assert_eq!((ran.request, ran.status), (Request::Mtu, 0));
+    let lines = words(&ran.text);
+    assert_eq!(lines[0], "alpha (this node: MTU of its pods)");
+    assert_eq!(lines[1], "BYTES LEFT");
+    assert_eq!(lines[2], "underlay MTU 1500");
+    assert_eq!(lines.last().unwrap(), "pod packet 1440");
+    let taken: u32 =
+        lines.iter().filter_map(|line| line.rsplit_once(" -")).map(|(_, it)| it.parse::<u32>().unwrap()).sum();
+    assert_eq!(taken, 60);
+    assert_eq!(run(&vec![mtu(40)], &["mtu"]).status, 1);
+    // A stack of nothing costs nothing.
+    let bare = MtuReport { ledger: ledger(&Stack(vec![]), Family::Ipv6, 1500), own: false, ..mtu(1500) };
+    assert_eq!(words(&run(&vec![bare], &["mtu"]).text).first().unwrap(), "to alpha");
+}
+
+#[test]
+fn diff_exits_with_1_exactly_when_something_would_change() {
+    let ran = run(&DiffReport { changes: vec![] }, &["diff"]);
+    assert_eq!((ran.request, ran.status), (Request::Diff, 0));
+    assert_eq!(ran.text, "Nothing: the kernel is as it should be.\n");
+    let ran = run(&DiffReport { changes: vec!["add a".into(), "remove b".into()] }, &["diff"]);
+    assert_eq!((ran.status, ran.text.as_str()), (1, "add a\nremove b\n"));
+}
+
+#[test]
+fn ipam_shows_pools_blocks_and_leases_and_checks_them() {
+    let ran = run(&ipam(vec!["wrong".into()]), &["ipam", "show"]);
+    assert_eq!((ran.request, ran.status), (Request::Ipam, 0));
+    let lines = words(&ran.text);
+    assert_eq!(
+        lines[..4],
+        [
+            "POOL CIDR BLOCK BLOCKS USED",
+            "default-ipv4 10.42.0.0/16 /26 3 of 1024",
+            "OWN BLOCK LEASED ADDRESSES",
+            "10.42.0.0/26 1 63"
+        ]
+    );
+    assert!(
+        lines[5].starts_with("default/web-0 10.42.0.5, fd42::5 husk") && lines[5].ends_with(" c0ffee"),
+        "{lines:?}"
+    );
+    let ran = run(&ipam(vec!["wrong".into()]), &["ipam", "check"]);
+    assert_eq!((ran.status, ran.text.as_str()), (1, "wrong\n"));
+    let ran = run(&ipam(vec![]), &["ipam", "check"]);
+    assert_eq!((ran.status, ran.text.as_str()), (0, "Leases, blocks and interfaces agree.\n"));
+}
+
+#[test]
+fn json_is_the_report_as_the_daemon_gave_it() {
+    fn same<T: Serialize>(report: &T, arguments: &[&str]) {
+        let ran = run(report, &[arguments, &["--output", "json"]].concat());
+        let printed: serde_json::Value = serde_json::from_str(&ran.text).unwrap();
+        assert_eq!(printed, serde_json::to_value(report).unwrap(), "{arguments:?}");
+        assert!(ran.text.ends_with('\n'));
+    }
+    same(&status(), &["status"]);
+    same(&vec![peer("beta", PeerState::Connected)], &["peers"]);
+    same(&vec![mtu(1500)], &["mtu"]);
+    same(&DiffReport { changes: vec!["add a".into()] }, &["diff"]);
+    same(&ipam(vec![]), &["ipam", "show"]);
+    let findings = run(&ipam(vec!["wrong".into()]), &["-o", "json", "ipam", "check"]);
+    assert_eq!(serde_json::from_str::<Vec<String>>(&findings.text).unwrap(), ["wrong"]);
+    assert_eq!(findings.status, 1);
+}
+
+#[test]
+fn an_absent_daemon_is_status_3_with_what_to_do() {
+    let directory = tempfile::tempdir().unwrap();
+    for arguments in [&["status"][..], &["ipam", "check", "--output", "json"]] {
+        let output = huskctl(directory.path(), arguments);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3));
+        assert!(output.stdout.is_empty());
+        for part in ["huskctl: no daemon answers", directory.path().to_str().unwrap(), "systemctl status huskd"] {
+            assert!(errors.contains(part), "{part}: {errors}");
+        }
+    }
+    // A socket that nobody listens on any more.
+    drop(UnixListener::bind(directory.path().join(SOCKET_FILE)).unwrap());
+    assert_eq!(huskctl(directory.path(), &["status"]).status.code(), Some(3));
+}
+
+#[test]
+fn a_daemon_that_refuses_or_is_not_understood_is_status_3() {
+    let refused = run_against(Response::Refused { reason: "the daemon is stopping".into() }, &["status"]);
+    assert_eq!((refused.status, refused.errors.as_str()), (3, "huskctl: the daemon is stopping\n"));
+    let early = Response::NotReady { reason: "no pass yet".into(), issues: vec![] };
+    assert_eq!(run_against(early, &["peers"]).status, 3);
+    for strange in [Response::Done, Response::Report { report: serde_json::json!({ "node": 7 }) }] {
+        let ran = run_against(strange, &["status"]);
+        assert_eq!(ran.status, 3);
+        assert!(ran.errors.contains("of one version"), "{}", ran.errors);
+    }
+}
+
+#[test]
+fn wrong_usage_is_status_2() {
+    let directory = tempfile::tempdir().unwrap();
+    for arguments in [&[][..], &["fly"], &["ipam"], &["status", "--output", "xml"], &["diff", "now"]] {
+        let output = huskctl(directory.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(!output.stderr.is_empty());
+    }
+    assert_eq!(huskctl(directory.path(), &["--help"]).status.code(), Some(0));
+}
