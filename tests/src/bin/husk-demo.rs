@@ -1,0 +1,193 @@
+//! The demo: hosts as network namespaces on one underlay, an overlay between them, and what the wire saw.
+//!
+//! Two processes: one does everything, the other waits for it, passes signals on, and removes what is left when the
+//! first has ended in whatever way. So a panic, Ctrl-C or a kill at any instruction leaves nothing behind.
+
+use std::io::Write as _;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+
+use anyhow::{Context, Result, ensure};
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+use clap::{Parser, ValueEnum};
+use husk_overlay::mtu;
+use husk_tests::demo::{self, Plan};
+use husk_tests::{Family, Mode, Signal, scope};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+/// Exit status after a signal: 128 and the number of SIGINT, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// The signals by which people and machines end a program.
+const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+const EXAMPLES: &str = "\
+Examples:
+  hack/demo                                three hosts, WireGuard over IPv4
+  hack/demo --mode vxlan --underlay ipv6   what an unencrypted overlay shows to the wire
+  hack/demo --nodes 5 --mtu 9000           more hosts, jumbo frames
+  hack/demo --keep                         leave it up and look around; hack/demo --down removes it
+  hack/demo --output json | jq .passed     for scripts; progress goes to standard error
+
+Exit status: 0 everything that should hold held, 1 something did not, 2 wrong usage, 130 interrupted.";
+
+/// Shows Husk at work: hosts as network namespaces on one underlay, two pods on each, attached by the CNI plugin; who
+/// reaches whom, where the bytes of a packet go, how fast it is, and what a capture on the underlay saw.
+#[derive(Parser)]
+#[command(name = "hack/demo", bin_name = "hack/demo", version, after_help = EXAMPLES)]
+struct Arguments {
+    /// How pod packets travel between the hosts
+    #[arg(long, default_value = "wireguard", value_parser = PossibleValuesParser::new(["wireguard", "vxlan", "direct"])
+        .try_map(|text| text.parse::<Mode>()))]
+    mode: Mode,
+    /// Number of hosts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=8))]
+    nodes: u8,
+    /// Address family of the network between the hosts
+    #[arg(long, value_name = "FAMILY", default_value = "ipv4", value_parser = PossibleValuesParser::new(["ipv4", "ipv6"])
+        .map(|text| if text == "ipv6" { Family::Ipv6 } else { Family::Ipv4 }))]
+    underlay: Family,
+    /// MTU of the network between the hosts
+    #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u32).range(1280..=65535))]
+    mtu: u32,
+    /// Leave everything up and say how to look around
+    #[arg(long)]
+    keep: bool,
+    /// Remove what --keep left
+    #[arg(long, exclusive = true)]
+    down: bool,
+    /// Form of the report
+    #[arg(long, short, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Do the work instead of looking after the process that does
+    #[arg(long, hide = true)]
+    unsupervised: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people
+    Table,
+    /// JSON for scripts
+    Json,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match &arguments {
+        Arguments { down: true, .. } => remove_kept(),
+        Arguments { unsupervised: true, .. } => work(&arguments),
+        _ => match check(&arguments) {
+            Ok(()) => supervise(),
+            Err(error) => {
+                report(&error);
+                return ExitCode::from(2);
+            }
+        },
+    };
+    done.unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn report(error: &anyhow::Error) {
+    let _ = writeln!(std::io::stderr(), "hack/demo: {error:#}");
+}
+
+/// The demo gives every pod both families, and says beforehand when IPv6 cannot work.
+fn check(arguments: &Arguments) -> Result<()> {
+    let Arguments { mode, underlay, mtu: underlay_mtu, .. } = arguments;
+    let left = mtu::inner_mtu(&mode.stack(), *underlay, *underlay_mtu)?;
+    let needed = mtu::underlay_needed(&mode.stack(), *underlay, mtu::MINIMUM_IPV6);
+    ensure!(
+        left >= mtu::MINIMUM_IPV6,
+        "--mtu {underlay_mtu} leaves {left} bytes to pods in mode {mode} over {underlay}, and IPv6 needs {}; \
+         use --mtu {needed} or more",
+        mtu::MINIMUM_IPV6
+    );
+    Ok(())
+}
+
+fn work(arguments: &Arguments) -> Result<ExitCode> {
+    // The supervisor blocked them for itself, and a child inherits that. An ending signal simply ends this process.
+    SigSet::all().thread_unblock().context("unblocking signals")?;
+    let plan = Plan {
+        mode: arguments.mode,
+        hosts: arguments.nodes,
+        underlay: arguments.underlay,
+        mtu: usize::try_from(arguments.mtu)?,
+        keep: arguments.keep,
+    };
+    let report = demo::run(&plan)?;
+    let text = match arguments.output {
+        Output::Table => demo::text(&report),
+        Output::Json => serde_json::to_string_pretty(&report)? + "\n",
+    };
+    // A reader that closed the pipe has read enough.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs the demo in a process of its own and removes what that process leaves, however it ends.
+fn supervise() -> Result<ExitCode> {
+    let mut awaited: SigSet = ENDING.into_iter().collect();
+    awaited.add(Signal::SIGCHLD);
+    awaited.thread_block().context("blocking signals")?;
+    // What detached itself, as the userspace WireGuard device does, becomes this process's child when its parent ends. In a
+    // container without an init nobody else would wait for it.
+    prctl::set_child_subreaper(true).context("becoming the parent of orphans")?;
+    let own = std::env::current_exe().context("finding the path of this program")?;
+    let mut worker = Command::new(own)
+        .args(std::env::args_os().skip(1))
+        .arg("--unsupervised")
+        .spawn()
+        .context("starting the process that does the work")?;
+    let (status, interrupted) = wait(&mut worker, &awaited)?;
+    let swept = scope::sweep().context("removing what the demo left")?;
+    while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(ended) if ended.pid().is_some()) {}
+    if interrupted {
+        // With --keep it may have been done already.
+        let kept = scope::kept().iter().any(|name| name.contains(&format!("-{}-", worker.id())));
+        let text = if kept { "It stays up; hack/demo --down removes it." } else { "Everything it made is gone again." };
+        let _ = writeln!(std::io::stderr(), "\nThe demo was interrupted. {text}");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    if code.is_none() {
+        let _ = writeln!(std::io::stderr(), "\nThe demo was ended ({status}); what it left was removed: {swept:?}");
+    }
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Waits for the worker's end; true if a signal demanded it.
+fn wait(worker: &mut Child, awaited: &SigSet) -> Result<(ExitStatus, bool)> {
+    let mut interrupted = false;
+    loop {
+        if let Some(status) = worker.try_wait()? {
+            return Ok((status, interrupted));
+        }
+        let signal = awaited.wait().context("waiting for a signal")?;
+        if ENDING.contains(&signal) {
+            interrupted = true;
+            // Ctrl-C went to both. Not yet waited for, the worker still owns its process id.
+            let _ = kill(Pid::from_raw(i32::try_from(worker.id())?), Signal::SIGTERM);
+        }
+    }
+}
+
+fn remove_kept() -> Result<ExitCode> {
+    let kept = scope::kept();
+    for prefix in &kept {
+        scope::sweep_kept(prefix).with_context(|| format!("removing {prefix}"))?;
+    }
+    let text = match kept.len() {
+        0 => "Nothing to tear down: no demo was left up.".to_owned(),
+        1 => format!("Torn down: {}", kept[0]),
+        more => format!("Torn down {more} demos: {}", kept.join(", ")),
+    };
+    let _ = writeln!(std::io::stdout(), "{text}");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,417 @@
+//! Several hosts on one underlay: a bridge in a namespace of its own, and a world outside behind a router.
+//!
+//! ```text
+//!  host1 eth0 ──┐
+//!  host2 eth0 ──┤ switch (bridge) ├── outside eth0   192.0.2.254 / 2001:db8::fe, the hosts' default gateway
+//!  host3 eth0 ──┘                             lo     198.51.100.1 / 2001:db8:ffff::1
+//! ```
+//!
+//! The outside has no route to the cluster's addresses: it can answer only what was masqueraded, and a pod's packet
+//! that leaks through a default route shows on the underlay.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_overlay::mode::Mode;
+use husk_overlay::prefix::{Family, Prefix};
+use serde_json::{Value, json};
+
+use crate::capture::Capture;
+use crate::eventually;
+use crate::host::{Host, Place, UNDERLAY_INTERFACE, lock};
+use crate::netns::Netns;
+use crate::scope::Scope;
+
+/// The last byte of the gateway's underlay addresses.
+const GATEWAY: u8 = 254;
+
+/// How long a record may take to become routes on every other host.
+const MESH_LIMIT: Duration = Duration::from_secs(10);
+
+/// The modes that any kernel can run; the others need ESP.
+pub const MODES: [Mode; 3] = [Mode::Wireguard, Mode::Vxlan, Mode::Direct];
+
+/// What a cluster should look like.
+#[derive(Debug, Clone)]
+pub struct ClusterBuilder {
+    mode: Mode,
+    underlay: Family,
+    dual_stack: bool,
+    hosts: u8,
+    mtu: usize,
+    cluster_cidrs: Vec<Prefix>,
+    wireguard_device: &'static str,
+}
+
+impl ClusterBuilder {
+    /// The mode of every host; WireGuard by default.
+    #[must_use]
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// The family that carries the tunnels, and the only one of the underlay except in direct mode; IPv4 by default.
+    #[must_use]
+    pub fn underlay(mut self, family: Family) -> Self {
+        self.underlay = family;
+        self
+    }
+
+    /// Gives the underlay both families, whatever the mode.
+    #[must_use]
+    pub fn dual_stack(mut self) -> Self {
+        self.dual_stack = true;
+        self
+    }
+
+    /// The number of hosts; two by default.
+    #[must_use]
+    pub fn hosts(mut self, hosts: u8) -> Self {
+        self.hosts = hosts;
+        self
+    }
+
+    /// The MTU of the underlay; 1500 by default.
+    #[must_use]
+    pub fn mtu(mut self, mtu: usize) -> Self {
+        self.mtu = mtu;
+        self
+    }
+
+    /// The bundled WireGuard device also on a kernel that has its own.
+    #[must_use]
+    pub fn userspace_wireguard(mut self) -> Self {
+        self.wireguard_device = "userspace";
+        self
+    }
+
+    /// The pods' address space; `10.42.0.0/16` and `fd42::/48` by default.
+    #[must_use]
+    pub fn cluster_cidrs(mut self, cidrs: impl IntoIterator<Item = Prefix>) -> Self {
+        self.cluster_cidrs = cidrs.into_iter().collect();
+        self
+    }
+
+    /// Lays the underlay and makes the hosts; nothing of Husk runs, and nothing of it has to be built.
+    ///
+    /// # Errors
+    /// When the kernel refuses a part; what was made is removed.
+    pub fn build(self) -> Result<Cluster> {
+        let scope = Arc::new(Scope::new()?);
+        let switch = Netns::create(&scope.name("switch"))?;
+        for name in ["all", "default"] {
+            switch.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
+        }
+        // A switch forwards frames; it neither filters nor reassembles packets.
+        for name in ["iptables", "ip6tables", "arptables"] {
+            let key = format!("net/bridge/bridge-nf-call-{name}");
+            if switch.run(|| std::path::Path::new("/proc/sys").join(&key).exists())? {
+                switch.sysctl(&key, "0")?;
+            }
+        }
+        switch.ip_batch("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\nlink set br0 up")?;
+        fs::create_dir(scope.directory().join(MANIFESTS)).context("making the manifest directory")?;
+        let outside = Netns::create(&scope.name("outside"))?;
+        let mut cluster = Cluster { builder: self, hosts: Vec::new(), outside, switch, scope };
+        cluster.connect(&cluster.outside, "outside", GATEWAY)?;
+        cluster.outside.ip_batch(&format!(
+            "addr add {}/32 dev lo\naddr add {}/128 dev lo nodad",
+            Cluster::OUTSIDE_V4,
+            Cluster::OUTSIDE_V6
+        ))?;
+        for _ in 0..cluster.builder.hosts {
+            cluster.plug_in_host()?;
+        }
+        cluster.wait_for_ports()?;
+        Ok(cluster)
+    }
+
+    /// Builds the cluster, starts every daemon and waits until all are ready and know each other.
+    ///
+    /// # Errors
+    /// When a part cannot be made or a daemon does not become ready.
+    pub fn start(self) -> Result<Cluster> {
+        let cluster = self.build()?;
+        for host in cluster.hosts() {
+            host.install_plugin()?;
+            host.start_daemon()?;
+        }
+        cluster.wait_ready()?;
+        cluster.wait_meshed()?;
+        Ok(cluster)
+    }
+
+    fn families(&self) -> Vec<Family> {
+        if self.dual_stack || self.mode == Mode::Direct { Family::ALL.to_vec() } else { vec![self.underlay] }
+    }
+}
+
+/// Directory, within the scope's, that the hosts share as their cluster source.
+const MANIFESTS: &str = "cluster";
+
+/// Hosts, switch and outside. Everything goes when it is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    hosts: Vec<Host>,
+    outside: Netns,
+    switch: Netns,
+    builder: ClusterBuilder,
+    // Last: the directory goes after everything that lives in it.
+    scope: Arc<Scope>,
+}
+
+impl Cluster {
+    /// An address beyond the underlay, reached through the hosts' default route.
+    pub const OUTSIDE_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+    /// Its IPv6 counterpart.
+    pub const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1);
+
+    /// A cluster of two hosts in WireGuard mode over IPv4, to be changed as needed.
+    #[must_use]
+    pub fn builder() -> ClusterBuilder {
+        let cidr = |address, length| Prefix::containing(address, length).ok();
+        ClusterBuilder {
+            mode: Mode::Wireguard,
+            underlay: Family::Ipv4,
+            dual_stack: false,
+            hosts: 2,
+            mtu: 1500,
+            wireguard_device: "auto",
+            cluster_cidrs: [
+                cidr(Ipv4Addr::new(10, 42, 0, 0).into(), 16),
+                cidr(Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 0).into(), 48),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
+        }
+    }
+
+    /// What owns the names and the directory of this cluster.
+    #[must_use]
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// The hosts in order.
+    #[must_use]
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// The host called `host<number>`, counted from 1.
+    #[must_use]
+    pub fn host(&self, number: usize) -> &Host {
+        &self.hosts[number - 1]
+    }
+
+    /// The world behind the hosts' default gateway.
+    #[must_use]
+    pub fn outside(&self) -> &Netns {
+        &self.outside
+    }
+
+    /// An address of the outside that is not on the underlay's subnet.
+    #[must_use]
+    pub fn outside_address(family: Family) -> IpAddr {
+        match family {
+            Family::Ipv4 => Self::OUTSIDE_V4.into(),
+            Family::Ipv6 => Self::OUTSIDE_V6.into(),
+        }
+    }
+
+    /// The families of the underlay.
+    #[must_use]
+    pub fn families(&self) -> Vec<Family> {
+        self.builder.families()
+    }
+
+    /// The pods' address space.
+    #[must_use]
+    pub fn cluster_cidrs(&self) -> &[Prefix] {
+        &self.builder.cluster_cidrs
+    }
+
+    /// The directory of manifests that the hosts share.
+    #[must_use]
+    pub fn manifests(&self) -> std::path::PathBuf {
+        self.scope.directory().join(MANIFESTS)
+    }
+
+    /// Adds one more host to the underlay; its daemon is not started. Returns its number.
+    ///
+    /// # Errors
+    /// When the kernel refuses a part.
+    pub fn add_host(&mut self) -> Result<usize> {
+        let number = self.plug_in_host()?;
+        self.wait_for_ports()?;
+        Ok(number)
+    }
+
+    fn plug_in_host(&mut self) -> Result<usize> {
+        let number = u8::try_from(self.hosts.len() + 1).context("too many hosts")?;
+        ensure!(number < GATEWAY, "an underlay has room for {} hosts", GATEWAY - 1);
+        let name = format!("host{number}");
+        let place = Place::create(&self.scope, &name)?;
+        let addresses = self.connect(&place.netns, &name, number)?;
+        let host = Host::new(place, addresses, self.config(&name));
+        fs::create_dir_all(host.file("/etc/cni/net.d")).context("making the CNI configuration directory")?;
+        fs::create_dir_all(host.file("/opt/cni/bin")).context("making the CNI binary directory")?;
+        host.configure(|_| ())?;
+        self.hosts.push(host);
+        Ok(self.hosts.len())
+    }
+
+    /// Waits until the daemon of every host is ready.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub fn wait_ready(&self) -> Result<()> {
+        self.hosts.iter().try_for_each(Host::wait_ready)
+    }
+
+    /// Waits until every daemon has routes to all other hosts. One that is ready may not have heard yet of those that became
+    /// ready after it.
+    ///
+    /// # Errors
+    /// When one has not in time, or does not run.
+    pub fn wait_meshed(&self) -> Result<()> {
+        let others = self.hosts.len() - 1;
+        self.hosts.iter().try_for_each(|host| {
+            let what = format!("{} to have routes to {others} peers", host.name());
+            eventually(&what, MESH_LIMIT, || Ok(host.huskctl_json(["status"])?["peers"] == json!([others, others])))
+        })
+    }
+
+    /// Gives a host other underlay addresses, which end in `byte`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn readdress(&self, number: usize, byte: u8) -> Result<()> {
+        let host = self.host(number);
+        let flush = format!("addr flush dev {UNDERLAY_INTERFACE} scope global\n");
+        *lock(&host.addresses) = self.address(host.netns(), byte, &flush)?;
+        Ok(())
+    }
+
+    /// Changes the MTU of the whole underlay.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_underlay_mtu(&self, mtu: usize) -> Result<()> {
+        let ports = self.hosts.iter().map(Host::name).chain(["outside"]);
+        let commands: Vec<_> = ports.map(|port| format!("link set {port} mtu {mtu}")).collect();
+        self.switch.ip_batch(&commands.join("\n"))?;
+        self.outside.command("ip", ["link", "set", UNDERLAY_INTERFACE, "mtu", &mtu.to_string()])?;
+        self.hosts.iter().try_for_each(|host| host.set_underlay_mtu(mtu))
+    }
+
+    /// Lets the hosts hand many segments at once to the underlay, as a network card does, or one packet at a time, as from
+    /// the start. A capture sees what a wire would only without.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_offload(&self, on: bool) -> Result<()> {
+        // The kernel's own limit (`GSO_MAX_SEGS`, include/linux/netdevice.h).
+        let segments = if on { "65535" } else { "1" };
+        let ports = self.hosts.iter().map(Host::name).chain(["outside"]);
+        let commands: Vec<_> = ports.map(|port| format!("link set {port} gso_max_segs {segments}")).collect();
+        self.switch.ip_batch(&commands.join("\n"))?;
+        let ends = self.hosts.iter().map(Host::netns).chain([&self.outside]);
+        ends.into_iter().try_for_each(|netns| {
+            netns.command("ip", ["link", "set", UNDERLAY_INTERFACE, "gso_max_segs", segments]).map(drop)
+        })
+    }
+
+    /// Pulls or plugs a host's cable.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_cable(&self, number: usize, plugged: bool) -> Result<()> {
+        let state = if plugged { "up" } else { "down" };
+        self.switch.command("ip", ["link", "set", self.host(number).name(), state])?;
+        self.wait_for_ports()
+    }
+
+    /// Captures every packet of the underlay, each once: as it enters the switch.
+    ///
+    /// # Errors
+    /// When the capture cannot be started.
+    pub fn capture(&self) -> Result<Capture> {
+        Capture::arrivals(&self.switch, &["br0"])
+    }
+
+    /// Leaves everything in place, for people to look at; [`crate::scope::sweep_kept`] removes it from a later process.
+    /// Pods have to be kept by their owner (`std::mem::forget`).
+    ///
+    /// # Errors
+    /// When the mark cannot be written; everything is removed then.
+    pub fn keep(self) -> Result<()> {
+        self.scope.keep()?;
+        std::mem::forget(self);
+        Ok(())
+    }
+
+    /// The kernel reports a carrier to the bridge at most once a second when much happens, and a port discards what
+    /// arrives before.
+    fn wait_for_ports(&self) -> Result<()> {
+        eventually("the switch to forward on every port", Duration::from_secs(10), || {
+            let ports = self.switch.ip_json(["link", "show", "master", "br0"])?;
+            let is_up = |port: &&Value| port["flags"].as_array().is_some_and(|flags| flags.iter().any(|it| it == "UP"));
+            let mut plugged = ports.as_array().into_iter().flatten().filter(is_up);
+            Ok(plugged.all(|port| port["linkinfo"]["info_slave_data"]["state"] == "forwarding"))
+        })
+    }
+
+    fn config(&self, name: &str) -> Value {
+        let builder = &self.builder;
+        json!({
+            "mode": builder.mode.as_str(),
+            "clusterCIDRs": builder.cluster_cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(),
+            "node": {"name": name},
+            "underlay": {"family": builder.underlay},
+            "source": {"directory": {"path": self.manifests()}},
+            "wireguard": {"device": builder.wireguard_device},
+            "log": {"format": "text", "level": "info"},
+        })
+    }
+
+    /// Plugs a namespace into the switch, at the port `port`, and gives it addresses that end in `byte`.
+    fn connect(&self, netns: &Netns, port: &str, byte: u8) -> Result<Vec<IpAddr>> {
+        let (mtu, name, eth) = (self.builder.mtu, netns.name(), UNDERLAY_INTERFACE);
+        // With one segment per packet the underlay carries, and a capture sees, what a wire would: no offloads.
+        self.switch.ip_batch(&format!(
+            "link add {port} mtu {mtu} gso_max_segs 1 type veth peer name {eth} mtu {mtu} gso_max_segs 1 netns {name}\n\
+             link set {port} master br0 up\n"
+        ))?;
+        self.address(netns, byte, &format!("link set {eth} up\n"))
+    }
+
+    fn address(&self, netns: &Netns, byte: u8, before: &str) -> Result<Vec<IpAddr>> {
+        let mut commands = before.to_owned();
+        let mut addresses = Vec::new();
+        for family in self.families() {
+            let (address, gateway) = (underlay_address(family, byte), underlay_address(family, GATEWAY));
+            let (length, option) = if family == Family::Ipv4 { (24, "") } else { (64, "nodad") };
+            commands += &format!("addr add {address}/{length} dev {UNDERLAY_INTERFACE} {option}\n");
+            if byte != GATEWAY {
+                commands += &format!("route replace default via {gateway} dev {UNDERLAY_INTERFACE}\n");
+            }
+            addresses.push(address);
+        }
+        netns.ip_batch(&commands)?;
+        Ok(addresses)
+    }
+}
+
+fn underlay_address(family: Family, byte: u8) -> IpAddr {
+    match family {
+        Family::Ipv4 => Ipv4Addr::new(192, 0, 2, byte).into(),
+        Family::Ipv6 => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, byte.into()).into(),
+    }
+}

@@ -1,0 +1,198 @@
+//! One captured packet and what can be told from its headers.
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::time::SystemTime;
+
+use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use nix::libc;
+
+/// Ports of the WireGuard devices, one for each key generation.
+const WIREGUARD_PORTS: RangeInclusive<u16> = 51820..=51821;
+
+/// The port of VXLAN (RFC 7348).
+const VXLAN_PORT: u16 = 4789;
+
+/// Length of a VXLAN header.
+const VXLAN_HEADER: usize = 8;
+
+/// What a packet is, as far as anybody on the wire can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Address resolution for IPv4.
+    Arp,
+    /// Address resolution and router discovery for IPv6.
+    NeighbourDiscovery,
+    /// Multicast listener reports, IGMP of IPv4 or MLD of IPv6.
+    MulticastListener,
+    /// A WireGuard message on a WireGuard port.
+    Wireguard,
+    /// VXLAN.
+    Vxlan,
+    /// ESP, in IP or in UDP.
+    Esp,
+    /// Any other ICMP, of either version.
+    Icmp,
+    /// TCP.
+    Tcp,
+    /// Any other UDP.
+    Udp,
+    /// A fragment other than the first, which has no transport header.
+    Fragment,
+    /// Any other IP packet.
+    OtherIp,
+    /// No IP packet.
+    Other,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Arp => "ARP",
+            Self::NeighbourDiscovery => "IPv6 neighbour discovery",
+            Self::MulticastListener => "multicast listener report",
+            Self::Wireguard => "WireGuard",
+            Self::Vxlan => "VXLAN",
+            Self::Esp => "ESP",
+            Self::Icmp => "ICMP",
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Fragment => "IP fragment",
+            Self::OtherIp => "other IP",
+            Self::Other => "no IP",
+        })
+    }
+}
+
+/// A captured packet.
+#[derive(Debug, Clone)]
+pub struct Packet {
+    /// When it was read.
+    pub at: SystemTime,
+    /// True if the captured interface sent it.
+    pub outgoing: bool,
+    /// True if `bytes` begins with an Ethernet header, false if with an IP header.
+    pub ethernet: bool,
+    /// All of it.
+    pub bytes: Vec<u8>,
+    /// What it is.
+    pub kind: Kind,
+    /// Source and destination of the outermost IP header.
+    pub addresses: Option<(IpAddr, IpAddr)>,
+    /// Source and destination port, if the outermost IP packet is TCP or UDP.
+    pub ports: Option<(u16, u16)>,
+    /// Length of the outermost IP packet as its header says; 0 if there is none.
+    pub ip_length: usize,
+    /// True if it is a fragment of an IP packet (IPv4: MF or an offset; IPv6: a fragment header), first or later.
+    pub fragment: bool,
+    /// Source and destination of the IP packet within VXLAN.
+    pub inner_addresses: Option<(IpAddr, IpAddr)>,
+}
+
+impl Packet {
+    /// True if these bytes occur anywhere in it.
+    #[must_use]
+    pub fn contains(&self, bytes: &[u8]) -> bool {
+        self.bytes.windows(bytes.len()).any(|window| window == bytes)
+    }
+
+    /// True if it was sent from one of these addresses to the other, outermost.
+    #[must_use]
+    pub fn is_between(&self, one: IpAddr, other: IpAddr) -> bool {
+        self.addresses == Some((one, other)) || self.addresses == Some((other, one))
+    }
+
+    /// The addresses that anybody on the wire can read: those of the outermost IP header and those within VXLAN.
+    pub fn readable(&self) -> impl Iterator<Item = IpAddr> {
+        let pairs = self.addresses.into_iter().chain(self.inner_addresses);
+        pairs.flat_map(|(source, destination)| [source, destination])
+    }
+}
+
+/// Reads the headers of a packet; what cannot be read is of the kind `Other`.
+pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8]) -> Packet {
+    let ethernet = matches!(hardware, libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK);
+    let mut packet = Packet {
+        at,
+        outgoing,
+        ethernet,
+        bytes: bytes.to_owned(),
+        kind: Kind::Other,
+        addresses: None,
+        ports: None,
+        ip_length: 0,
+        fragment: false,
+        inner_addresses: None,
+    };
+    let sliced =
+        if ethernet { LaxSlicedPacket::from_ethernet(bytes).ok() } else { LaxSlicedPacket::from_ip(bytes).ok() };
+    let Some(sliced) = sliced else { return packet };
+    packet.addresses = sliced.net.as_ref().and_then(addresses);
+    let protocol = match &sliced.net {
+        Some(LaxNetSlice::Ipv4(ip)) => {
+            packet.ip_length = ip.header().total_len().into();
+            packet.fragment = ip.header().is_fragmenting_payload();
+            ip.payload_ip_number()
+        }
+        Some(LaxNetSlice::Ipv6(ip)) => {
+            packet.ip_length = 40 + usize::from(ip.header().payload_length());
+            // An atomic fragment (no offset, no more to come) fragments nothing.
+            packet.fragment = ip.is_payload_fragmented();
+            ip.payload().ip_number
+        }
+        Some(LaxNetSlice::Arp(_)) => {
+            packet.kind = Kind::Arp;
+            return packet;
+        }
+        None => return packet,
+    };
+    packet.kind = match &sliced.transport {
+        Some(TransportSlice::Tcp(tcp)) => {
+            packet.ports = Some((tcp.source_port(), tcp.destination_port()));
+            Kind::Tcp
+        }
+        Some(TransportSlice::Udp(udp)) => {
+            let ports = (udp.source_port(), udp.destination_port());
+            packet.ports = Some(ports);
+            udp_kind(ports, udp.payload())
+        }
+        Some(TransportSlice::Icmpv6(icmp)) => match icmp.slice().first() {
+            Some(133..=137) => Kind::NeighbourDiscovery,
+            Some(130..=132 | 143) => Kind::MulticastListener,
+            _ => Kind::Icmp,
+        },
+        Some(TransportSlice::Icmpv4(_)) => Kind::Icmp,
+        Some(TransportSlice::Igmp(_)) => Kind::MulticastListener,
+        None if protocol == IpNumber::ENCAPSULATING_SECURITY_PAYLOAD => Kind::Esp,
+        None if packet.fragment => Kind::Fragment,
+        None => Kind::OtherIp,
+    };
+    if let (Kind::Vxlan, Some(TransportSlice::Udp(udp))) = (packet.kind, &sliced.transport) {
+        let inner = udp.payload().get(VXLAN_HEADER..).and_then(|inner| LaxSlicedPacket::from_ethernet(inner).ok());
+        packet.inner_addresses = inner.and_then(|inner| inner.net.as_ref().and_then(addresses));
+    }
+    packet
+}
+
+fn udp_kind((source, destination): (u16, u16), payload: &[u8]) -> Kind {
+    let uses = |port: u16| source == port || destination == port;
+    // Type 1 to 4 and three reserved bytes: anything else on this port is not WireGuard's.
+    let message = matches!(payload, [1..=4, 0, 0, 0, ..]);
+    if message && (WIREGUARD_PORTS.contains(&source) || WIREGUARD_PORTS.contains(&destination)) {
+        Kind::Wireguard
+    } else if uses(VXLAN_PORT) {
+        Kind::Vxlan
+    } else if uses(4500) {
+        Kind::Esp
+    } else {
+        Kind::Udp
+    }
+}
+
+fn addresses(net: &LaxNetSlice<'_>) -> Option<(IpAddr, IpAddr)> {
+    match net {
+        LaxNetSlice::Ipv4(ip) => Some((ip.header().source_addr().into(), ip.header().destination_addr().into())),
+        LaxNetSlice::Ipv6(ip) => Some((ip.header().source_addr().into(), ip.header().destination_addr().into())),
+        LaxNetSlice::Arp(_) => None,
+    }
+}
