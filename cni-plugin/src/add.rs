@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use husk_dataplane::netns::Netns;
-use husk_dataplane::pod;
+use husk_dataplane::pod::{self, PodSpec};
 use husk_ipam::Error as LeaseError;
 use husk_ipam::lease::{BootTime, Demand, Lease, LeaseStore, Supply};
 use husk_overlay::endpoint::AttachmentId;
@@ -43,7 +43,7 @@ pub(crate) fn add(conf: &NetConf, attach: &Attach) -> Result<Value, Failure> {
     let store = attachment::leases(conf);
     let (lease, node) = Allocation { conf, store: &store, netns: &netns }.lease(demand)?;
     let undo = Undo { conf, store: &store, id: &lease.endpoint.id, armed: true };
-    let spec = attachment::spec(&lease.endpoint, node.pod_mtu);
+    let spec = PodSpec::of(&lease.endpoint, node.pod_mtu);
     let added = pod::attach(&spec, &netns)
         .map_err(Failure::from)
         .and_then(|()| daemon.ask(&Request::Admit { id: lease.endpoint.id.clone() }))

@@ -1,8 +1,8 @@
 //! An attachment and what belongs to it, as ADD, DEL, CHECK and GC see it.
 
-use husk_dataplane::pod::{self, PodSpec};
+use husk_dataplane::pod;
 use husk_ipam::lease::{BootTime, DEFAULT_LOCK_WAIT, LeaseStore};
-use husk_overlay::endpoint::{AttachmentId, Endpoint};
+use husk_overlay::endpoint::AttachmentId;
 use husk_overlay::ipc::LEASE_DIRECTORY;
 
 use crate::error::Failure;
@@ -17,19 +17,6 @@ pub(crate) fn id(conf: &NetConf, container: &Container) -> AttachmentId {
 /// The lease store.
 pub(crate) fn leases(conf: &NetConf) -> LeaseStore {
     LeaseStore::new(conf.run_file(LEASE_DIRECTORY), DEFAULT_LOCK_WAIT)
-}
-
-/// How an endpoint is wired.
-pub(crate) fn spec(endpoint: &Endpoint, mtu: u32) -> PodSpec {
-    PodSpec {
-        host_interface: endpoint.host_interface.clone(),
-        host_mac: endpoint.id.host_mac(),
-        alias: endpoint.id.to_string(),
-        pod_interface: endpoint.id.ifname.clone(),
-        pod_mac: endpoint.pod_mac,
-        addresses: endpoint.addresses,
-        mtu,
-    }
 }
 
 /// The attachment that the alias of a host interface names; none if it names none.

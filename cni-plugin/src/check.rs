@@ -1,6 +1,6 @@
 //! CHECK: is an attachment as ADD made it?
 
-use husk_dataplane::pod;
+use husk_dataplane::pod::{self, PodSpec};
 use husk_overlay::ipc::NODE_FILE;
 
 use crate::add::open_netns;
@@ -45,7 +45,7 @@ pub(crate) fn check(conf: &NetConf, attach: &Attach) -> Result<(), Failure> {
         (Err(_), Some(mtu)) => mtu,
         (Err(failure), None) => return Err(failure),
     };
-    deviations.extend(pod::check(&attachment::spec(&endpoint, mtu), &netns)?);
+    deviations.extend(pod::check(&PodSpec::of(&endpoint, mtu), &netns)?);
     if deviations.is_empty() {
         return Ok(());
     }

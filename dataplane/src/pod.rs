@@ -24,6 +24,7 @@ mod tests;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use husk_overlay::endpoint::Endpoint;
 use husk_overlay::mac::MacAddress;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
@@ -66,6 +67,20 @@ pub struct PodSpec {
 }
 
 impl PodSpec {
+    /// How an endpoint is wired. Plugin and daemon both go by it, so that neither takes the other's work for a deviation.
+    #[must_use]
+    pub fn of(endpoint: &Endpoint, mtu: u32) -> Self {
+        Self {
+            host_interface: endpoint.host_interface.clone(),
+            host_mac: endpoint.id.host_mac(),
+            alias: endpoint.id.to_string(),
+            pod_interface: endpoint.id.ifname.clone(),
+            pod_mac: endpoint.pod_mac,
+            addresses: endpoint.addresses,
+            mtu,
+        }
+    }
+
     fn families(&self) -> impl Iterator<Item = Family> + use<> {
         let addresses = self.addresses;
         Family::ALL.into_iter().filter(move |family| addresses.get(*family).is_some())

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use husk_dataplane::linux::Linux;
-use husk_ipam::lease::LeaseStore;
+use husk_ipam::lease::{DEFAULT_LOCK_WAIT, LeaseStore};
 use husk_overlay::config::{Config, SourceConfig};
 use husk_overlay::ipc::{LEASE_DIRECTORY, SOCKET_FILE};
 use husk_overlay::marks;
@@ -35,9 +35,6 @@ const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What failed, where the kernel gives no thread.
 const THREAD: &str = "cannot start a thread";
-
-/// How long one caller may hold the lease store before another gives up.
-const LEASE_LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Paths of a daemon.
 #[derive(Debug, Clone, clap::Args)]
@@ -81,7 +78,7 @@ impl Options {
     /// The lease store.
     #[must_use]
     pub fn leases(&self) -> LeaseStore {
-        LeaseStore::new(self.run_directory.join(LEASE_DIRECTORY), LEASE_LOCK_PATIENCE)
+        LeaseStore::new(self.run_directory.join(LEASE_DIRECTORY), DEFAULT_LOCK_WAIT)
     }
 }
 

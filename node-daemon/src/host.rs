@@ -232,16 +232,7 @@ impl Node for Host {
                 source: io::Error::other("it is another one than the pod was connected in"),
             });
         }
-        let spec = PodSpec {
-            host_interface: endpoint.host_interface.clone(),
-            host_mac: endpoint.id.host_mac(),
-            alias: endpoint.id.to_string(),
-            pod_interface: endpoint.id.ifname.clone(),
-            pod_mac: endpoint.pod_mac,
-            addresses: endpoint.addresses,
-            mtu,
-        };
-        pod::set_mtu(&spec, &netns)
+        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
