@@ -144,6 +144,15 @@ pub enum Error {
         interface: String,
     },
 
+    /// An ESP association's key could not be made.
+    #[error("cannot install the association {association}: {reason}")]
+    NoAssociationKey {
+        /// SPI, and the epochs and addresses at its ends.
+        association: String,
+        /// Why not; holds no secret.
+        reason: String,
+    },
+
     /// A change that was to be made together with others, whose failure is reported with the first of them.
     #[error("it was to be made in one step with the change before it, which failed")]
     WithTheOthers,
@@ -234,6 +243,10 @@ impl Error {
             Self::NoProgram { remedy, .. } | Self::Unsupported { remedy, .. } => remedy,
             Self::NoPrivateKey { .. } => {
                 "look for why the daemon could not make or load the key, further up in its log"
+            }
+            Self::NoAssociationKey { .. } => {
+                "nothing, a rotation replaces the association; if it stays, look for why the daemon has not the key of its epoch, \
+                 further up in its log"
             }
             Self::WithTheOthers => "see the first of the changes that failed together",
             Self::Withheld { .. } => "mend what is named as the reason; the changes are then made within seconds",
@@ -330,6 +343,7 @@ mod tests {
             Error::NoProgram { operation, object: object.clone(), program: "nft", remedy: "install it" },
             Error::Unsupported { operation, object: object.clone(), reason: reason.clone(), remedy: "load it" },
             Error::NoPrivateKey { interface: object.clone() },
+            Error::NoAssociationKey { association: object.clone(), reason: reason.clone() },
             Error::WithTheOthers,
             Error::Withheld { withheld: object.clone(), missing: "the table", reason },
             Error::WaitingForUserspaceDevice { interface: object },

@@ -1,8 +1,9 @@
 //! News that something changed in the kernel, without saying what: a reason to look.
 //!
 //! The kernel announces changes to multicast groups (rtnetlink(7), include/uapi/linux/rtnetlink.h `enum rtnetlink_groups`,
-//! include/uapi/linux/netfilter/nfnetlink.h `enum nfnetlink_groups`). What is announced is thrown away: a pass reads the
-//! tables anyway, and news that were lost for want of buffer space (`ENOBUFS`) are news as well.
+//! include/uapi/linux/netfilter/nfnetlink.h `enum nfnetlink_groups`, include/uapi/linux/xfrm.h `enum xfrm_nlgroups`). What
+//! is announced is thrown away: a pass reads the tables anyway, and news that were lost for want of buffer space (`ENOBUFS`)
+//! are news as well.
 //!
 //! Only what happens without anybody changing anything is no news: that neighbours of the underlay are resolved, go stale and
 //! are looked for again, many times a second on a busy host, and that the kernel clones a route to remember a path MTU. A
@@ -14,9 +15,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use husk_overlay::marks;
 use netlink_packet_core::NlasIterator;
+use zeroize::Zeroizing;
 
 use crate::error::Error;
 use crate::netlink::{Frame, Protocol, frames};
+use crate::xfrm;
 
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
@@ -28,8 +31,14 @@ const RTNLGRP_IPV6_ROUTE: u32 = 11;
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
 const RTNLGRP_IPV6_NETCONF: u32 = 25;
 const NFNLGRP_NFTABLES: u32 = 7;
+/// Without `XFRMNLGRP_ACQUIRE`: as long as nobody listens to that, the kernel does not wait for somebody to negotiate an
+/// association that is missing (net/xfrm/xfrm_state.c `xfrm_state_find`).
+const XFRMNLGRP_EXPIRE: u32 = 2;
+const XFRMNLGRP_SA: u32 = 3;
+const XFRMNLGRP_POLICY: u32 = 4;
 
-/// Bound on the datagrams taken in one go. A receive buffer holds a few hundred: only a flood faster than this loop reaches it.
+/// Bound on the datagrams taken in one go. A receive buffer holds a few hundred: only a flood faster than this loop reaches
+/// it.
 const MOST_AT_ONCE: usize = 1 << 16;
 
 /// Bytes of a datagram that are looked at. News about routes and neighbours take a few hundred; what is cut off counts.
@@ -60,10 +69,13 @@ pub enum Subject {
     Network,
     /// nftables rules.
     Nftables,
+    /// IPsec associations and policies. Listening makes the kernel load what it has of IPsec; a kernel that has none of it
+    /// is not worth a warning: see [`Monitor::open`].
+    Ipsec,
 }
 
-/// A socket that becomes readable when something may have changed in its network namespace; [`Monitor::drain`] tells whether it
-/// did. It does not block: wrap it in a poller.
+/// A socket that becomes readable when something may have changed in its network namespace; [`Monitor::drain`] tells whether
+/// it did. It does not block: wrap it in a poller.
 #[derive(Debug)]
 pub struct Monitor {
     subject: Subject,
@@ -74,7 +86,7 @@ impl Monitor {
     /// Subscribes in the calling thread's network namespace.
     ///
     /// # Errors
-    /// [`Error::Socket`].
+    /// [`Error::Socket`]; [`Error::Unsupported`] for IPsec in a kernel that has none.
     pub fn open(subject: Subject) -> Result<Self, Error> {
         let (protocol, groups): (_, &[u32]) = match subject {
             Subject::Network => (
@@ -91,9 +103,12 @@ impl Monitor {
                 ],
             ),
             Subject::Nftables => (Protocol::Netfilter, &[NFNLGRP_NFTABLES]),
+            Subject::Ipsec => (Protocol::Xfrm, &[XFRMNLGRP_EXPIRE, XFRMNLGRP_SA, XFRMNLGRP_POLICY]),
         };
         let failed = |operation| move |source| Error::Socket { operation, protocol: protocol.name(), source };
-        let mut socket = netlink_sys::Socket::new(protocol.number()).map_err(failed("open"))?;
+        let opened = netlink_sys::Socket::new(protocol.number()).map_err(failed("open"));
+        let mut socket =
+            opened.map_err(|error| if subject == Subject::Ipsec { xfrm::explain(error) } else { error })?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("set O_NONBLOCK on"))?;
         for group in groups {
@@ -108,11 +123,12 @@ impl Monitor {
     /// When the socket is broken.
     pub fn drain(&self) -> io::Result<bool> {
         let mut news = false;
-        let mut buffer = [0_u8; LOOKED_AT];
+        // News about an association hold its key.
+        let mut buffer = Zeroizing::new([0_u8; LOOKED_AT]);
         for _ in 0..MOST_AT_ONCE {
             // Without MSG_TRUNC the rest of a datagram that does not fit is thrown away.
             match self.socket.recv(&mut buffer.as_mut_slice(), 0) {
-                Ok(length) => news = news || self.subject == Subject::Nftables || is_news(&buffer[..length]),
+                Ok(length) => news = news || self.subject != Subject::Network || is_news(&buffer[..length]),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => news = true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

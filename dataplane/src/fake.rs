@@ -1,14 +1,16 @@
 //! A kernel for tests: it keeps tables in memory, with those rules of the real one that matter to a reconciler, and fails
 //! on demand.
 //!
-//! A handle is cheap to clone: a test keeps one and hands another to what it tests. Strangers' interfaces and routes can be put
-//! in; nothing that Husk does may change them.
+//! A handle is cheap to clone: a test keeps one and hands another to what it tests. Strangers' interfaces and routes can be
+//! put in; nothing that Husk does may change them.
+
+mod xfrm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use husk_overlay::kernel::{Desired, LinkKind, Route, RouteKey, RouteTarget};
+use husk_overlay::kernel::{Desired, LinkKind, Route, RouteKey, RouteTarget, XfrmStateKey};
 use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
 
@@ -58,6 +60,8 @@ pub struct FakeState {
     pub counters: Counters,
     /// What the clock says when a WireGuard device is read, as time since the Unix epoch.
     pub now: Duration,
+    /// Every association that was ever installed, in order. One that is in here twice had its sequence numbers start anew.
+    pub installed_associations: Vec<XfrmStateKey>,
     faults: Vec<(Fault, Errno)>,
 }
 
@@ -121,6 +125,8 @@ impl Kernel for FakeKernel {
             Table::Nft => actual.nft.clone_from(&own.nft),
             Table::Links => actual.links.clone_from(&own.links),
             Table::Wireguard => actual.wireguard = state.wireguard_devices(desired),
+            Table::XfrmStates => actual.xfrm_states.clone_from(&own.xfrm_states),
+            Table::XfrmPolicies => actual.xfrm_policies.clone_from(&own.xfrm_policies),
             Table::Napi => actual.napi.clone_from(&own.napi),
             Table::Addresses => actual.addresses.clone_from(&own.addresses),
             Table::Neighbours => actual.neighbours.clone_from(&own.neighbours),
@@ -207,6 +213,8 @@ impl FakeState {
                 self.need(change, &it.interface)?;
                 it.action.apply_to(self.own.wireguard.entry(it.interface.clone()).or_default());
             }
+            Change::XfrmState(it) => self.change_xfrm_state(change, it, keys)?,
+            Change::XfrmPolicy(it) => self.change_xfrm_policy(change, it)?,
             Change::Napi(it) => {
                 self.own.napi.insert(it.interface.clone(), true);
             }
@@ -326,6 +334,8 @@ impl FakeState {
                 links.iter().for_each(|interface| self.remove_link(interface));
             }
             Table::Wireguard => self.own.wireguard.clear(),
+            Table::XfrmStates => self.own.xfrm_states.clear(),
+            Table::XfrmPolicies => self.own.xfrm_policies.clear(),
             Table::Napi => self.own.napi.values_mut().for_each(|threaded| *threaded = false),
             Table::Addresses => self.own.addresses.clear(),
             Table::Neighbours => self.own.neighbours.clear(),

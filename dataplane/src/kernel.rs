@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use husk_overlay::kernel::{Address, Desired, NeighbourKey, RouteKey, RouteTarget};
+use husk_overlay::kernel::{
+    Address, Desired, NeighbourKey, RouteKey, RouteTarget, XfrmAction, XfrmPolicyKey, XfrmStateKey,
+};
 use husk_overlay::mac::MacAddress;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
@@ -21,6 +23,7 @@ use crate::routes::{self, ActualRoute, RouteChange};
 use crate::sweep::Sweep;
 use crate::sysctl::{self, SysctlChange};
 use crate::wireguard::{self, KeyRing, WireguardAction, WireguardChange, WireguardState};
+use crate::xfrm::{self, ActualXfrmPolicy, ActualXfrmState, XfrmPolicyChange, XfrmStateChange};
 
 /// A table, in the order in which changes are made: what protects comes before what forwards, what is referred to before
 /// what refers to it.
@@ -36,6 +39,10 @@ pub enum Table {
     Sysctls,
     /// WireGuard keys and peers.
     Wireguard,
+    /// IPsec security associations. Made before the policies that refer to them, and removed after those.
+    XfrmStates,
+    /// IPsec policies.
+    XfrmPolicies,
     /// Threaded NAPI of tunnel devices.
     Napi,
     /// Addresses on tunnel devices.
@@ -50,11 +57,13 @@ pub enum Table {
 
 impl Table {
     /// All tables in the order in which changes are made.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Nft,
         Self::Links,
         Self::Sysctls,
         Self::Wireguard,
+        Self::XfrmStates,
+        Self::XfrmPolicies,
         Self::Napi,
         Self::Addresses,
         Self::Neighbours,
@@ -70,6 +79,8 @@ impl fmt::Display for Table {
             Self::Nft => "nft",
             Self::Links => "links",
             Self::Wireguard => "wireguard",
+            Self::XfrmStates => "xfrm states",
+            Self::XfrmPolicies => "xfrm policies",
             Self::Napi => "napi",
             Self::Addresses => "addresses",
             Self::Neighbours => "neighbours",
@@ -92,6 +103,10 @@ pub struct Actual {
     pub links: BTreeMap<InterfaceName, ActualLink>,
     /// The desired WireGuard devices.
     pub wireguard: BTreeMap<InterfaceName, WireguardState>,
+    /// IPsec security associations with our request id.
+    pub xfrm_states: BTreeMap<XfrmStateKey, ActualXfrmState>,
+    /// IPsec policies of ours.
+    pub xfrm_policies: BTreeMap<XfrmPolicyKey, ActualXfrmPolicy>,
     /// Threaded NAPI, where it is known.
     pub napi: BTreeMap<InterfaceName, bool>,
     /// Addresses on tunnel devices.
@@ -116,6 +131,10 @@ pub enum Change {
     Link(LinkChange),
     /// A WireGuard key or peer.
     Wireguard(WireguardChange),
+    /// An IPsec security association.
+    XfrmState(XfrmStateChange),
+    /// An IPsec policy.
+    XfrmPolicy(XfrmPolicyChange),
     /// Threaded NAPI.
     Napi(NapiChange),
     /// An address.
@@ -137,6 +156,8 @@ impl Change {
             Self::Nft(_) => Table::Nft,
             Self::Link(_) => Table::Links,
             Self::Wireguard(_) => Table::Wireguard,
+            Self::XfrmState(_) => Table::XfrmStates,
+            Self::XfrmPolicy(_) => Table::XfrmPolicies,
             Self::Napi(_) => Table::Napi,
             Self::Address(_) => Table::Addresses,
             Self::Neighbour(_) => Table::Neighbours,
@@ -155,6 +176,8 @@ impl Change {
             Self::Nft(change) => matches!(change, NftChange::DeleteTable),
             Self::Link(change) => matches!(change, LinkChange::Remove { .. }),
             Self::Wireguard(change) => matches!(change.action, WireguardAction::RemovePeer { .. }),
+            Self::XfrmState(change) => matches!(change, XfrmStateChange::Remove { .. }),
+            Self::XfrmPolicy(change) => matches!(change, XfrmPolicyChange::Remove { .. }),
             Self::Address(change) => matches!(change, AddressChange::Remove(_)),
             Self::Neighbour(change) => matches!(change, NeighbourChange::Remove { .. }),
             Self::Fdb(change) => matches!(change, FdbChange::Remove { .. }),
@@ -168,6 +191,13 @@ impl Change {
     pub fn makes_unreachable(&self) -> bool {
         let Self::Route(change) = self else { return false };
         change.route().is_some_and(|route| route.target == RouteTarget::Unreachable)
+    }
+
+    /// True for an IPsec policy that keeps plaintext from leaving or arriving.
+    #[must_use]
+    pub fn blocks(&self) -> bool {
+        let Self::XfrmPolicy(change) = self else { return false };
+        change.policy().is_some_and(|policy| policy.action == XfrmAction::Block)
     }
 
     /// True if packets may go where they could not go before: forwarding is turned on, or a route leads somewhere. Such a
@@ -210,6 +240,8 @@ impl fmt::Display for Change {
             Self::Nft(change) => change.fmt(f),
             Self::Link(change) => change.fmt(f),
             Self::Wireguard(change) => change.fmt(f),
+            Self::XfrmState(change) => change.fmt(f),
+            Self::XfrmPolicy(change) => change.fmt(f),
             Self::Napi(change) => change.fmt(f),
             Self::Address(change) => change.fmt(f),
             Self::Neighbour(change) => change.fmt(f),
@@ -261,6 +293,12 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
                 changes.retain(|change| !matches!(change.action, WireguardAction::RemovePeer { .. }));
             }
             wrap(changes, Change::Wireguard)
+        }
+        Table::XfrmStates => {
+            wrap(xfrm::diff_states(&desired.xfrm_states, &actual.xfrm_states, sweep), Change::XfrmState)
+        }
+        Table::XfrmPolicies => {
+            wrap(xfrm::diff_policies(&desired.xfrm_policies, &actual.xfrm_policies, sweep), Change::XfrmPolicy)
         }
         Table::Napi => wrap(napi::diff(desired, &actual.napi), Change::Napi),
         Table::Addresses => wrap(addresses::diff(&desired.addresses, &actual.addresses, sweep), Change::Address),

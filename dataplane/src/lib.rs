@@ -1,9 +1,9 @@
 //! The only crate that talks to the Linux kernel: every table is read, compared with what is desired, and changed.
 //!
 //! Reading order: [`netlink`] is the wire and [`netns`] says in which namespace; each kernel table has a module of its own
-//! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`] the
-//! one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`] wakes,
-//! [`pod`] wires pods.
+//! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
+//! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
+//! wakes, [`pod`] wires pods.
 
 pub mod addresses;
 pub mod error;
@@ -28,6 +28,7 @@ pub mod sysctl;
 mod sysfs;
 pub mod underlay;
 pub mod wireguard;
+pub mod xfrm;
 
 pub use error::Error;
 pub use sweep::Sweep;

@@ -165,6 +165,7 @@ fn write_kind(f: &mut fmt::Formatter<'_>, kind: &LinkKind) -> fmt::Result {
     match kind {
         LinkKind::Vxlan { vni, port, local } => write!(f, "vxlan id {vni} dstport {port} local {local}"),
         LinkKind::Wireguard => f.write_str("wireguard"),
+        LinkKind::Xfrm { if_id } => write!(f, "xfrm if_id {if_id:#x}"),
         LinkKind::WireguardUserspace => f.write_str("tun of a userspace WireGuard process"),
     }
 }

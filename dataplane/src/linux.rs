@@ -15,6 +15,7 @@ use crate::netlink::{Protocol, Socket};
 use crate::step::{Step, perform};
 use crate::sysfs::Sysfs;
 use crate::wireguard::{KeyRing, Wireguard, WireguardChange};
+use crate::xfrm::{self, Xfrm};
 use crate::{addresses, fdb, links, napi, neighbours, nft, routes, sysctl};
 
 /// The kernel's tables in one network namespace.
@@ -25,6 +26,7 @@ pub struct Linux {
     route: Socket,
     interfaces: Option<Interfaces>,
     wireguard: Option<Wireguard>,
+    xfrm: Option<Xfrm>,
     control_sockets: PathBuf,
     sysfs: Option<Sysfs>,
     nft: nft::Reader,
@@ -46,6 +48,7 @@ impl Linux {
             route: Socket::open(Protocol::Route)?,
             interfaces: None,
             wireguard: None,
+            xfrm: None,
             control_sockets: control_sockets.to_owned(),
             sysfs,
             nft: nft::Reader::default(),
@@ -143,6 +146,33 @@ impl Linux {
         }
     }
 
+    /// Access to IPsec; none where the kernel has nothing of it, unless that is wanted.
+    fn xfrm(&mut self, wanted: bool) -> Result<Option<&mut Xfrm>, Error> {
+        match &mut self.xfrm {
+            Some(xfrm) => Ok(Some(xfrm)),
+            none if wanted || xfrm::is_present() => Ok(Some(none.insert(Xfrm::open()?))),
+            _ => Ok(None),
+        }
+    }
+
+    /// Changes of one of the two IPsec tables.
+    fn apply_xfrm(&mut self, changes: &[Change], keys: &KeyRing) -> Vec<Result<(), Error>> {
+        let (mut states, mut policies) = (Vec::new(), Vec::new());
+        for change in changes {
+            match change {
+                Change::XfrmState(change) => states.push(change.clone()),
+                Change::XfrmPolicy(change) => policies.push(change.clone()),
+                _ => {}
+            }
+        }
+        match self.xfrm(true) {
+            Ok(Some(xfrm)) if policies.is_empty() => xfrm.apply_states(&states, keys),
+            Ok(Some(xfrm)) => xfrm.apply_policies(&policies),
+            Ok(None) => Vec::new(),
+            Err(error) => fail_all(changes.len(), error),
+        }
+    }
+
     fn apply_one_by_one(&self, change: &Change) -> Result<(), Error> {
         match (change, &self.sysfs) {
             (Change::Sysctl(change), _) => sysctl::apply(change),
@@ -159,6 +189,14 @@ impl Kernel for Linux {
             Table::Nft => actual.nft = self.nft.read()?,
             Table::Links => self.read_links(actual)?,
             Table::Wireguard => self.read_wireguard(desired, actual)?,
+            Table::XfrmStates => {
+                let wanted = !desired.xfrm_states.is_empty();
+                actual.xfrm_states = self.xfrm(wanted)?.map(Xfrm::states).transpose()?.unwrap_or_default();
+            }
+            Table::XfrmPolicies => {
+                let wanted = !desired.xfrm_policies.is_empty();
+                actual.xfrm_policies = self.xfrm(wanted)?.map(Xfrm::policies).transpose()?.unwrap_or_default();
+            }
             Table::Napi => {
                 actual.napi = self.sysfs.as_ref().map(|sysfs| napi::read(sysfs, desired)).unwrap_or_default();
             }
@@ -189,6 +227,7 @@ impl Kernel for Linux {
                 Table::Sysctls | Table::Napi => {
                     results.extend(group.iter().map(|change| self.apply_one_by_one(change)));
                 }
+                Table::XfrmStates | Table::XfrmPolicies => results.extend(self.apply_xfrm(group, keys)),
                 Table::Nft => results.extend(apply_nft(group)),
                 Table::Wireguard => results.extend(self.apply_wireguard(group, keys)),
                 Table::Links | Table::Addresses | Table::Neighbours | Table::Fdb | Table::Routes => {
@@ -210,7 +249,12 @@ fn steps(change: &Change, interfaces: &Interfaces) -> Result<Vec<Step>, Error> {
         Change::Neighbour(change) => neighbours::steps(change, interfaces),
         Change::Fdb(change) => fdb::steps(change, interfaces),
         Change::Route(change) => routes::steps(change, interfaces),
-        Change::Sysctl(_) | Change::Nft(_) | Change::Wireguard(_) | Change::Napi(_) => Ok(Vec::new()),
+        Change::Sysctl(_)
+        | Change::Nft(_)
+        | Change::Wireguard(_)
+        | Change::XfrmState(_)
+        | Change::XfrmPolicy(_)
+        | Change::Napi(_) => Ok(Vec::new()),
     }
 }
 

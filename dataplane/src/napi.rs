@@ -4,7 +4,8 @@
 //! kernels from 6.17 on do so by themselves for WireGuard. A WireGuard device has one NAPI instance per peer and refuses the
 //! setting while it has none (net/core/net-sysfs.c `modify_napi_threaded`), so this table comes after the peers. A TUN device
 //! has none at all. A VXLAN device must never get it: its receive queue (net/core/gro_cells.c) is lockless per processor and
-//! relies on NAPI staying on that processor; with a thread elsewhere it stops receiving under load, for good.
+//! relies on NAPI staying on that processor; with a thread elsewhere it stops receiving under load, for good. Decrypted
+//! packets of an xfrm interface go through the same kind of queue (net/xfrm/xfrm_input.c `xfrm_input`).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,7 +41,7 @@ pub fn diff(desired: &Desired, actual: &BTreeMap<InterfaceName, bool>) -> Vec<Na
             && match link.kind {
                 LinkKind::Wireguard => desired.wireguard.get(*interface).is_some_and(|device| !device.peers.is_empty()),
                 // Refused here as well, whatever is desired: a VXLAN device that stops receiving comes back only anew.
-                LinkKind::Vxlan { .. } | LinkKind::WireguardUserspace => false,
+                LinkKind::Vxlan { .. } | LinkKind::Xfrm { .. } | LinkKind::WireguardUserspace => false,
             }
     });
     wanted

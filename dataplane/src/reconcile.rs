@@ -2,15 +2,16 @@
 //!
 //! The order makes before it breaks, and protects before it forwards:
 //!
-//! 1. the nftables table, then unreachable routes: from here on nothing leaks;
+//! 1. the nftables table, IPsec policies that block plaintext, then unreachable routes: from here on nothing leaks;
 //! 2. devices, and kernel parameters, which turn forwarding on and may belong to a device; keys and peers, addresses,
 //!    neighbours, forwarding entries, and at last the routes that use them;
 //! 3. what is not desired goes, in the reverse order.
 //!
-//! What protects are the nftables table and the floor of unreachable routes. While either is not as desired, because it could
-//! not be read or changed, forwarding is not turned on and no route is made to lead anywhere: both wait for a later pass. What
-//! is there already stays, so that running pods do not suffer for it; and while the floor is not there, no route is taken
-//! away either, alone or with its device, since the packets would find the default route.
+//! What protects are the nftables table, the policies that block, and the floor of unreachable routes. While one of them is
+//! not as desired, because it could not be read or changed, forwarding is not turned on and no route is made to lead
+//! anywhere: both wait for a later pass. What is there already stays, so that running pods do not suffer for it; and while
+//! the floor is not there, no route is taken away either, alone or with its device, since the packets would find the default
+//! route.
 //!
 //! Each table is read when its turn comes, after the changes to those before it, so that one pass converges also when a
 //! device was made anew and took its addresses and routes with it.
@@ -18,7 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use husk_overlay::kernel::{Desired, RouteTarget};
+use husk_overlay::kernel::{Desired, RouteTarget, XfrmAction};
 use husk_overlay::name::InterfaceName;
 
 use crate::error::Error;
@@ -93,11 +94,14 @@ pub fn reconcile<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired, keys: &K
         actual: Actual::default(),
         removals: Vec::new(),
         routes_are_current: false,
+        policies_are_current: false,
         unguarded: None,
+        unblocked: None,
         floorless: None,
         outcome: Outcome::default(),
     };
     pass.guard();
+    pass.block();
     pass.devices_over_unreachable_routes();
     for table in Table::ALL.into_iter().filter(|table| !matches!(table, Table::Nft | Table::Links)) {
         pass.table(table);
@@ -115,8 +119,12 @@ struct Pass<'a, K: ?Sized> {
     removals: Vec<Change>,
     /// The routes that were read are those that are there: nothing that touches routes was changed since.
     routes_are_current: bool,
+    /// The same of the IPsec policies.
+    policies_are_current: bool,
     /// Why the nftables table is not as desired, if it is not.
     unguarded: Option<String>,
+    /// Why not all IPsec policies that block are there, if they are not.
+    unblocked: Option<String>,
     /// Why the floor of unreachable routes is not as desired, if it is not.
     floorless: Option<String>,
     outcome: Outcome,
@@ -124,6 +132,7 @@ struct Pass<'a, K: ?Sized> {
 
 /// What may not be in place, in words.
 const GUARD: &str = "the guard (nftables table inet husk)";
+const BLOCK: &str = "the block of plaintext (IPsec policies)";
 const FLOOR: &str = "the floor of unreachable routes";
 
 impl<K: Kernel + ?Sized> Pass<'_, K> {
@@ -136,6 +145,21 @@ impl<K: Kernel + ?Sized> Pass<'_, K> {
         }
     }
 
+    /// The policies that keep plaintext from leaving, before there is a device that could send any.
+    fn block(&mut self) {
+        if !self.desired.xfrm_policies.values().any(|policy| policy.action == XfrmAction::Block) {
+            return;
+        }
+        let before = self.outcome.failures.len();
+        self.policies_are_current = self.read(Table::XfrmPolicies);
+        if self.policies_are_current {
+            let mut changes = diff_table(Table::XfrmPolicies, self.desired, &self.actual, Sweep::Withheld);
+            changes.retain(Change::blocks);
+            self.apply(changes);
+        }
+        self.unblocked = self.first_reason_since(before);
+    }
+
     fn first_reason_since(&self, before: usize) -> Option<String> {
         let mut failures = self.outcome.failures[before..].iter().map(|failure| &failure.error);
         failures.find(|error| !matches!(error, Error::WithTheOthers)).map(ToString::to_string)
@@ -143,7 +167,11 @@ impl<K: Kernel + ?Sized> Pass<'_, K> {
 
     /// Reads a table and makes what has to be made; removals are kept for later.
     fn table(&mut self, table: Table) {
-        let known = table == Table::Routes && self.routes_are_current;
+        let known = match table {
+            Table::Routes => self.routes_are_current,
+            Table::XfrmPolicies => self.policies_are_current,
+            _ => false,
+        };
         if known || self.read(table) {
             let changes = diff_table(table, self.desired, &self.actual, self.sweep);
             let (removals, changes) = changes.into_iter().partition(Change::is_removal);
@@ -205,8 +233,9 @@ impl<K: Kernel + ?Sized> Pass<'_, K> {
     fn permitted(&mut self, changes: Vec<Change>) -> Vec<Change> {
         let unsafe_without = |change: &Change| {
             let guard = self.unguarded.as_ref().map(|reason| (GUARD, reason)).filter(|_| change.opens());
+            let block = self.unblocked.as_ref().map(|reason| (BLOCK, reason)).filter(|_| change.opens());
             let floor = self.floorless.as_ref().map(|reason| (FLOOR, reason));
-            guard.or_else(|| floor.filter(|_| change.opens() || change.uncovers()))
+            guard.or(block).or_else(|| floor.filter(|_| change.opens() || change.uncovers()))
         };
         let Some((missing, reason)) = changes.iter().find_map(unsafe_without) else { return changes };
         let reason = reason.clone();
@@ -226,6 +255,7 @@ impl<K: Kernel + ?Sized> Pass<'_, K> {
         let touches_routes =
             |change: &Change| matches!(change.table(), Table::Links | Table::Addresses | Table::Routes);
         self.routes_are_current &= !changes.iter().any(touches_routes);
+        self.policies_are_current &= !changes.iter().any(|change| change.table() == Table::XfrmPolicies);
         let results = self.kernel.apply(&changes, self.keys);
         for (change, result) in changes.into_iter().zip(results) {
             let table = change.table();

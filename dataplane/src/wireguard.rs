@@ -18,8 +18,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use husk_overlay::esp::{self, Association, EspKey, PresharedKey};
 use husk_overlay::kernel::{WireguardDevice, WireguardPeer};
-use husk_overlay::keys::{PrivateKey, PublicKey};
+use husk_overlay::keys::{KeyError, PrivateKey, PublicKey};
 use husk_overlay::name::InterfaceName;
 use serde::Serialize;
 
@@ -27,20 +28,40 @@ pub use diff::{AllowedIpsUpdate, PeerUpdate, WireguardAction, WireguardChange, d
 
 use crate::error::Error;
 
-/// The private keys of this node by public key. Deliberately without `Debug`.
+/// The private keys of this node by public key, those of WireGuard devices and of ESP epochs, and the cluster's preshared key
+/// if it has one. Deliberately without `Debug`.
 #[derive(Default)]
-pub struct KeyRing(BTreeMap<PublicKey, PrivateKey>);
+pub struct KeyRing {
+    private: BTreeMap<PublicKey, PrivateKey>,
+    preshared: Option<PresharedKey>,
+}
 
 impl KeyRing {
     /// Puts a key in.
     pub fn insert(&mut self, key: PrivateKey) {
-        self.0.insert(key.public(), key);
+        self.private.insert(key.public(), key);
     }
 
     /// The private key that belongs to a public one.
     #[must_use]
     pub fn get(&self, public_key: &PublicKey) -> Option<&PrivateKey> {
-        self.0.get(public_key)
+        self.private.get(public_key)
+    }
+
+    /// Adds the secret that is mixed into the keys of ESP associations.
+    #[must_use]
+    pub fn with_preshared(self, preshared: PresharedKey) -> Self {
+        Self { preshared: Some(preshared), ..self }
+    }
+
+    /// The key of an ESP association one of whose ends this node is; none if the private key of neither end is in here.
+    ///
+    /// # Errors
+    /// Those of [`husk_overlay::esp::derive`].
+    pub fn esp_key(&self, association: &Association) -> Option<Result<EspKey, KeyError>> {
+        let ends = [&association.sender, &association.receiver];
+        let own = ends.into_iter().find_map(|end| self.get(&end.public_key))?;
+        Some(esp::derive(association, own, self.preshared.as_ref()))
     }
 }
 
@@ -129,7 +150,8 @@ impl Wireguard {
     /// the errors of a broken exchange.
     pub fn read(&mut self, interface: &InterfaceName, userspace: bool) -> Result<Option<WireguardState>, Error> {
         let state = if userspace { self.userspace.read(interface) } else { self.kernel.read(interface) }?;
-        // The one place where this crate asks for the time of day. One that stands before the epoch has no handshakes to compare with.
+        // The one place where this crate asks for the time of day. One that stands before the epoch has no handshakes to
+        // compare with.
         let read_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(state.map(|state| WireguardState { read_at, ..state }))
     }

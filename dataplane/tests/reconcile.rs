@@ -13,14 +13,19 @@ use husk_dataplane::links::LinkChange;
 use husk_dataplane::reconcile::{Outcome, reconcile, survey};
 use husk_dataplane::routes::{ActualRoute, RouteChange};
 use husk_dataplane::wireguard::{self, KeyRing, WireguardAction};
+use husk_dataplane::xfrm::{XfrmPolicyChange, XfrmStateChange};
 use husk_dataplane::{Error, Sweep};
+use husk_overlay::esp::{self, Aead, Association, EspEnd};
 use husk_overlay::kernel::{
     Address, Chain, ChainKind, Desired, ElementType, FdbKey, Hook, Link, LinkKind, NeighbourKey, NftTable, Route,
-    RouteKey, RouteTarget, Rule, Set, SetElement, Statement, WireguardDevice, WireguardPeer,
+    RouteKey, RouteTarget, Rule, Set, SetElement, Statement, WireguardDevice, WireguardPeer, XfrmAction, XfrmDirection,
+    XfrmParameters, XfrmPolicy, XfrmPolicyKey, XfrmState, XfrmStateKey, XfrmTemplate,
 };
 use husk_overlay::keys::{PrivateKey, PublicKey};
 use husk_overlay::mac::MacAddress;
-use husk_overlay::name::InterfaceName;
+use husk_overlay::marks;
+use husk_overlay::mtu::EspMode;
+use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::prefix::{Family, Prefix};
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -66,10 +71,19 @@ enum Mode {
     Direct,
     Vxlan,
     Wireguard,
+    Ipsec,
+    VxlanIpsec,
 }
 
 fn knobs() -> impl Strategy<Value = Knobs> {
-    let mode = prop_oneof![Just(Mode::Nothing), Just(Mode::Direct), Just(Mode::Vxlan), Just(Mode::Wireguard)];
+    let mode = proptest::sample::select(vec![
+        Mode::Nothing,
+        Mode::Direct,
+        Mode::Vxlan,
+        Mode::Wireguard,
+        Mode::Ipsec,
+        Mode::VxlanIpsec,
+    ]);
     let peers = proptest::collection::btree_set(0..40_u16, 0..12);
     (mode, peers, 0..4_u8, 1280..1500_u32, 1..4_u8, 0..2_u8).prop_map(|(mode, peers, pods, mtu, local, key)| Knobs {
         mode,
@@ -103,6 +117,11 @@ fn desired(knobs: &Knobs) -> Desired {
         }),
         Mode::Vxlan => add_vxlan(&mut desired, knobs),
         Mode::Wireguard => add_wireguard(&mut desired, knobs),
+        Mode::Ipsec => add_ipsec(&mut desired, knobs),
+        Mode::VxlanIpsec => {
+            add_vxlan(&mut desired, knobs);
+            add_esp_around_vxlan(&mut desired, knobs);
+        }
     }
     desired
 }
@@ -178,6 +197,89 @@ fn add_wireguard(desired: &mut Desired, knobs: &Knobs) {
     }
 }
 
+fn add_ipsec(desired: &mut Desired, knobs: &Knobs) {
+    let interface = name("husk-ipsec");
+    let kind = LinkKind::Xfrm { if_id: marks::XFRM_IF_ID };
+    let link = Link { kind, mtu: knobs.mtu, mac: None, threaded_napi: false };
+    desired.links.insert(interface.clone(), link);
+    desired.addresses.insert(Address { interface, address: IpAddr::from([10, 0, 0, 255]), length: 32 });
+    let own = own_address(knobs);
+    for peer in &knobs.peers {
+        let sent = add_association(desired, knobs, (EspMode::Tunnel, marks::XFRM_IF_ID), (own, node(*peer)), *peer);
+        add_association(desired, knobs, (EspMode::Tunnel, marks::XFRM_IF_ID), (node(*peer), own), *peer);
+        let any = "0.0.0.0/0".parse().unwrap();
+        let key = |direction, source, destination| XfrmPolicyKey {
+            direction,
+            source,
+            destination,
+            udp_port: None,
+            if_id: marks::XFRM_IF_ID,
+        };
+        let out = protect(EspMode::Tunnel, own, node(*peer), Some(sent));
+        let back = protect(EspMode::Tunnel, node(*peer), own, None);
+        desired.xfrm_policies.insert(key(XfrmDirection::Out, any, block(*peer)), out);
+        desired.xfrm_policies.insert(key(XfrmDirection::In, block(*peer), any), back.clone());
+        desired.xfrm_policies.insert(key(XfrmDirection::Forward, block(*peer), any), back);
+        desired.routes.insert(route_key(block(*peer), 0), over("husk-ipsec", None, Some(knobs.mtu)));
+    }
+}
+
+fn add_esp_around_vxlan(desired: &mut Desired, knobs: &Knobs) {
+    let own = own_address(knobs);
+    let key = |direction, source, destination| XfrmPolicyKey {
+        direction,
+        source,
+        destination,
+        udp_port: Some(8472),
+        if_id: 0,
+    };
+    for peer in &knobs.peers {
+        let sent = add_association(desired, knobs, (EspMode::Transport, 0), (own, node(*peer)), *peer);
+        add_association(desired, knobs, (EspMode::Transport, 0), (node(*peer), own), *peer);
+        let out = key(XfrmDirection::Out, Prefix::host(own), Prefix::host(node(*peer)));
+        let back = key(XfrmDirection::In, Prefix::host(node(*peer)), Prefix::host(own));
+        desired.xfrm_policies.insert(out, protect(EspMode::Transport, own, node(*peer), Some(sent)));
+        desired.xfrm_policies.insert(back, protect(EspMode::Transport, node(*peer), own, None));
+    }
+    let any = "0.0.0.0/0".parse().unwrap();
+    let blocks = XfrmPolicy { priority: marks::XFRM_BLOCK_PRIORITY, action: XfrmAction::Block };
+    for direction in [XfrmDirection::In, XfrmDirection::Out] {
+        desired.xfrm_policies.insert(key(direction, any, any), blocks.clone());
+    }
+}
+
+fn own_address(knobs: &Knobs) -> IpAddr {
+    IpAddr::from([192, 168, 255, knobs.local])
+}
+
+/// Adds an association between two addresses; its SPI.
+fn add_association(
+    desired: &mut Desired,
+    knobs: &Knobs,
+    (mode, if_id): (EspMode, u32),
+    (source, destination): (IpAddr, IpAddr),
+    peer: u16,
+) -> u32 {
+    let end = |address: IpAddr| EspEnd {
+        node: NodeName::new(&format!("node-{}", address.to_string().replace('.', "-"))).unwrap(),
+        // What makes other associations of the same keys, which no key may ever be used for, makes other epochs.
+        epoch: if mode == EspMode::Tunnel { 1 } else { 2 },
+        address,
+        public_key: if address == own_address(knobs) { public_key(knobs.key) } else { peer_key(peer) },
+    };
+    let cipher = Aead::AesGcm128;
+    let association = Association { sender: end(source), receiver: end(destination), cipher };
+    let parameters = XfrmParameters { source, mode, if_id, cipher, replay_window: 64, udp: None };
+    let spi = esp::spi(&association, 0, 32);
+    desired.xfrm_states.insert(XfrmStateKey { destination, spi }, XfrmState { parameters, association, fresh: true });
+    spi
+}
+
+fn protect(mode: EspMode, source: IpAddr, destination: IpAddr, spi: Option<u32>) -> XfrmPolicy {
+    let template = XfrmTemplate { source, destination, mode, spi };
+    XfrmPolicy { priority: 100, action: XfrmAction::Protect(template) }
+}
+
 fn strangers_route() -> (RouteKey, Route) {
     (route_key("172.16.0.0/12".parse().unwrap(), 0), over("eth0", Some(node(9)), None))
 }
@@ -203,6 +305,8 @@ fn is_as_desired(kernel: &FakeKernel, desired: &Desired) {
     assert_eq!(kernel.state().own.addresses, desired.addresses);
     assert_eq!(kernel.state().own.neighbours, desired.neighbours);
     assert!(kernel.state().own.links.keys().eq(desired.links.keys()));
+    assert!(kernel.state().own.xfrm_states.keys().eq(desired.xfrm_states.keys()));
+    assert!(kernel.state().own.xfrm_policies.keys().eq(desired.xfrm_policies.keys()));
 }
 
 fn strangers_are_untouched(kernel: &FakeKernel) {
@@ -276,7 +380,8 @@ proptest! {
         let links_before: Vec<_> = kernel.state().own.links.keys().cloned().collect();
         reconcile(&mut kernel.clone(), &desired(&after), &keys(), Sweep::Withheld);
         let state = kernel.state();
-        let recreated = before.mode == Mode::Vxlan && after.mode == Mode::Vxlan && before.local != after.local;
+        let vxlan = |knobs: &Knobs| matches!(knobs.mode, Mode::Vxlan | Mode::VxlanIpsec);
+        let recreated = vxlan(&before) && vxlan(&after) && before.local != after.local;
         prop_assert!(links_before.iter().all(|link| state.own.links.contains_key(link)));
         if !recreated {
             prop_assert!(keys_before.iter().all(|key| state.own.routes.contains_key(key)));
@@ -287,7 +392,7 @@ proptest! {
 }
 
 fn protects(table: Table) -> bool {
-    matches!(table, Table::Nft | Table::Routes)
+    matches!(table, Table::Nft | Table::XfrmPolicies | Table::Routes)
 }
 
 fn forwards(kernel: &FakeKernel) -> bool {
@@ -481,8 +586,94 @@ fn a_peer_that_leaves_loses_its_route_before_its_key() {
 }
 
 #[test]
+fn policies_that_block_come_before_devices_and_associations_before_what_names_them() {
+    let changes = recorded(&fake(), &desired(&some(Mode::VxlanIpsec, 2)));
+    let last = |wanted: &dyn Fn(&Change) -> bool| changes.iter().rposition(wanted).unwrap();
+    let first = |wanted: &dyn Fn(&Change) -> bool| changes.iter().position(wanted).unwrap();
+    let of = |table: Table| move |change: &Change| change.table() == table;
+    assert!(last(&Change::blocks) < first(&of(Table::Links)), "{changes:?}");
+    assert!(last(&Change::blocks) < first(&Change::opens));
+    let protects = |change: &Change| change.table() == Table::XfrmPolicies && !change.blocks();
+    assert!(last(&of(Table::XfrmStates)) < first(&protects));
+    assert!(last(&protects) < first(&|change: &Change| change.table() == Table::Routes && change.opens()));
+}
+
+#[test]
+fn a_peer_that_leaves_loses_its_policies_before_its_associations() {
+    let kernel = fake();
+    pass(&kernel, &desired(&some(Mode::Ipsec, 3)));
+    let changes = recorded(&kernel, &desired(&some(Mode::Ipsec, 2)));
+    let tables: Vec<_> = changes.iter().map(Change::table).collect();
+    let mut expected = vec![Table::Nft, Table::Routes];
+    expected.extend([Table::XfrmPolicies; 3]);
+    expected.extend([Table::XfrmStates; 2]);
+    assert_eq!(tables, expected, "{changes:?}");
+}
+
+#[test]
+fn without_the_block_of_plaintext_nothing_begins_to_forward() {
+    let wanted = desired(&some(Mode::VxlanIpsec, 2));
+    for fault in [Fault::Change(Table::XfrmPolicies), Fault::Read(Table::XfrmPolicies)] {
+        let kernel = fake();
+        kernel.inject(fault, Errno::EPERM);
+        let outcome = pass(&kernel, &wanted);
+        assert!(!forwards(&kernel) && leading(&kernel).is_empty(), "{fault:?}");
+        let told = withheld(&outcome);
+        assert_eq!(told.iter().map(|(table, _)| *table).collect::<Vec<_>>(), [Table::Sysctls, Table::Routes]);
+        let missing = "since the block of plaintext (IPsec policies) is not in place: the kernel refused to";
+        assert!(told.iter().all(|(_, text)| text.contains(missing)), "{told:?}");
+        assert!(kernel.state().own.routes.values().any(|route| *route == ActualRoute::Plain(UNREACHABLE)));
+        kernel.heal();
+        assert!(pass(&kernel, &wanted).is_clean());
+        is_as_desired(&kernel, &wanted);
+    }
+    // One that protects is its peer's business alone.
+    let kernel = fake();
+    let ipsec = desired(&some(Mode::Ipsec, 2));
+    kernel.inject(Fault::Change(Table::XfrmPolicies), Errno::EPERM);
+    assert!(withheld(&pass(&kernel, &ipsec)).is_empty());
+    assert!(forwards(&kernel));
+}
+
+#[test]
+fn an_association_that_was_tampered_with_goes_and_is_not_installed_again_by_the_same_pass() {
+    let kernel = fake();
+    let wanted = desired(&some(Mode::Ipsec, 1));
+    pass(&kernel, &wanted);
+    let installed = kernel.state().installed_associations.clone();
+    assert_eq!(installed.len(), 2);
+    kernel.state().own.xfrm_states.get_mut(&installed[0]).unwrap().parameters = None;
+    let changes = recorded(&kernel, &wanted);
+    assert_eq!(changes, [Change::XfrmState(XfrmStateChange::Remove { key: installed[0] })]);
+    assert_eq!(kernel.state().installed_associations, installed);
+}
+
+#[test]
+fn what_is_sent_moves_to_another_association_in_one_step() {
+    let kernel = fake();
+    let mut wanted = desired(&some(Mode::Ipsec, 1));
+    pass(&kernel, &wanted);
+    let (key, policy) = wanted.xfrm_policies.iter_mut().find(|(key, _)| key.direction == XfrmDirection::Out).unwrap();
+    let XfrmAction::Protect(template) = &mut policy.action else { panic!("{policy:?}") };
+    template.spi = Some(4711);
+    let change = XfrmPolicyChange::Replace { key: *key, policy: policy.clone() };
+    assert_eq!(recorded(&kernel, &wanted), [Change::XfrmPolicy(change)]);
+}
+
+#[test]
+fn a_missing_key_is_told_by_association_and_without_the_secret() {
+    let kernel = fake();
+    let wanted = desired(&some(Mode::Ipsec, 1));
+    let outcome = reconcile(&mut kernel.clone(), &wanted, &KeyRing::default(), Sweep::Allowed);
+    let told: Vec<_> = outcome.failures.iter().map(ToString::to_string).collect();
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told.iter().all(|text| text.contains("(epoch 1, 192.168.") && text.contains("not in the key ring")));
+    assert_eq!(kernel.state().own.xfrm_states.len(), 0);
+}
+
+#[test]
 fn a_device_that_vanished_is_back_with_all_it_carried_after_one_pass() {
-    for mode in [Mode::Vxlan, Mode::Wireguard] {
+    for mode in [Mode::Vxlan, Mode::Wireguard, Mode::Ipsec] {
         let kernel = fake();
         let desired = desired(&some(mode, 5));
         pass(&kernel, &desired);
@@ -495,15 +686,22 @@ fn a_device_that_vanished_is_back_with_all_it_carried_after_one_pass() {
 
 #[test]
 fn cost_grows_with_what_changed_not_with_the_cluster() {
-    for (mode, cost) in [(Mode::Vxlan, 4), (Mode::Wireguard, 3), (Mode::Direct, 2)] {
+    for (mode, made, tables) in [
+        (Mode::Vxlan, 4, 4),
+        (Mode::Wireguard, 3, 3),
+        (Mode::Direct, 2, 2),
+        // Two associations; a policy for each direction and one for what is forwarded.
+        (Mode::Ipsec, 7, 4),
+        (Mode::VxlanIpsec, 8, 6),
+    ] {
         let kernel = fake();
         pass(&kernel, &desired(&some(mode, 5000)));
         let before = kernel.state().counters;
         assert!(pass(&kernel, &desired(&some(mode, 5001))).is_clean());
         let Counters { reads, changes, batches } = kernel.state().counters;
-        assert_eq!(changes - before.changes, cost, "one for each table that the peer appears in");
-        assert_eq!(batches - before.batches, cost);
-        assert_eq!(reads - before.reads, 9, "every table once");
+        assert_eq!(changes - before.changes, made, "what the peer takes");
+        assert_eq!(batches - before.batches, tables, "one for each table that the peer appears in");
+        assert_eq!(reads - before.reads, u64::try_from(Table::ALL.len()).unwrap(), "every table once");
     }
 }
 

@@ -14,14 +14,16 @@ use husk_overlay::config::Config;
 use husk_overlay::kernel::Desired;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
+use husk_overlay::prefix::Family;
 
+use crate::companion::{Job, Process};
 use crate::daemon::SNAPSHOT_FILE;
 use crate::identity::{INSTANCE_FILE, Identity};
 use crate::node_file::Writer;
 use crate::source::ClusterSource as _;
 use crate::source::bounded::Limits;
-use crate::wireguard_userspace::Process;
-use crate::{daemon, files, host};
+
+use crate::{daemon, files, host, keys};
 
 /// What to clean up.
 #[derive(Debug, Clone, clap::Args)]
@@ -68,8 +70,10 @@ pub fn run(options: &Options) -> Result<()> {
     }
     // What is left in the source can only be removed by who still knows which host this is.
     let left = options.keep_record || !steps.0.is_empty();
-    userspace_devices(&options.daemon.run_directory, &mut steps)?;
+    companions(&options.daemon.run_directory, &mut steps)?;
     kernel(&pods, &mut steps)?;
+    // Overwritten, not merely removed.
+    steps.note("private keys", keys::discard(&options.daemon.run_directory).map_err(Into::into));
     restore_sysctls(&options.daemon.sysctl_file(), &mut steps);
     let config = config.unwrap_or_else(|| Config::new(Vec::new()));
     let writer = Writer::new(&config, &options.daemon.run_directory);
@@ -130,12 +134,15 @@ fn leave(options: &Options, config: &Config) -> Result<()> {
     Ok(())
 }
 
-fn userspace_devices(run_directory: &Path, steps: &mut Steps) -> Result<()> {
+fn companions(run_directory: &Path, steps: &mut Steps) -> Result<()> {
     for name in marks::WIREGUARD_INTERFACES {
         let interface = InterfaceName::new(name)?;
-        let stopped = Process::new(&interface, run_directory).stop();
-        steps.note(&format!("process of {interface}"), stopped.map(drop));
+        let stopped = Process::new(&Job::WireguardUserspace { interface }, run_directory).stop();
+        steps.note(&format!("process of {name}"), stopped.map(drop));
     }
+    // Whatever its port and family.
+    let encapsulation = Job::UdpEncapsulation { port: 0, family: Family::Ipv4 };
+    steps.note("process for ESP in UDP", Process::new(&encapsulation, run_directory).stop().map(drop));
     steps.note(marks::WIREGUARD_SOCKET_DIRECTORY, remove_if_empty(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY)));
     Ok(())
 }

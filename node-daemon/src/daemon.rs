@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use husk_dataplane::events::Subject;
 use husk_dataplane::linux::Linux;
 use husk_ipam::lease::{DEFAULT_LOCK_WAIT, LeaseStore};
 use husk_overlay::config::{Config, SourceConfig};
@@ -152,7 +153,11 @@ fn start_watching(config: &Config, leases: PathBuf, waker: &Waker) -> Result<()>
     };
     watch::folders("husk-leases", vec![leases], watch::RENEWAL, wake()).context(THREAD)?;
     watch::folders("husk-cluster", DirectorySource::folders(path).into(), watch::RENEWAL, wake()).context(THREAD)?;
-    watch::kernel(wake()).context(THREAD)
+    let mut subjects = vec![Subject::Network, Subject::Nftables];
+    if config.mode.uses_esp() {
+        subjects.push(Subject::Ipsec);
+    }
+    watch::kernel(&subjects, wake()).context(THREAD)
 }
 
 /// Runs until SIGTERM or SIGINT; the data plane stays as it is.

@@ -5,17 +5,23 @@
 
 mod announce;
 mod blocks;
+mod devices;
 mod endpoints;
 mod failures;
 mod forwarding;
 mod handle;
 mod inputs;
+mod keys;
 mod node;
 mod pace;
 mod pods;
+mod quiet;
 mod reports;
+mod rotation;
 mod sessions;
 mod state;
+mod traffic;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -29,9 +35,6 @@ use husk_ipam::lease::{LeaseStore, Leases};
 use husk_overlay::config::Config;
 use husk_overlay::facts::Facts;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
-use husk_overlay::kernel::LinkKind;
-use husk_overlay::marks;
-use husk_overlay::mode::Mode;
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::plan::{Plan, name_taken, plan};
 use husk_overlay::record::{NodeRecord, Snapshot};
@@ -93,6 +96,9 @@ pub struct Engine<K, S, N> {
     /// Pods whose MTU could not be set, or only at one end.
     untuned: BTreeSet<InterfaceName>,
     pace: Pace,
+    /// What use was made of keys.
+    counted: usage::Counted,
+    keeping: rotation::Keeping,
     published: Option<NodeRecord>,
     last: Option<Pass>,
     passes: u64,
@@ -129,6 +135,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             told: endpoints::Told::new(),
             untuned: BTreeSet::new(),
             pace: Pace::default(),
+            counted: usage::Counted::default(),
+            keeping: rotation::Keeping::default(),
             published: None,
             last: None,
             passes: 0,
@@ -142,7 +150,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let mut next_pass = Instant::now();
         let mut earliest = next_pass;
         let mut next_tick = next_pass;
-        let mut next_look = next_pass + self.pace.interval();
+        let mut next_look = next_pass + self.look_interval();
         let mut cause = Cause::OwnAccord;
         loop {
             let now = Instant::now();
@@ -155,9 +163,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 self.pace.begin(std::mem::replace(&mut cause, Cause::OwnAccord));
                 self.pass();
                 let end = Instant::now();
-                next_pass = end + TICK;
                 earliest = end + GAP.max(end - now);
-                next_look = end + self.pace.interval();
+                next_pass = if self.keeping.hurries() { earliest } else { end + TICK };
+                next_look = end + self.look_interval();
             } else if now >= next_look {
                 if self.silent_tables_changed() {
                     next_pass = now;
@@ -165,7 +173,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 }
                 let end = Instant::now();
                 self.pace.all_is_well(end - now);
-                next_look = end + self.pace.interval();
+                next_look = end + self.look_interval();
             }
             let wait = next_pass.min(next_look).saturating_duration_since(Instant::now());
             match inbox.recv_timeout(wait) {
@@ -173,7 +181,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                     next_pass = next_pass.min(earliest);
                     cause = Cause::Event;
                 }
-                Ok(Message::Ask(ask)) => self.answer(ask),
+                Ok(Message::Ask(ask)) => {
+                    self.answer(ask);
+                    if self.keeping.hurries() {
+                        next_pass = next_pass.min(earliest);
+                    }
+                }
                 Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -188,7 +201,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let started = Instant::now();
         let mut issues = Vec::new();
         self.read_source();
-        let facts = match self.parts.node.facts(&self.snapshot, self.created) {
+        let mut facts = match self.facts() {
             Ok(facts) => facts,
             Err(error) => {
                 self.fail(&error);
@@ -200,7 +213,22 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.read_leases(&mut issues);
         self.ensure_blocks(&mut issues);
         self.retire_blocks();
-        let plan = self.plan(&facts);
+        let mut plan = self.plan(&facts);
+        if self.make_first_key(&plan, &mut issues) {
+            facts = match self.facts() {
+                Ok(facts) => facts,
+                Err(error) => {
+                    self.fail(&error);
+                    return;
+                }
+            };
+            plan = self.plan(&facts);
+        }
+        let unwritten = self.write_ahead(&facts, &plan).err();
+        if let Some(error) = &unwritten {
+            issues.push(rotation::unwritten(error));
+            Self::hold_back(&mut plan);
+        }
         self.ensure_devices(&plan, &mut issues);
         self.parts.node.remember(&plan.desired);
         let keys = match self.parts.node.key_ring() {
@@ -210,16 +238,23 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 return;
             }
         };
-        let sweep = self.sweep();
+        let sweep = if unwritten.is_some() { Sweep::Withheld } else { self.sweep() };
         let (shrinking, growing) = self.mistuned_pods(&plan);
         self.tune_pods(&shrinking, &mut issues);
         self.follow_peers(&plan, &keys, &mut issues);
         let outcome = reconcile(&mut self.parts.kernel, &plan.desired, &keys, sweep);
+        self.take_back(&outcome);
         self.tune_pods(&growing, &mut issues);
         failures::report(&outcome, &mut issues);
         issues.extend(self.parts.node.foreign_chains().iter().filter_map(forwarding::issue));
         self.start_sessions(&plan, &outcome);
         let published = self.publish(&plan, &mut issues);
+        if unwritten.is_some() {
+            self.keeping.stand_back();
+        } else {
+            self.turn_keys(&facts, &plan, &outcome, &mut issues);
+        }
+        self.probe_changed(&plan);
         self.passes += 1;
         let took = started.elapsed();
         let repeated = self.pace.ended(failures::digest(&outcome), !outcome.is_clean());
@@ -237,6 +272,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     /// A pass that could not even look at the node: the data plane stays as it is, and pods wait.
     fn fail(&mut self, error: &anyhow::Error) {
+        self.keeping.stand_back();
         let reason = format!("{error:#}");
         if self.pace.ended(failures::digest_of_reason(&reason), true) {
             tracing::debug!(error = reason, "the pass was given up again");
@@ -251,44 +287,6 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.state.send_modify(|state| {
             *state = State { ready: false, reason: Some(reason), node_file: None, issues, passes };
         });
-    }
-
-    /// Makes the processes of userspace WireGuard devices as planned, which no kernel table can: one that is missing
-    /// starts; one that holds the name of a device of the kernel, or that another mode has no use for, ends.
-    fn ensure_devices(&mut self, plan: &Plan, issues: &mut Vec<Issue>) {
-        for name in marks::WIREGUARD_INTERFACES {
-            let Ok(interface) = InterfaceName::new(name) else { continue };
-            let kind = plan.desired.links.get(&interface).map(|link| &link.kind);
-            let useless = self.parts.config.mode != Mode::Wireguard && self.sweep() == Sweep::Allowed;
-            let (outcome, failure, remedy) = match kind {
-                Some(LinkKind::WireguardUserspace) => (
-                    self.parts.node.ensure_userspace_device(&interface),
-                    "does not start",
-                    "provide /dev/net/tun and CAP_NET_ADMIN, or load the kernel module wireguard",
-                ),
-                Some(_) => (
-                    self.parts.node.stop_userspace_device(&interface),
-                    "does not end and keeps the name from the kernel's",
-                    "end the process `huskd wireguard-userspace` by hand",
-                ),
-                None if useless => (
-                    self.parts.node.stop_userspace_device(&interface),
-                    "does not end",
-                    "end the process `huskd wireguard-userspace` by hand",
-                ),
-                None => continue,
-            };
-            let Err(error) = outcome else { continue };
-            let message = format!("the userspace WireGuard device {failure}: {error:#}");
-            tracing::error!(%interface, "{message}");
-            issues.push(Issue {
-                severity: if kind.is_some() { Severity::Blocking } else { Severity::Error },
-                kind: IssueKind::EncapsulationUnavailable,
-                subject: interface.to_string(),
-                message,
-                remedy: remedy.into(),
-            });
-        }
     }
 
     /// Tells the others what this node can receive; only after the kernel can. True if the source has the record.
@@ -326,15 +324,21 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
     }
 
-    /// WireGuard devices send no events when somebody changes their peers.
+    /// WireGuard devices send no events when somebody changes their peers, and counters never do.
     fn silent_tables_changed(&mut self) -> bool {
         let Some(last) = &self.last else { return true };
         if last.plan.desired.wireguard.is_empty() {
-            return false;
+            return self.rotation_moved(None);
         }
         let mut actual = Actual::default();
         let read = self.parts.kernel.read(Table::Wireguard, &last.plan.desired, &mut actual);
-        read.is_err() || !diff_table(Table::Wireguard, &last.plan.desired, &actual, self.sweep()).is_empty()
+        let differs = || !diff_table(Table::Wireguard, &last.plan.desired, &actual, self.sweep()).is_empty();
+        read.is_err() || differs() || self.rotation_moved(Some(&actual))
+    }
+
+    fn look_interval(&mut self) -> Duration {
+        let now = self.parts.node.uptime();
+        self.pace.interval(self.keeping.is_attentive(now))
     }
 
     fn sweep(&self) -> Sweep {

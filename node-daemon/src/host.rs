@@ -1,4 +1,6 @@
-//! The node as it really is: its addresses, its routes to the peers, how WireGuard can be had, its private keys.
+//! The node as it really is: its addresses, its routes to the peers, what its kernel can, its private keys.
+
+mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,34 +14,31 @@ use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::pod::{self, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
-use husk_dataplane::wireguard::{KeyRing, Wireguard};
-use husk_dataplane::{Error, napi, nft, sysctl};
-use husk_overlay::config::{Config, WireguardChoice};
+use husk_dataplane::wireguard::KeyRing;
+use husk_dataplane::{Error, napi, nft, sysctl, xfrm};
+use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
-use husk_overlay::facts::{Facts, WireguardSupport};
-use husk_overlay::kernel::Desired;
-use husk_overlay::keys::PublicKey;
+use husk_overlay::facts::{EspFacts, Facts};
+use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::marks;
-use husk_overlay::mode::Mode;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
+use husk_overlay::rotation::Spending;
 
+use self::support::Support;
+use crate::companion::{Job, Keeper};
 use crate::engine::Node;
 use crate::files;
 use crate::identity::Identity;
 use crate::keys::KeyStore;
 use crate::report::Counter;
-use crate::wireguard_userspace::Keeper;
 
 /// The UDP port of the discard service (RFC 863): what matters is that a packet goes there, not what becomes of it.
 const DISCARD: u16 = 9;
 
 /// How long what is known of other firewalls counts: asking starts a program.
 const FOREIGN_INTERVAL: Duration = Duration::from_secs(30);
-
-/// The slot whose key carries the mesh.
-const SLOT: u8 = 0;
 
 /// The own node.
 pub struct Host {
@@ -48,9 +47,9 @@ pub struct Host {
     socket: Socket,
     keys: KeyStore,
     sysctl_file: PathBuf,
-    support: Option<WireguardSupport>,
+    support: Support,
     threaded_napi: bool,
-    devices: Keeper,
+    companions: Keeper,
     /// Firewalls of others, and when they were looked at.
     foreign: Option<(Instant, Vec<ForeignChain>)>,
     /// Underlay addresses in use, which are kept as long as the host has them.
@@ -63,7 +62,7 @@ impl Host {
     /// The node in whose network namespace the caller runs.
     ///
     /// # Errors
-    /// When the kernel gives no netlink socket, or the folder for keys cannot be made.
+    /// When the kernel gives no netlink socket, the folder for keys cannot be made, or the preshared key cannot be used.
     pub fn new(
         config: &Config,
         identity: Identity,
@@ -76,34 +75,26 @@ impl Host {
             config: config.clone(),
             identity,
             socket,
-            keys: KeyStore::open(run_directory)?,
+            keys: KeyStore::open(run_directory, config)?,
             sysctl_file,
-            support: None,
+            support: Support::default(),
             threaded_napi: napi::supported(),
-            devices: Keeper::new(run_directory, runtime),
+            companions: Keeper::new(run_directory, runtime),
             foreign: None,
             chosen: DualStack::default(),
             missing: BTreeSet::new(),
         })
     }
 
-    /// How WireGuard can be had; asked once, a module that is loaded later is found by the next daemon.
-    fn wireguard_support(&mut self) -> Result<WireguardSupport> {
-        if let Some(support) = &self.support {
-            return Ok(support.clone());
-        }
-        let sockets = Path::new(marks::WIREGUARD_SOCKET_DIRECTORY);
-        let kernel = Wireguard::open(sockets).and_then(|mut wireguard| wireguard.kernel_support());
-        let support = support_of(kernel, Path::new("/dev/net/tun").exists())
-            .context("cannot find out whether the kernel has WireGuard")?;
-        let chosen = match (self.config.wireguard.device, &support) {
-            (WireguardChoice::Userspace, _) | (WireguardChoice::Auto, WireguardSupport::Userspace) => "userspace",
-            (_, WireguardSupport::Kernel) => "kernel",
-            _ => "none",
-        };
-        tracing::info!(device = chosen, configured = ?self.config.wireguard.device, "chose the WireGuard device");
-        self.support = Some(support.clone());
-        Ok(support)
+    /// A userspace device that ended takes its key with it. The kernel's device could not go on with it for half a minute:
+    /// the two count handshake times from epochs that lie 27 s apart (TAI64 as gotatun has it, and `TAI64_EPOCH` in
+    /// drivers/net/wireguard/noise.c), and peers refuse a handshake that is older than the last.
+    fn retire_keys_of(&mut self, interface: &InterfaceName) -> Result<()> {
+        let now = uptime();
+        let slot = |generation: &u64| marks::WIREGUARD_INTERFACES[usize::from(generation % 2 == 1)];
+        let held: Vec<u64> = self.keys.epochs(now)?.into_keys().collect();
+        let theirs = held.into_iter().filter(|generation| slot(generation) == interface.as_str());
+        theirs.filter(|_| self.config.mode.uses_wireguard()).try_for_each(|generation| self.keys.retire(generation))
     }
 
     /// The node's underlay address of a family: configured, else the one in use as long as it is there, else on the
@@ -114,8 +105,8 @@ impl Host {
         }
         let ours = |interface: &InterfaceName| interface.as_str().starts_with(marks::INTERFACE_PREFIX);
         let wanted = self.config.underlay.interface.as_ref();
-        // Other nodes do not reach this one at an address of the cluster, which somebody put on a bridge or on loopback. Where
-        // there is no other, one of the tunnels' family counts, so that the plan can tell what is wrong with it.
+        // Other nodes do not reach this one at an address of the cluster, which somebody put on a bridge or on loopback.
+        // Where there is no other, one of the tunnels' family counts, so that the plan can tell what is wrong with it.
         let inside = |it: &&HostAddress| self.config.cluster_cidrs.iter().any(|cidr| cidr.contains(it.address));
         let (overlapping, mut usable): (Vec<&HostAddress>, Vec<_>) = all
             .iter()
@@ -158,12 +149,22 @@ impl Host {
         None
     }
 
-    fn wireguard_keys(&mut self) -> Result<BTreeMap<u8, PublicKey>> {
-        if self.config.mode != Mode::Wireguard {
-            return Ok(BTreeMap::new());
-        }
-        Ok(BTreeMap::from([(SLOT, self.keys.wireguard(SLOT)?.public())]))
+    fn esp(&mut self, now: Duration) -> Result<EspFacts> {
+        Ok(EspFacts {
+            unavailable: self.support.esp_unavailable(&self.config)?,
+            epochs: self.keys.epochs(now)?,
+            published: self.keys.published(),
+            installed: BTreeMap::new(),
+            spent: self.keys.spent(),
+        })
     }
+}
+
+/// Time since boot, suspended time included.
+fn uptime() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(Duration::from)
+        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39")
 }
 
 impl Node for Host {
@@ -182,7 +183,11 @@ impl Node for Host {
         let peers = snapshot.nodes.values().filter(|record| record.name != self.identity.name);
         let destinations: BTreeSet<IpAddr> = peers.flat_map(|record| record.addresses.iter()).collect();
         let routes = underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
-        let wireguard = if self.config.mode == Mode::Wireguard { Some(self.wireguard_support()?) } else { None };
+        let mode = self.config.mode;
+        let uptime = uptime();
+        let wireguard = if mode.uses_wireguard() { Some(self.support.wireguard(&self.config)?) } else { None };
+        let wireguard_epochs = if mode.uses_wireguard() { self.keys.epochs(uptime)? } else { BTreeMap::new() };
+        let esp = if mode.uses_esp() { Some(self.esp(uptime)?) } else { None };
         Ok(Facts {
             node: self.identity.name.clone(),
             instance: self.identity.instance.clone(),
@@ -192,7 +197,11 @@ impl Node for Host {
             foreign_prefixes: foreign_prefixes(&all, &interfaces),
             routes,
             wireguard,
-            wireguard_keys: self.wireguard_keys()?,
+            wireguard_epochs,
+            sessions: BTreeMap::new(),
+            esp,
+            uptime,
+            rotation_requested: false,
             pod_interfaces: interfaces
                 .iter()
                 .filter(|interface| marks::is_pod_interface(interface.name.as_str()))
@@ -206,12 +215,25 @@ impl Node for Host {
     }
 
     fn ensure_userspace_device(&mut self, interface: &InterfaceName) -> Result<()> {
-        self.devices.ensure(interface)
+        self.companions.ensure(&Job::WireguardUserspace { interface: interface.clone() })
     }
 
     fn stop_userspace_device(&mut self, interface: &InterfaceName) -> Result<()> {
-        if self.devices.stop(interface)? {
-            tracing::info!(%interface, "stopped the userspace WireGuard device, which the configuration has no place for");
+        if self.companions.stop(&Job::WireguardUserspace { interface: interface.clone() })? {
+            tracing::info!(%interface, "stopped the userspace WireGuard device, which nothing needs any more");
+            self.retire_keys_of(interface)?;
+        }
+        Ok(())
+    }
+
+    fn ensure_udp_encapsulation(&mut self, port: u16) -> Result<()> {
+        self.companions.ensure(&Job::UdpEncapsulation { port, family: self.config.underlay.family })
+    }
+
+    fn stop_udp_encapsulation(&mut self) -> Result<()> {
+        // There is one such process, whatever its port and family.
+        if self.companions.stop(&Job::UdpEncapsulation { port: 0, family: self.config.underlay.family })? {
+            tracing::info!("stopped the process that takes ESP in UDP, which nothing needs any more");
         }
         Ok(())
     }
@@ -252,12 +274,36 @@ impl Node for Host {
         self.foreign.insert((Instant::now(), chains)).1.clone()
     }
 
+    fn uptime(&mut self) -> Duration {
+        uptime()
+    }
+
     fn key_ring(&mut self) -> Result<KeyRing> {
-        let mut ring = KeyRing::default();
-        if self.config.mode == Mode::Wireguard {
-            ring.insert(self.keys.wireguard(SLOT)?);
-        }
-        Ok(ring)
+        self.keys.ring(uptime())
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) -> Result<()> {
+        self.keys.begin(epoch, uptime())
+    }
+
+    fn retire_epoch(&mut self, epoch: u64) -> Result<()> {
+        self.keys.retire(epoch)
+    }
+
+    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> Result<()> {
+        self.keys.spend(associations)
+    }
+
+    fn take_back(&mut self, associations: &BTreeSet<XfrmStateKey>) -> Result<()> {
+        self.keys.take_back(associations)
+    }
+
+    fn note_published(&mut self, epochs: &BTreeSet<u64>) -> Result<()> {
+        self.keys.note_published(epochs, uptime())
+    }
+
+    fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {
+        xfrm::statistics()
     }
 
     fn counters(&mut self) -> BTreeMap<String, Counter> {
@@ -303,18 +349,6 @@ impl Node for Host {
         if let Err(error) = files::replace(&self.sysctl_file, &text, 0o600) {
             tracing::warn!(%error, "kernel parameters as found cannot be kept; cleanup will not bring them back");
         }
-    }
-}
-
-/// Only a kernel that says so has no WireGuard; one that gave no answer is asked again, by the next pass.
-fn support_of(kernel: Result<(), Error>, tun: bool) -> Result<WireguardSupport, Error> {
-    match kernel {
-        Ok(()) => Ok(WireguardSupport::Kernel),
-        Err(Error::Unsupported { .. }) if tun => Ok(WireguardSupport::Userspace),
-        Err(error @ Error::Unsupported { .. }) => {
-            Ok(WireguardSupport::Unavailable { reason: format!("{error}; and /dev/net/tun does not exist") })
-        }
-        Err(error) => Err(error),
     }
 }
 

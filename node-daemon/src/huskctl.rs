@@ -1,8 +1,9 @@
 //! The troubleshooting command `huskctl`: asks the daemon, prints tables for people or JSON for scripts.
 //!
-//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), 2 wrong usage, 3 the daemon
-//! does not answer or refused.
+//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction) or is not finished, 2 wrong
+//! usage, 3 the daemon does not answer or refused.
 
+mod rotate;
 mod tables;
 
 use std::io::Write as _;
@@ -17,15 +18,15 @@ use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::report::{DiffReport, IpamReport, MtuReport, PeerReport, Status};
+use crate::report::{DiffReport, IpamReport, KeysReport, MtuReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Looks into the Husk daemon of this node.
 ///
-/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction); 2 wrong usage; 3 the daemon
-/// does not answer.
+/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction) or is not finished; 2 wrong
+/// usage; 3 the daemon does not answer or refuses.
 #[derive(Parser)]
 #[command(name = "huskctl", version, verbatim_doc_comment)]
 pub struct Arguments {
@@ -60,6 +61,26 @@ enum Command {
     /// Address pools, blocks and leases
     #[command(subcommand)]
     Ipam(IpamCommand),
+    /// The keys of this node: their age, who uses them, and their rotation
+    #[command(subcommand)]
+    Keys(KeysCommand),
+}
+
+#[derive(Subcommand)]
+enum KeysCommand {
+    /// Epochs (for WireGuard: generations) with their age, who has confirmed them, and what is used with every peer; no
+    /// secrets
+    Status {
+        /// Also every IPsec association: SPI, epochs, packets and bytes
+        #[arg(long)]
+        verbose: bool,
+    },
+    /// Makes a new key now. No packet is lost: the old key goes when all peers use the new one and nothing came under the old
+    /// one for keys.grace seconds
+    ///
+    /// In mode wireguard all nodes follow with new keys of their own. While a rotation is under way the next one waits for
+    /// it.
+    Rotate(rotate::Options),
 }
 
 #[derive(Subcommand)]
@@ -110,6 +131,11 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             let diff: DiffReport = ask(&socket, &Request::Diff)?;
             Ok((show.text(&diff, tables::diff)?, !diff.changes.is_empty()))
         }
+        Command::Keys(KeysCommand::Status { verbose }) => {
+            let keys: KeysReport = ask(&socket, &Request::Keys)?;
+            Ok((show.text(&keys, |keys| tables::keys(keys, *verbose))?, false))
+        }
+        Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;
             match command {

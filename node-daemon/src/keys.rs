@@ -1,125 +1,359 @@
-//! The node's private keys: made on the node, kept in the run directory (tmpfs) with mode 0600, never shown.
+//! The node's own keys: made on the node, kept in the run directory (tmpfs), destroyed when their time is over, never shown.
+//!
+//! A key belongs to an *epoch* (for WireGuard: a generation). Of each epoch the folder `keys` holds
+//!
+//! - `esp-7.key` or `wireguard-7.key`: the private key in base64, mode 0600; the epoch exists as long as this file does;
+//! - `….json`: when it was made, and for ESP what its associations look like. No secret;
+//! - `esp-7.spent`: the associations that were installed under it, see [`spent`]. No secret.
+//!
+//! Which technology is in use, and for ESP the parameters of all associations, follows from the configuration; keys that were
+//! made for another one are destroyed when the store is opened, since the same key must never protect anything twice.
 
-use std::collections::BTreeMap;
-use std::io;
+mod epoch;
+pub mod preshared;
+pub mod spent;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use anyhow::{Context as _, Result};
+use husk_dataplane::wireguard::KeyRing;
+use husk_overlay::config::Config;
+use husk_overlay::esp::PresharedKey;
+use husk_overlay::facts::{OwnEpoch, SpentAssociation};
+use husk_overlay::kernel::XfrmStateKey;
 use husk_overlay::keys::PrivateKey;
+use husk_overlay::mode::Mode;
+use husk_overlay::rotation::Spending;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use self::epoch::{Found, Held, Parameters};
+use self::spent::SpentFile;
 use crate::files;
 
-/// The folder of key files.
+/// Folder below the run directory.
+const FOLDER: &str = "keys";
+
+/// What the keys are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Technology {
+    /// Keys of WireGuard devices.
+    Wireguard,
+    /// Keys that ESP associations are made of.
+    Esp,
+}
+
+impl Technology {
+    /// What a mode uses, if it encrypts.
+    #[must_use]
+    pub fn of(mode: Mode) -> Option<Self> {
+        if mode.uses_wireguard() {
+            Some(Self::Wireguard)
+        } else if mode.uses_esp() {
+            Some(Self::Esp)
+        } else {
+            None
+        }
+    }
+
+    /// Beginning of file names.
+    fn stem(self) -> &'static str {
+        match self {
+            Self::Wireguard => "wireguard",
+            Self::Esp => "esp",
+        }
+    }
+}
+
+/// The own keys of the technology in use.
 pub struct KeyStore {
     folder: PathBuf,
-    /// Content of the files read so far.
-    known: BTreeMap<u8, Zeroizing<String>>,
+    technology: Option<Technology>,
+    /// What ESP associations look like; none in other modes.
+    parameters: Option<Parameters>,
+    /// The cluster's preshared key.
+    preshared: Option<Zeroizing<Vec<u8>>>,
+    held: BTreeMap<u64, Held>,
+    /// The folder was read: from then on `held` is the truth, but for files that somebody removes.
+    loaded: bool,
 }
 
 impl KeyStore {
-    /// Opens the folder `keys` below the run directory; mode 0700.
+    /// Opens the folder `keys` below the run directory; mode 0700. Reads the preshared key, if one is configured.
     ///
     /// # Errors
-    /// Of the file system.
-    pub fn open(run_directory: &Path) -> io::Result<Self> {
-        let folder = run_directory.join("keys");
+    /// Of the file system; when the preshared key cannot be used.
+    pub fn open(run_directory: &Path, config: &Config) -> Result<Self> {
+        let folder = run_directory.join(FOLDER);
         files::create_directory(&folder, 0o700)?;
-        Ok(Self { folder, known: BTreeMap::new() })
+        let technology = Technology::of(config.mode);
+        let esp = technology == Some(Technology::Esp);
+        let preshared = match &config.ipsec.preshared_key_file {
+            Some(path) if esp => Some(preshared::read(path)?),
+            _ => None,
+        };
+        let parameters = esp.then(|| Parameters::of(config));
+        Ok(Self { folder, technology, parameters, preshared, held: BTreeMap::new(), loaded: false })
     }
 
-    /// The key of a WireGuard device, made on first use. A file is read once; where it is missing or holds no key, there is a
-    /// new key: peers learn the new public key from the node record.
+    /// The epochs whose keys the node holds. `now` is the time since boot. The folder is read once; an epoch whose key file
+    /// somebody removes is over, one whose file holds no key is destroyed: peers learn a new public key from the record.
     ///
     /// # Errors
-    /// Of the file system, in which case the key that is there stays the node's; or when the kernel gives no randomness.
-    pub fn wireguard(&mut self, slot: u8) -> io::Result<PrivateKey> {
-        let path = self.folder.join(format!("wireguard-{slot}.key"));
-        // What cannot be told of the file does not make a known key wrong.
-        let removed = path.try_exists().is_ok_and(|exists| !exists);
-        if let Some(text) = self.known.get(&slot).filter(|_| !removed) {
-            return PrivateKey::from_base64(text).map_err(io::Error::other);
+    /// Of the file system, in which case the keys that are there stay the node's.
+    pub fn epochs(&mut self, now: Duration) -> Result<BTreeMap<u64, OwnEpoch>> {
+        self.load(now)?;
+        let known: Vec<u64> = self.held.keys().copied().collect();
+        for epoch in known {
+            // What cannot be told of the file does not make a known key wrong.
+            if self.path(epoch, "key").try_exists().is_ok_and(|exists| !exists) {
+                tracing::warn!(epoch, "somebody removed the key of this epoch; it is over");
+                self.destroy(epoch)?;
+            }
         }
-        let key = match read(&path)? {
-            Some(key) => key,
-            None => make(&path)?,
+        Ok(self.held.iter().map(|(epoch, held)| (*epoch, held.own.clone())).collect())
+    }
+
+    /// The private keys, for the kernel.
+    ///
+    /// # Errors
+    /// Of the file system, where the keys were not read yet.
+    pub fn ring(&mut self, now: Duration) -> Result<KeyRing> {
+        self.load(now)?;
+        let mut ring = KeyRing::default();
+        for held in self.held.values() {
+            ring.insert(held.key()?);
+        }
+        Ok(match &self.preshared {
+            Some(bytes) => ring.with_preshared(PresharedKey::new(bytes.to_vec())),
+            None => ring,
+        })
+    }
+
+    /// Makes a key for an epoch.
+    ///
+    /// # Errors
+    /// When there is one already, the file system refuses, or the kernel gives no randomness. Then there is no such epoch.
+    pub fn begin(&mut self, epoch: u64, now: Duration) -> Result<()> {
+        self.load(now)?;
+        let technology = self.technology.context("this mode has no keys")?;
+        anyhow::ensure!(!self.held.contains_key(&epoch), "there is a key of epoch {epoch} already");
+        let made = self.make(technology, epoch, now);
+        if made.is_err() {
+            let _ = self.destroy(epoch);
+        }
+        self.held.insert(epoch, made.with_context(|| format!("cannot make a key for epoch {epoch}"))?);
+        Ok(())
+    }
+
+    /// Destroys the key of an epoch; one that is not there is fine.
+    ///
+    /// # Errors
+    /// When the file cannot be removed: then the epoch is still there.
+    pub fn retire(&mut self, epoch: u64) -> Result<()> {
+        self.destroy(epoch).with_context(|| format!("cannot destroy the key of epoch {epoch}"))
+    }
+
+    /// Epochs held that were ever handed to the cluster source, with the time since boot of the last time before it had them.
+    #[must_use]
+    pub fn published(&self) -> BTreeMap<u64, Duration> {
+        self.held.iter().filter_map(|(epoch, held)| Some((*epoch, held.published()?))).collect()
+    }
+
+    /// Writes down that epochs that the cluster source does not have are about to be handed to it.
+    ///
+    /// # Errors
+    /// When it could not be written down; then they may not be.
+    pub fn note_published(&mut self, epochs: &BTreeSet<u64>, now: Duration) -> Result<()> {
+        for epoch in epochs {
+            let path = self.path(*epoch, "json");
+            let Some(held) = self.held.get_mut(epoch) else { continue };
+            let mut description = held.description.clone();
+            description.published_milliseconds = Some(epoch::milliseconds(now));
+            epoch::write_description(&path, &description)?;
+            held.description = description;
+        }
+        Ok(())
+    }
+
+    /// What was written down of associations under the epochs held.
+    #[must_use]
+    pub fn spent(&self) -> BTreeMap<XfrmStateKey, SpentAssociation> {
+        self.held.values().flat_map(|held| held.spent.all()).map(|(key, spent)| (*key, *spent)).collect()
+    }
+
+    /// Writes down associations before they are installed, or before a policy names them.
+    ///
+    /// # Errors
+    /// When one of them could not be written down, or belongs to no epoch held: then nothing may be done with any of them.
+    pub fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> Result<()> {
+        let mut sorted: BTreeMap<u64, BTreeMap<XfrmStateKey, SpentAssociation>> = BTreeMap::new();
+        for (key, spending) in associations {
+            sorted.entry(spending.epoch).or_default().insert(*key, spending.spent);
+        }
+        for (epoch, more) in sorted {
+            let path = self.path(epoch, "spent");
+            let held = self.held.get_mut(&epoch).with_context(|| format!("there is no key of epoch {epoch}"))?;
+            held.spent.add(&path, &more)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what was written down of associations that the kernel refused, so that they were never used.
+    ///
+    /// # Errors
+    /// When that could not be written; then they stay spent, which is safe.
+    pub fn take_back(&mut self, associations: &BTreeSet<XfrmStateKey>) -> Result<()> {
+        let epochs: Vec<u64> = self.held.keys().copied().collect();
+        for epoch in epochs {
+            let path = self.path(epoch, "spent");
+            let Some(held) = self.held.get_mut(&epoch) else { continue };
+            if associations.iter().any(|key| held.spent.all().contains_key(key)) {
+                held.spent.remove(&path, associations)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, now: Duration) -> Result<()> {
+        if self.loaded {
+            return Ok(());
+        }
+        let mut epochs = BTreeSet::new();
+        for name in names(&self.folder)? {
+            match epoch::of_file(&name) {
+                Some((technology, epoch)) if Some(technology) == self.technology => {
+                    epochs.insert(epoch);
+                }
+                // Keys of another technology, and what a write that was interrupted left of one.
+                Some(_) => shred(&self.folder.join(&name))?,
+                None if name.starts_with(files::TEMPORARY_PREFIX) => shred(&self.folder.join(&name))?,
+                None => {}
+            }
+        }
+        let mut held = BTreeMap::new();
+        for epoch in epochs {
+            match self.find(epoch, now)? {
+                Ok(found) => {
+                    held.insert(epoch, found);
+                }
+                Err(reason) => {
+                    tracing::warn!(epoch, reason, "the key of this epoch cannot be used any more; it is destroyed");
+                    self.destroy(epoch)?;
+                }
+            }
+        }
+        self.held = held;
+        self.loaded = true;
+        Ok(())
+    }
+
+    /// What an earlier daemon left of an epoch, or why it is of no use.
+    fn find(&self, epoch: u64, now: Duration) -> io::Result<Result<Held, String>> {
+        let Some(key) = epoch::read_key(&self.path(epoch, "key"))? else {
+            return Ok(Err("there is no key in its file".into()));
         };
-        self.known.insert(slot, key.to_base64());
-        Ok(key)
+        let found = epoch::read_description(&self.path(epoch, "json"))?;
+        let Some(expected) = &self.parameters else {
+            // A device goes on with its key whatever is known of it.
+            let description = match found {
+                Found::Understood(description) => description,
+                Found::Nothing | Found::Garbage => {
+                    let description = epoch::Description::wireguard(now);
+                    epoch::write_description(&self.path(epoch, "json"), &description)?;
+                    description
+                }
+            };
+            return Ok(Ok(Held::new(&key, description, SpentFile::default())));
+        };
+        let Found::Understood(description) = found else {
+            return Ok(Err("it is not known what its associations look like".into()));
+        };
+        if description.esp.as_ref() != Some(&expected.with_preshared(self.preshared.as_deref(), &key)) {
+            return Ok(Err("it was made for another configuration of mode, ipsec or preshared key".into()));
+        }
+        match SpentFile::read(&self.path(epoch, "spent"))? {
+            Some(spent) => Ok(Ok(Held::new(&key, description, spent))),
+            None => Ok(Err("it is not known which associations were installed under it".into())),
+        }
+    }
+
+    /// The key file comes last: without it the other two mean nothing.
+    fn make(&self, technology: Technology, epoch: u64, now: Duration) -> Result<Held> {
+        let mut random = Zeroizing::new([0; 32]);
+        let mut salt = [0; 8];
+        getrandom::fill(&mut *random).and_then(|()| getrandom::fill(&mut salt)).map_err(io::Error::other)?;
+        let key = PrivateKey::from_random(*random)?;
+        let mut description = epoch::Description::wireguard(now);
+        if technology == Technology::Esp {
+            let parameters = self.parameters.as_ref().context("this mode has no associations")?;
+            description.spi_salt = u64::from_ne_bytes(salt);
+            description.esp = Some(parameters.with_preshared(self.preshared.as_deref(), &key));
+            SpentFile::create(&self.path(epoch, "spent"))?;
+        }
+        epoch::write_description(&self.path(epoch, "json"), &description)?;
+        files::replace(&self.path(epoch, "key"), key.to_base64().as_bytes(), 0o600)?;
+        Ok(Held::new(&key, description, SpentFile::default()))
+    }
+
+    fn destroy(&mut self, epoch: u64) -> io::Result<()> {
+        for ending in ["key", "json", "spent"] {
+            shred(&self.path(epoch, ending))?;
+        }
+        self.held.remove(&epoch);
+        Ok(())
+    }
+
+    fn path(&self, epoch: u64, ending: &str) -> PathBuf {
+        let stem = self.technology.map_or("none", Technology::stem);
+        self.folder.join(format!("{stem}-{epoch}.{ending}"))
     }
 }
 
-/// The key in a file; none if there is no file or no key in it.
-fn read(path: &Path) -> io::Result<Option<PrivateKey>> {
-    let text = match files::read_text(path, 256) {
-        Ok(None) => return Ok(None),
-        Ok(Some(text)) => Zeroizing::new(text),
-        // Not text, or too long.
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            tracing::warn!(%error, "key file is replaced by a new key");
-            return Ok(None);
-        }
-        Err(error) => return Err(error),
-    };
-    let key = PrivateKey::from_base64(&text);
-    Ok(key
-        .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "key file is replaced by a new key"))
-        .ok())
+/// Destroys all keys below a run directory, whatever they were for: those of an earlier boot.
+///
+/// # Errors
+/// Of the file system.
+pub fn discard(run_directory: &Path) -> io::Result<()> {
+    let folder = run_directory.join(FOLDER);
+    if !folder.try_exists()? {
+        return Ok(());
+    }
+    for name in names(&folder)? {
+        shred(&folder.join(name))?;
+    }
+    Ok(())
 }
 
-fn make(path: &Path) -> io::Result<PrivateKey> {
-    let mut random = Zeroizing::new([0; 32]);
-    getrandom::fill(&mut *random).map_err(io::Error::other)?;
-    let key = PrivateKey::from_random(*random).map_err(io::Error::other)?;
-    files::replace(path, key.to_base64().as_bytes(), 0o600)?;
-    Ok(key)
+/// Names of the files in the folder, sorted.
+fn names(folder: &Path) -> io::Result<BTreeSet<String>> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot list {}: {error}", folder.display()));
+    let mut all = BTreeSet::new();
+    for entry in std::fs::read_dir(folder).map_err(named)? {
+        all.insert(entry.map_err(named)?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(all)
+}
+
+/// Overwrites a file and removes it, so that its memory holds no key until somebody else gets it; one that is not there is
+/// fine.
+fn shred(path: &Path) -> io::Result<()> {
+    let overwrite = || -> io::Result<()> {
+        let flags = nix::fcntl::OFlag::O_NOFOLLOW.bits();
+        let mut file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
+        let length = usize::try_from(file.metadata()?.len()).unwrap_or(0);
+        file.write_all(&vec![0; length])
+    };
+    // A file that cannot be overwritten can still be removed.
+    let _ = overwrite();
+    files::remove(path)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
-
-    #[test]
-    fn a_key_is_kept_private_and_a_broken_file_replaced() {
-        let directory = tempfile::tempdir().unwrap();
-        let open = || KeyStore::open(directory.path()).unwrap();
-        let first = open().wireguard(0).unwrap().public();
-        assert_eq!(open().wireguard(0).unwrap().public(), first);
-        assert_ne!(open().wireguard(1).unwrap().public(), first);
-        let path = directory.path().join("keys/wireguard-0.key");
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        let mut last = first;
-        for broken in [&[0xff, 0xfe][..], b"no key", &[b'A'; 300], b""] {
-            std::fs::write(&path, broken).unwrap();
-            let key = open().wireguard(0).unwrap().public();
-            assert_ne!(key, last);
-            assert_eq!(open().wireguard(0).unwrap().public(), key);
-            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-            last = key;
-        }
-    }
-
-    #[test]
-    fn a_key_is_read_once_and_goes_with_its_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut store = KeyStore::open(directory.path()).unwrap();
-        let first = store.wireguard(0).unwrap().public();
-        let path = directory.path().join("keys/wireguard-0.key");
-        std::fs::write(&path, "half of a ke").unwrap();
-        assert_eq!(store.wireguard(0).unwrap().public(), first);
-        std::fs::remove_file(&path).unwrap();
-        assert_ne!(store.wireguard(0).unwrap().public(), first);
-    }
-
-    #[test]
-    fn a_file_that_cannot_be_read_is_no_reason_for_a_new_key() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut store = KeyStore::open(directory.path()).unwrap();
-        let path = directory.path().join("keys/wireguard-0.key");
-        // Reading fails with ELOOP; replacing it would work.
-        std::os::unix::fs::symlink("wireguard-0.key", &path).unwrap();
-        let error = store.wireguard(0).err().unwrap();
-        assert!(error.to_string().contains("wireguard-0.key"), "{error}");
-        assert!(path.is_symlink());
-    }
-}
+pub(crate) mod tests;

@@ -1,11 +1,14 @@
 //! The node daemon `huskd` and the troubleshooting command `huskctl`.
 //!
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
-//! comes from; [`host`] what a node says about itself; [`wireguard_userspace`] the device for kernels without WireGuard;
-//! [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot ends; [`cleanup`] the way out.
+//! comes from; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon:
+//! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
+//! [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot ends; [`cleanup`] the way
+//! out.
 
 pub mod boot;
 pub mod cleanup;
+pub mod companion;
 pub mod daemon;
 pub mod engine;
 pub mod files;
@@ -18,5 +21,6 @@ pub mod node_file;
 pub mod report;
 pub mod server;
 pub mod source;
+pub mod udp_encapsulation;
 pub mod watch;
 pub mod wireguard_userspace;

@@ -8,8 +8,8 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// Crates whose trace and debug output holds packets, some with keys in them.
 const QUIET: [&str; 4] = ["netlink_packet_core", "netlink_sys", "gotatun", "mio"];
 
-/// Installs the log writer of this process; a second call changes nothing.
-pub fn start(config: &LogConfig) {
+/// What is let through at a level.
+pub(crate) fn filter(config: &LogConfig) -> EnvFilter {
     let level = match config.level {
         LogLevel::Error => "error",
         LogLevel::Warn => "warn",
@@ -25,7 +25,12 @@ pub fn start(config: &LogConfig) {
             filter = filter.add_directive(directive);
         }
     }
-    let registry = tracing_subscriber::registry().with(filter);
+    filter
+}
+
+/// Installs the log writer of this process; a second call changes nothing.
+pub fn start(config: &LogConfig) {
+    let registry = tracing_subscriber::registry().with(filter(config));
     let result = match config.format {
         LogFormat::Json => registry
             .with(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr))

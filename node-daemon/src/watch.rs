@@ -50,13 +50,14 @@ pub fn folders(
     Ok(())
 }
 
-/// Wakes on every change in the network namespace of the caller, on a thread of its own that ends with the process.
+/// Wakes on every change of these kinds in the network namespace of the caller, on a thread of its own that ends with the
+/// process.
 ///
 /// # Errors
 /// When no thread can be had.
-pub fn kernel(wake: impl Fn() + Send + 'static) -> io::Result<()> {
+pub fn kernel(subjects: &[Subject], wake: impl Fn() + Send + 'static) -> io::Result<()> {
     let mut monitors = Vec::new();
-    for subject in [Subject::Network, Subject::Nftables] {
+    for subject in subjects.iter().copied() {
         match Monitor::open(subject) {
             Ok(monitor) => monitors.push(monitor),
             Err(error) => {

@@ -6,20 +6,15 @@
 //! upgrade of the daemon touches neither sessions nor packets. The process starts without key and peers and forgets both
 //! when it ends; the daemon puts them back.
 //!
-//! Reading order: [`process`] is the life of the process as others see it, `ownership` what
-//! makes it the only one, `keeper` the daemon's part; `device` applies changes to the running
-//! device without disturbing what did not change; `transport` is what the device reads from and writes to; `protocol`
-//! and `server` are the control socket.
+//! It is a [companion](crate::companion) of the daemon. Reading order: `device` applies changes to the running device
+//! without disturbing what did not change; `transport` is what the device reads from and writes to; `protocol` and `server`
+//! are the control socket.
 
 mod device;
-mod keeper;
-mod ownership;
-pub mod process;
 mod protocol;
 mod server;
 mod transport;
 
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,14 +22,11 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use nix::net::if_::if_nametoindex;
-use tokio::signal::unix::{SignalKind, signal};
 
 use self::device::Device;
-use self::ownership::Ownership;
 use self::server::ControlSocket;
-
-pub use self::keeper::Keeper;
-pub use self::process::{Answer, Process, socket_path};
+use crate::companion::process::private_directory;
+use crate::companion::{Job, Ownership, Process, detach, stop_signal};
 
 /// What this process may log.
 ///
@@ -59,15 +51,13 @@ pub struct Options {
 /// When another process serves the interface, its name is taken, the TUN device cannot be created or used, or the
 /// device is deleted while it runs.
 pub async fn run(options: Options) -> Result<()> {
-    // Fails if this process leads a process group, as when started from a shell, whose job it then rightly stays.
-    let _ = nix::unistd::setsid();
-    // Started through `/proc/self/exe`, the process would go by the name `exe`.
-    let _ = nix::sys::prctl::set_name(c"huskd");
+    detach();
     abort_on_panic();
     let stopped = stop_signal()?;
 
     let interface = &options.interface;
-    let _ownership = Ownership::take(&Process::new(interface, &options.run_directory))?;
+    let job = Job::WireguardUserspace { interface: interface.clone() };
+    let _ownership = Ownership::take(&Process::new(&job, &options.run_directory))?;
     refuse_taken_name(interface)?;
     let (device, mut failure) = Device::create(interface).await?;
     let device = Arc::new(device);
@@ -97,23 +87,15 @@ fn abort_on_panic() {
     }));
 }
 
-/// Completes with the name of the signal that asks the process to end.
-///
-/// SIGHUP is taken and dropped: the process has no terminal, and its parent's end is none of its business. The Rust
-/// runtime ignores SIGPIPE.
-fn stop_signal() -> Result<impl Future<Output = &'static str>> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
-    Ok(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => return "SIGTERM",
-                _ = interrupt.recv() => return "SIGINT",
-                _ = hangup.recv() => {}
-            }
-        }
-    })
+/// The control socket of the device of that name.
+#[must_use]
+pub fn socket_path(interface: &InterfaceName) -> PathBuf {
+    Path::new(marks::WIREGUARD_SOCKET_DIRECTORY).join(format!("{interface}.sock"))
+}
+
+/// Makes the directory of the control sockets.
+fn socket_directory() -> Result<()> {
+    private_directory(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY))
 }
 
 /// TUNSETIFF attaches to a persistent TUN device of that name without a word; Husk's are never persistent, so any device

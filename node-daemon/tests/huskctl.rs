@@ -8,10 +8,13 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::thread::JoinHandle;
 
+use husk_node_daemon::keys::Technology;
 use husk_node_daemon::report::{
-    BlockReport, Counter, DiffReport, IpamReport, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
+    AssociationReport, BlockReport, Counter, DiffReport, Direction, EpochReport, IpamReport, KeysReport, KeysSummary,
+    LastPass, MtuReport, PeerKeysReport, PeerReport, PeerState, PoolReport, RotationDue, RotationReport, Status,
 };
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
+use husk_overlay::esp::Aead;
 use husk_overlay::ipc::{Request, Response, SOCKET_FILE, read_message, write_message};
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::keys::PrivateKey;
@@ -87,6 +90,9 @@ fn status() -> Status {
         mode: Mode::Wireguard,
         encrypted: true,
         wireguard_device: Some("userspace".into()),
+        cipher: None,
+        udp_encapsulation: None,
+        keys: Some(KeysSummary { newest: Some(4), age: Some(7200), rotating: false }),
         ready: true,
         reason: None,
         addresses: dual("192.0.2.1", "2001:db8::1"),
@@ -105,6 +111,7 @@ fn status() -> Status {
             ("spoofed".to_owned(), Counter::default()),
         ]
         .into(),
+        xfrm_errors: [].into(),
         issues: Vec::new(),
     }
 }
@@ -127,6 +134,7 @@ fn peer(name: &str, state: PeerState) -> PeerReport {
         endpoint: Some("192.0.2.2:51820".into()),
         public_key: Some(PrivateKey::from_random([1; 32]).unwrap().public()),
         handshake_age: Some(75),
+        received_age: None,
         received: Some(1536),
         sent: Some(10),
         mtu: Some(1440),
@@ -167,7 +175,7 @@ fn mtu(underlay: u32) -> MtuReport {
         node: NodeName::new("alpha").unwrap(),
         own: true,
         address: Some("192.0.2.1".parse().unwrap()),
-        ledger: ledger(&Mode::Wireguard.stack(), Family::Ipv4, underlay),
+        ledger: ledger(&Mode::Wireguard.stack(false), Family::Ipv4, underlay),
     }
 }
 
@@ -182,6 +190,7 @@ fn status_tells_a_person_how_the_node_is() {
             "Ready: yes",
             "Mode: wireguard",
             "Encryption: WireGuard (userspace device)",
+            "Keys: epoch 4, 2 h old",
             "Underlay: 192.0.2.1, 2001:db8::1 on eth0, MTU 1500",
             "Pod MTU: 1440",
             "Blocks: 10.42.0.0/26, fd42::/122",
@@ -201,7 +210,7 @@ fn status_exits_with_1_when_something_is_wrong() {
     let warned = Status { issues: vec![issue(Severity::Warning)], ..status() };
     let ran = run(&warned, &["status"]);
     assert_eq!(ran.status, 0);
-    let told = words(&ran.text).split_off(13);
+    let told = words(&ran.text).split_off(14);
     assert_eq!(
         told,
         [
@@ -217,8 +226,30 @@ fn status_exits_with_1_when_something_is_wrong() {
     assert_eq!(ran.status, 1);
     assert!(words(&ran.text).contains(&"Ready: NO: no blocks".to_owned()));
     assert!(words(&ran.text).contains(&"Pod MTU: -".to_owned()));
-    let plain = Status { mode: Mode::Vxlan, encrypted: false, wireguard_device: None, ..status() };
-    assert!(words(&run(&plain, &["status"]).text).contains(&"Encryption: none".to_owned()));
+    let plain = Status { mode: Mode::Vxlan, encrypted: false, wireguard_device: None, keys: None, ..status() };
+    let lines = words(&run(&plain, &["status"]).text);
+    assert!(lines.contains(&"Encryption: none".to_owned()) && lines.contains(&"Keys: none".to_owned()));
+}
+
+#[test]
+fn status_names_the_cipher_and_what_ipsec_did_not_let_through() {
+    let ipsec = Status {
+        mode: Mode::Ipsec,
+        wireguard_device: None,
+        cipher: Some(Aead::AesGcm256),
+        udp_encapsulation: Some(4500),
+        keys: Some(KeysSummary { newest: Some(7), age: Some(60), rotating: true }),
+        xfrm_errors: [("XfrmInNoPols".to_owned(), 12)].into(),
+        ..status()
+    };
+    let lines = words(&run(&ipsec, &["status"]).text);
+    for line in [
+        "Encryption: IPsec (aes-gcm-256, in UDP at port 4500)",
+        "Keys: epoch 7, 60 s old, a rotation is under way",
+        "IPsec errors (XfrmInNoPols): 12 packets",
+    ] {
+        assert!(lines.contains(&line.to_owned()), "{line}: {lines:?}");
+    }
 }
 
 #[test]
@@ -244,6 +275,12 @@ fn peers_are_a_row_each() {
         ]
     );
     assert_eq!(run(&vec![peer("beta", PeerState::Idle)], &["peers"]).status, 0);
+    let heard = PeerReport { handshake_age: None, received_age: Some(3), ..peer("beta", PeerState::Connected) };
+    let waiting = PeerReport { handshake_age: None, ..peer("gamma", PeerState::Waiting) };
+    let lines = words(&run(&vec![heard, waiting], &["peers"]).text);
+    assert!(lines[0].contains("ENDPOINT LAST PACKET RECEIVED"), "{lines:?}");
+    assert!(lines[1].starts_with("beta connected 192.0.2.2:51820 3 s "), "{lines:?}");
+    assert!(lines[2].starts_with("gamma waiting for keys 192.0.2.2:51820 - "), "{lines:?}");
     let alone = run(&Vec::<PeerReport>::new(), &["peers"]);
     assert_eq!((alone.status, alone.text.contains("alone")), (0, true));
 }
@@ -299,6 +336,159 @@ fn ipam_shows_pools_blocks_and_leases_and_checks_them() {
     assert_eq!((ran.status, ran.text.as_str()), (0, "Leases, blocks and interfaces agree.\n"));
 }
 
+fn epoch(number: u64, unconfirmed: &[&str]) -> EpochReport {
+    EpochReport {
+        epoch: number,
+        public_key: PrivateKey::from_random([1; 32]).unwrap().public(),
+        age: 90,
+        published: true,
+        confirmed: [NodeName::new("beta").unwrap()].into(),
+        unconfirmed: unconfirmed.iter().map(|name| NodeName::new(name).unwrap()).collect(),
+    }
+}
+
+fn keys(epochs: Vec<EpochReport>) -> KeysReport {
+    let peer = PeerKeysReport {
+        node: NodeName::new("beta").unwrap(),
+        published: vec![2],
+        sending_own: Some(1),
+        sending_peer: Some(2),
+        confirmed: None,
+        refused: None,
+    };
+    let association = AssociationReport {
+        peer: Some(peer.node.clone()),
+        direction: Direction::In,
+        spi: 0xabcd,
+        source: "192.0.2.2".parse().unwrap(),
+        destination: "192.0.2.1".parse().unwrap(),
+        own_epoch: Some(1),
+        peer_epoch: Some(2),
+        packets: 5,
+        bytes: 1536,
+        quiet: 7,
+    };
+    KeysReport {
+        mode: Mode::Ipsec,
+        technology: Technology::Esp,
+        cipher: Some(Aead::AesGcm128),
+        settled: epochs.len() == 1,
+        epochs,
+        requested: false,
+        waiting: None,
+        due: Some(RotationDue { earliest: 43_200, latest: 86_400 }),
+        peers: vec![peer],
+        associations: vec![association],
+    }
+}
+
+#[test]
+fn keys_are_shown_with_who_uses_them() {
+    let ran = run(&keys(vec![epoch(1, &[]), epoch(2, &["gamma", "delta"])]), &["keys", "status"]);
+    assert_eq!((ran.request, ran.status), (Request::Keys, 0));
+    let lines = words(&ran.text);
+    assert_eq!(
+        lines[0],
+        "Mode ipsec, IPsec (aes-gcm-128). The newest key will be replaced in 12 h to 24 h. A rotation is under way."
+    );
+    assert_eq!(lines[1], "EPOCH AGE PUBLISHED CONFIRMED BY WAITING FOR PUBLIC KEY");
+    assert!(lines[2].starts_with("1 90 s yes beta - "), "{lines:?}");
+    assert!(lines[3].starts_with("2 90 s yes beta delta, gamma "), "{lines:?}");
+    assert_eq!(lines[4..], ["PEER ITS EPOCHS SENDING OWN SENDING ITS CONFIRMED REASON", "beta 2 1 2 -"]);
+    let ran = run(&keys(vec![epoch(1, &[])]), &["keys", "status", "--verbose"]);
+    let lines = words(&ran.text);
+    assert_eq!(lines.last().unwrap(), "beta in 0x0000abcd 192.0.2.2 192.0.2.1 1 2 5 1.5 KiB 7 s");
+    assert!(!lines[0].contains("under way"), "{lines:?}");
+}
+
+fn rotation(begun: Option<u64>) -> RotationReport {
+    let waiting = begun.is_none().then(|| "gamma still uses the epoch before 1".to_owned());
+    RotationReport { technology: Technology::Esp, begun, target: 2, waiting }
+}
+
+/// Runs against a daemon that gives these answers one after the other, the last one for ever.
+fn run_along(reports: Vec<serde_json::Value>, arguments: &[&str]) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join(SOCKET_FILE)).unwrap();
+    std::thread::spawn(move || {
+        let mut answers = reports.into_iter().peekable();
+        while let Ok((mut stream, _)) = listener.accept() {
+            let _: Request = read_message(&mut stream).unwrap();
+            let report = answers.peek().cloned().unwrap();
+            if answers.len() > 1 {
+                answers.next();
+            }
+            write_message(&mut stream, &Response::Report { report }).unwrap();
+        }
+    });
+    let output = huskctl(directory.path(), arguments);
+    Ran {
+        request: Request::RotateKeys,
+        status: output.status.code().unwrap(),
+        text: String::from_utf8(output.stdout).unwrap(),
+        errors: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn a_rotation_says_what_it_does() {
+    let ran = run(&rotation(Some(2)), &["keys", "rotate"]);
+    assert_eq!((ran.request, ran.status, ran.text.as_str()), (Request::RotateKeys, 0, "Begun: epoch 2.\n"));
+    let ran = run(&rotation(None), &["keys", "rotate"]);
+    assert_eq!(ran.text, "Asked for; epoch 2 has to wait: gamma still uses the epoch before 1.\n");
+    let refused = run_against(Response::Refused { reason: "mode vxlan has no keys".into() }, &["keys", "rotate"]);
+    assert_eq!(refused.status, 3);
+}
+
+#[test]
+fn a_rotation_is_waited_for_with_its_progress_told() {
+    let json = |report: KeysReport| serde_json::to_value(report).unwrap();
+    let unpublished = keys(vec![epoch(1, &[]), EpochReport { published: false, ..epoch(2, &[]) }]);
+    let reports = vec![
+        serde_json::to_value(rotation(None)).unwrap(),
+        json(KeysReport { waiting: Some("gamma is slow".into()), ..keys(vec![epoch(1, &[])]) }),
+        json(unpublished),
+        json(keys(vec![epoch(1, &[]), epoch(2, &["gamma"])])),
+        json(keys(vec![epoch(1, &[]), epoch(2, &["gamma"])])),
+        json(keys(vec![epoch(1, &[]), epoch(2, &[])])),
+        json(keys(vec![epoch(2, &[])])),
+    ];
+    let ran = run_along(reports, &["keys", "rotate", "--wait", "--timeout", "30"]);
+    assert_eq!(ran.status, 0, "{}", ran.errors);
+    assert!(ran.text.starts_with("Done: epoch 2 is the only one, after "), "{}", ran.text);
+    let told: Vec<&str> = ran.errors.lines().collect();
+    assert_eq!(
+        told,
+        [
+            "Asked for; epoch 2 has to wait: gamma still uses the epoch before 1.",
+            "Waiting: gamma is slow.",
+            "Waiting: epoch 2 is not published yet; it has to be receivable from all peers first.",
+            "Waiting: gamma is not using epoch 2 yet.",
+            "Waiting: all peers use epoch 2; epoch 1 goes when it was quiet for the grace period.",
+        ]
+    );
+}
+
+#[test]
+fn a_rotation_that_takes_too_long_is_status_1_with_who_has_not_confirmed() {
+    let reports = vec![
+        serde_json::to_value(rotation(Some(2))).unwrap(),
+        serde_json::to_value(keys(vec![epoch(1, &[]), epoch(2, &["gamma", "delta"])])).unwrap(),
+    ];
+    let ran = run_along(reports.clone(), &["keys", "rotate", "--wait", "--timeout", "1"]);
+    assert_eq!(ran.status, 1);
+    assert!(
+        ran.text.starts_with("Not finished within 1 s. Waiting: delta, gamma are not using epoch 2 yet."),
+        "{}",
+        ran.text
+    );
+    assert!(ran.text.contains("not confirmed: gamma; is its daemon running"), "{}", ran.text);
+    let ran = run_along(reports, &["-o", "json", "keys", "rotate", "--wait", "--timeout", "0"]);
+    assert_eq!(ran.status, 1);
+    let report: KeysReport = serde_json::from_str(&ran.text).unwrap();
+    assert_eq!(report.epochs[1].unconfirmed.len(), 2);
+}
+
 #[test]
 fn json_is_the_report_as_the_daemon_gave_it() {
     fn same<T: Serialize>(report: &T, arguments: &[&str]) {
@@ -310,6 +500,8 @@ fn json_is_the_report_as_the_daemon_gave_it() {
     same(&status(), &["status"]);
     same(&vec![peer("beta", PeerState::Connected)], &["peers"]);
     same(&vec![mtu(1500)], &["mtu"]);
+    same(&keys(vec![epoch(1, &["gamma"])]), &["keys", "status"]);
+    same(&rotation(Some(2)), &["keys", "rotate"]);
     same(&DiffReport { changes: vec!["add a".into()] }, &["diff"]);
     same(&ipam(vec![]), &["ipam", "show"]);
     let findings = run(&ipam(vec!["wrong".into()]), &["-o", "json", "ipam", "check"]);
@@ -350,7 +542,15 @@ fn a_daemon_that_refuses_or_is_not_understood_is_status_3() {
 #[test]
 fn wrong_usage_is_status_2() {
     let directory = tempfile::tempdir().unwrap();
-    for arguments in [&[][..], &["fly"], &["ipam"], &["status", "--output", "xml"], &["diff", "now"]] {
+    for arguments in [
+        &[][..],
+        &["fly"],
+        &["ipam"],
+        &["status", "--output", "xml"],
+        &["diff", "now"],
+        &["keys"],
+        &["keys", "rotate", "--timeout", "5"],
+    ] {
         let output = huskctl(directory.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(!output.stderr.is_empty());

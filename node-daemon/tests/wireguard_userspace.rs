@@ -400,10 +400,11 @@ fn a_spawned_process_outlives_its_parent() {
 
 /// The parent: starts the device, tries to start another, dies by SIGKILL.
 fn spawn_and_die() {
-    use husk_node_daemon::wireguard_userspace::{Answer, Process};
+    use husk_node_daemon::companion::{Answer, Job, Process};
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let process = Process::new(&INTERFACE.parse().unwrap(), Path::new("/run/husk"));
+        let job = Job::WireguardUserspace { interface: INTERFACE.parse().unwrap() };
+        let process = Process::new(&job, Path::new("/run/husk"));
         assert_eq!(process.ask(), Answer::Absent);
         let mut child = process.spawn(Path::new(HUSKD)).unwrap();
         process.wait_ready(&mut child, LIMIT).await.unwrap();

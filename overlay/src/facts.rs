@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::esp::AssociationId;
+use crate::kernel::XfrmStateKey;
 use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName, NodeName};
 use crate::prefix::Prefix;
@@ -23,6 +26,96 @@ pub enum WireguardSupport {
         /// Why, and what would help.
         reason: String,
     },
+}
+
+/// A key of the own node, and since when it has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OwnEpoch {
+    /// Public half.
+    pub public_key: PublicKey,
+    /// What the SPIs of associations towards this node are made with; of no use to WireGuard.
+    pub spi_salt: u64,
+    /// When it was made, as time since boot: a clock that is set does not make keys older or younger.
+    pub created: Duration,
+}
+
+/// What a WireGuard device says of a peer's key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SessionUse {
+    /// A handshake was completed at some time, as far as this node can know on both sides: the peer can receive.
+    pub handshaken: bool,
+    /// How long nothing was received and nothing was sent: both counters of bytes stood still.
+    pub quiet: Duration,
+}
+
+/// ESP on this node; only looked into when the mode needs it.
+///
+/// What the daemon has to read, write and do, pass after pass:
+///
+/// 1. Read `epochs`, `published` and `spent` from the run directory, and `installed` from the kernel, *at the start of the
+///    pass*: the counters have to be at least as old as the decisions made with them.
+/// 2. Call the plan. Write [`crate::rotation::Rotation::spend`] and [`crate::rotation::Rotation::published`] down, before
+///    anything else; if that fails, change nothing of xfrm in this pass and do not publish.
+/// 3. Reconcile: add associations, set policies, remove associations, in this order. What the kernel *refused* to add was
+///    never installed: take it out of `spent` again, or the plan takes it for lost.
+/// 4. Publish the record, then execute [`crate::rotation::Rotation::actions`] in their order.
+/// 5. If an association was added, an action executed or an epoch first published, pass again at once: what was desired only
+///    counts once it was read back. Else a pass every few seconds carries a rotation on, as soon as a counter begins to
+///    move carries it on faster.
+///
+/// Snapshots must never go back in time: the one a plan was made from has to be on disk before the plan is carried out, if a
+/// daemon that restarts begins with what is on the disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EspFacts {
+    /// Why the kernel cannot do what the mode needs, if so.
+    pub unavailable: Option<String>,
+    /// Epochs whose private keys the node holds, published or not.
+    pub epochs: BTreeMap<u64, OwnEpoch>,
+    /// Epochs that were ever handed to the cluster source, and when for the first time, as time since boot. The own record in
+    /// the snapshot is no substitute: it may be old, and an epoch that peers may know must not be taken back.
+    pub published: BTreeMap<u64, Duration>,
+    /// Associations with our mark in the kernel, in both directions.
+    #[serde(with = "crate::kernel::entries")]
+    pub installed: BTreeMap<XfrmStateKey, AssociationUse>,
+    /// What was written down of associations under the epochs held, see [`SpentAssociation`]. The entries of an epoch go with
+    /// its key.
+    #[serde(with = "crate::kernel::entries")]
+    pub spent: BTreeMap<XfrmStateKey, SpentAssociation>,
+}
+
+/// What is written down of an association before it is installed.
+///
+/// None is ever installed a second time, since its sequence numbers (RFC 4303, section 2.2), and with them the nonces of
+/// AES-GCM, and its replay window would start anew. And only this tells which association an entry of the kernel is: two of
+/// them can have one SPI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SpentAssociation {
+    /// Which one it is.
+    pub association: AssociationId,
+    /// A packet may have been protected by it: always true for receiving; for sending once a policy named it. One that is
+    /// unused can be installed again, so that a daemon killed just before the first time leaves nothing behind.
+    pub used: bool,
+}
+
+/// An association as the kernel has it, and the use that was made of it. Durations are of what this daemon has watched: they
+/// start at zero when it starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AssociationUse {
+    /// Underlay address of the sender.
+    pub source: IpAddr,
+    /// Packets so far.
+    pub packets: u64,
+    /// Bytes so far.
+    pub bytes: u64,
+    /// How long the packets have been as many as now.
+    pub quiet: Duration,
+    /// How long it has been installed.
+    pub age: Duration,
 }
 
 /// Where packets to an underlay address go.
@@ -59,8 +152,16 @@ pub struct Facts {
     pub routes: BTreeMap<IpAddr, UnderlayRoute>,
     /// How WireGuard can be had; only looked into when the mode needs it.
     pub wireguard: Option<WireguardSupport>,
-    /// Public keys of the own WireGuard devices by slot.
-    pub wireguard_keys: BTreeMap<u8, PublicKey>,
+    /// Keys of the own WireGuard devices by generation, at most two; the parity of a generation is the slot of its device.
+    pub wireguard_epochs: BTreeMap<u64, OwnEpoch>,
+    /// What the own WireGuard devices say of peers, by the peers' public keys.
+    pub sessions: BTreeMap<PublicKey, SessionUse>,
+    /// ESP; only looked into when the mode needs it.
+    pub esp: Option<EspFacts>,
+    /// Time since boot, suspended time included.
+    pub uptime: Duration,
+    /// Somebody asked for new keys.
+    pub rotation_requested: bool,
     /// Host ends of pod veth pairs that exist: a lease whose interface is gone gets no route.
     pub pod_interfaces: BTreeSet<InterfaceName>,
     /// The kernel knows threaded NAPI.

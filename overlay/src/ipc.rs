@@ -77,6 +77,10 @@ pub enum Request {
     Diff,
     /// Pools, blocks and leases.
     Ipam,
+    /// Everything `huskctl keys status` prints.
+    Keys,
+    /// New keys, now: answer when they are begun, or with what they have to wait for.
+    RotateKeys,
 }
 
 /// The daemon's answer.

@@ -1,10 +1,11 @@
 //! Kernel state as plain values: what `plan()` wants and what `dataplane` reads are the same types, so that
 //! `apply(desired); read() == desired` can be checked for every table.
 //!
-//! No secrets live here: a WireGuard device is described by its *public* key; `dataplane` gets the private key from the
-//! daemon's key ring when it applies the description.
+//! No secrets live here: a WireGuard device and an IPsec association are described by *public* keys; `dataplane` gets the
+//! private key from the daemon's key ring when it applies the description.
 
 mod nft;
+mod xfrm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -14,6 +15,9 @@ use serde::{Deserialize, Serialize};
 pub use nft::{
     Chain, ChainKind, CounterName, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
     SetElement, Statement,
+};
+pub use xfrm::{
+    XfrmAction, XfrmDirection, XfrmParameters, XfrmPolicy, XfrmPolicyKey, XfrmState, XfrmStateKey, XfrmTemplate,
 };
 
 use crate::keys::PublicKey;
@@ -53,6 +57,12 @@ pub enum LinkKind {
     Wireguard,
     /// TUN device that belongs to a userspace WireGuard process: never created or deleted over netlink, only tuned.
     WireguardUserspace,
+    /// xfrm interface (net/xfrm/xfrm_interface_core.c): packets routed to it meet the policies of its id only, and packets
+    /// that associations of its id decrypted come out of it.
+    Xfrm {
+        /// Interface id.
+        if_id: u32,
+    },
 }
 
 /// An address on an interface of ours.
@@ -161,6 +171,13 @@ pub struct Desired {
     pub links: BTreeMap<InterfaceName, Link>,
     /// WireGuard configuration by device name.
     pub wireguard: BTreeMap<InterfaceName, WireguardDevice>,
+    /// IPsec security associations. One that was installed and is gone is never desired again: its sequence numbers would
+    /// start anew under the same key.
+    #[serde(with = "entries")]
+    pub xfrm_states: BTreeMap<XfrmStateKey, XfrmState>,
+    /// IPsec policies.
+    #[serde(with = "entries")]
+    pub xfrm_policies: BTreeMap<XfrmPolicyKey, XfrmPolicy>,
     /// Addresses on tunnel devices.
     pub addresses: BTreeSet<Address>,
     /// Permanent neighbours on interfaces of ours.
@@ -178,19 +195,19 @@ pub struct Desired {
 }
 
 /// Maps whose keys are structures, as lists of pairs: JSON objects have text keys only.
-mod entries {
+pub(crate) mod entries {
     use std::collections::BTreeMap;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub(super) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
+    pub(crate) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
         map: &BTreeMap<K, V>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(map)
     }
 
-    pub(super) fn deserialize<'de, K, V, D>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+    pub(crate) fn deserialize<'de, K, V, D>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
     where
         K: Deserialize<'de> + Ord,
         V: Deserialize<'de>,

@@ -1,13 +1,14 @@
 //! What every node of a Husk overlay should look like: types, MTU, keys and [`plan`]. No I/O happens here.
 //!
-//! Reading order: [`name`], [`prefix`], [`mac`] and [`keys`] are the vocabulary; [`config`] what people say; [`record`] what
-//! nodes tell each other, [`manifest`] its text form; [`facts`] and [`endpoint`] what a node finds on itself; [`kernel`] what
-//! its kernel should hold;
-//! [`mtu`] the byte ledger; [`plan`] puts it all together.
+//! Reading order: [`name`], [`prefix`], [`mac`], [`keys`] and [`esp`] are the vocabulary; [`config`] what people say;
+//! [`record`] what nodes tell each other, [`manifest`] its text form; [`facts`] and [`endpoint`] what a node finds on
+//! itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`plan`]
+//! puts it all together.
 
 pub mod config;
 pub mod digest;
 pub mod endpoint;
+pub mod esp;
 pub mod facts;
 pub mod ipc;
 pub mod issue;
@@ -22,4 +23,5 @@ pub mod name;
 pub mod plan;
 pub mod prefix;
 pub mod record;
+pub mod rotation;
 mod yaml;

@@ -20,6 +20,18 @@ pub const VXLAN_INTERFACE: &str = "husk-vx";
 /// The WireGuard devices, one per key generation; a rotation moves the mesh from one to the other.
 pub const WIREGUARD_INTERFACES: [&str; 2] = ["husk-wg0", "husk-wg1"];
 
+/// The xfrm interface.
+pub const XFRM_INTERFACE: &str = "husk-ipsec";
+
+/// Request id of every xfrm state and policy template Husk installs: "husk" in ASCII, which nobody arrives at by counting.
+pub const XFRM_REQID: u32 = 0x6875_736b;
+
+/// Interface id of the xfrm interface and of what belongs to it.
+pub const XFRM_IF_ID: u32 = 0x6875_736b;
+
+/// Priority of the xfrm policies that block, which have no template to carry the request id; it is how they are recognised.
+pub const XFRM_BLOCK_PRIORITY: u32 = 0x6875_736b;
+
 /// Name of the nftables table, of family `inet`.
 pub const NFT_TABLE: &str = "husk";
 
@@ -48,7 +60,7 @@ pub const CNI_CONFLIST: &str = "05-husk.conflist";
 /// Names of the interfaces that carry tunnels.
 #[must_use]
 pub fn is_tunnel_interface(name: &str) -> bool {
-    name == VXLAN_INTERFACE || WIREGUARD_INTERFACES.contains(&name)
+    name == VXLAN_INTERFACE || name == XFRM_INTERFACE || WIREGUARD_INTERFACES.contains(&name)
 }
 
 /// Names of the host ends of pod veth pairs: the prefix followed by a hash, without the dash of tunnel names.

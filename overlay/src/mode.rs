@@ -67,16 +67,17 @@ impl Mode {
         self == Self::Wireguard
     }
 
-    /// This version can run the mode. The others are known by name so that an error can say so.
+    /// The mode uses ESP.
     #[must_use]
-    pub fn available(self) -> bool {
-        matches!(self, Self::Direct | Self::Vxlan | Self::Wireguard)
+    pub fn uses_esp(self) -> bool {
+        matches!(self, Self::Ipsec | Self::VxlanIpsec)
     }
 
-    /// What the mode puts around a pod's packet. ESP is AES-GCM (RFC 4106) without UDP encapsulation.
+    /// What the mode puts around a pod's packet. ESP is AES-GCM (RFC 4106), with a UDP header before it (RFC 3948) if
+    /// `udp_encapsulation`; other modes have no use for that.
     #[must_use]
-    pub fn stack(self) -> Stack {
-        let esp = |mode| Layer::Esp { mode, cipher: Cipher::AesGcm, udp_encapsulation: false };
+    pub fn stack(self, udp_encapsulation: bool) -> Stack {
+        let esp = |mode| Layer::Esp { mode, cipher: Cipher::AesGcm, udp_encapsulation };
         Stack(match self {
             Self::Direct => vec![],
             Self::Vxlan => vec![Layer::Vxlan],
@@ -125,10 +126,13 @@ mod tests {
     fn a_mode_is_encrypted_exactly_when_its_stack_is() {
         for mode in Mode::ALL {
             let encrypting = |layer: &Layer| matches!(layer, Layer::Wireguard | Layer::Esp { .. });
-            assert_eq!(mode.encrypted(), mode.stack().0.iter().any(encrypting), "{mode}");
-            assert_eq!(mode.tunnelled(), !mode.stack().0.is_empty(), "{mode}");
-            assert_eq!(mode.uses_vxlan(), mode.stack().0.contains(&Layer::Vxlan), "{mode}");
-            assert_eq!(mode.uses_wireguard(), mode.stack().0.contains(&Layer::Wireguard), "{mode}");
+            assert_eq!(mode.encrypted(), mode.stack(false).0.iter().any(encrypting), "{mode}");
+            assert_eq!(mode.tunnelled(), !mode.stack(false).0.is_empty(), "{mode}");
+            assert_eq!(mode.uses_vxlan(), mode.stack(false).0.contains(&Layer::Vxlan), "{mode}");
+            assert_eq!(mode.uses_wireguard(), mode.stack(false).0.contains(&Layer::Wireguard), "{mode}");
+            let esp = |layer: &Layer| matches!(layer, Layer::Esp { .. });
+            assert_eq!(mode.uses_esp(), mode.stack(false).0.iter().any(esp), "{mode}");
+            assert_eq!(mode.uses_esp(), mode.stack(true) != mode.stack(false), "{mode}");
         }
     }
 }

@@ -6,9 +6,11 @@
 //! order in which nodes, blocks or endpoints were found makes no difference.
 
 mod direct;
+mod esp;
 mod firewall;
 mod local;
 mod peers;
+mod serviceable;
 mod vxlan;
 mod wireguard;
 
@@ -16,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+pub use esp::PROTECT_PRIORITY;
 pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, SPOOFED, UNKNOWN_VTEP};
 pub use peers::PeerPlan;
 
@@ -27,10 +30,11 @@ use crate::kernel::Desired;
 use crate::keys::PublicKey;
 use crate::mac::MacAddress;
 use crate::mode::Mode;
-use crate::mtu::{self, Ledger, ledger};
+use crate::mtu::{Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 use crate::record::{DualStack, NodeRecord, Snapshot, WireguardRecord};
+use crate::rotation::Rotation;
 
 /// Routing table of all routes: `RT_TABLE_MAIN` (include/uapi/linux/rtnetlink.h).
 pub const MAIN_TABLE: u32 = 254;
@@ -50,6 +54,8 @@ pub struct Plan {
     pub ledger: Ledger,
     /// MTU in bytes of pod interfaces; none while pods cannot be served.
     pub pod_mtu: Option<u32>,
+    /// What is to be done with the own keys, and how far a rotation is.
+    pub rotation: Rotation,
     /// Peers as they are reached, or why not.
     pub peers: BTreeMap<NodeName, PeerPlan>,
     /// What is wrong, sorted.
@@ -93,7 +99,7 @@ pub fn plan(config: &Config, snapshot: &Snapshot, facts: &Facts, endpoints: &End
     let mut issues = snapshot.issues.clone();
     let own_blocks = own_blocks(config, snapshot, facts);
     let underlay_mtu = underlay_mtu(config, facts, &mut issues);
-    let ledger = ledger(&config.mode.stack(), config.underlay.family, underlay_mtu);
+    let ledger = ledger(&config.stack(), config.underlay.family, underlay_mtu);
     let context = Context {
         config,
         facts,
@@ -103,41 +109,42 @@ pub fn plan(config: &Config, snapshot: &Snapshot, facts: &Facts, endpoints: &End
         underlay_mtu,
         inner_mtu: ledger.inner,
     };
-    let serviceable = serviceable(&context, &ledger, &mut issues);
-    let record = record(&context);
+    let serviceable = serviceable::check(&context, &ledger, &mut issues);
+    let mut record = record(&context);
     let mut desired = Desired::default();
     let mut peers = BTreeMap::new();
-    if !underlay_is_inside_cluster(&context) {
+    let mut rotation = Rotation::default();
+    if !serviceable::underlay_is_inside_cluster(&context) {
         peers = peers::admit(&context, &mut issues);
         local::render(&context, endpoints, &mut desired, &mut issues);
         firewall::render(&context, &peers, &mut desired);
         match config.mode {
             Mode::Direct => direct::render(&context, &mut peers, &mut desired, &mut issues),
-            Mode::Vxlan => vxlan::render(&context, &mut peers, &mut desired, &mut issues),
-            Mode::Wireguard => wireguard::render(&context, &mut peers, &mut desired, &mut issues),
-            // The configuration refuses these modes; if one got here, the guard and the unreachable routes stand alone.
-            Mode::Ipsec | Mode::VxlanIpsec => issues.push(unavailable(config.mode)),
+            Mode::Vxlan => vxlan::render(&context, &mut peers, |_| true, &mut desired, &mut issues),
+            Mode::Wireguard => {
+                rotation = wireguard::render(&context, &mut peers, &mut desired, &mut issues);
+                if let Some(record) = &mut record {
+                    record.wireguard.retain(|it| rotation.published.contains(&it.generation));
+                }
+            }
+            Mode::Ipsec | Mode::VxlanIpsec => {
+                let (decided, published) = esp::render(&context, &mut peers, &mut desired, &mut issues);
+                rotation = decided;
+                if let Some(record) = &mut record {
+                    record.esp = published;
+                }
+            }
         }
     }
     let peers = peers.into_iter().map(|(name, peer)| (name, peer.plan)).collect();
     issues.sort();
     issues.dedup();
     let pod_mtu = ledger.inner.filter(|_| serviceable && !has_blocking(&issues));
-    Plan { desired, record, ledger, pod_mtu, peers, issues }
+    Plan { desired, record, ledger, pod_mtu, rotation, peers, issues }
 }
 
 fn has_blocking(issues: &[Issue]) -> bool {
     issues.iter().any(|issue| issue.severity == Severity::Blocking)
-}
-
-fn unavailable(mode: Mode) -> Issue {
-    Issue {
-        severity: Severity::Blocking,
-        kind: IssueKind::EncapsulationUnavailable,
-        subject: format!("mode {mode}"),
-        message: "this version of Husk does not build IPsec tunnels".into(),
-        remedy: "choose mode wireguard, vxlan or direct".into(),
-    }
 }
 
 /// Blocks the allocation lock says are ours; what lies outside the cluster CIDRs is left out.
@@ -194,108 +201,6 @@ fn underlay_mtu(config: &Config, facts: &Facts, issues: &mut Vec<Issue>) -> u32 
     }
 }
 
-fn serviceable(context: &Context<'_>, ledger: &Ledger, issues: &mut Vec<Issue>) -> bool {
-    let mut good = true;
-    if context.own_underlay().is_none() {
-        issues.push(no_underlay_address(context));
-        good = false;
-    }
-    if name_taken(context.snapshot, context.facts) {
-        issues.push(Issue {
-            severity: Severity::Blocking,
-            kind: IssueKind::DuplicateNode,
-            subject: context.facts.node.to_string(),
-            message: "another host has published itself under this node's name".into(),
-            remedy: "give this host a name of its own (node.name); if it was reinstalled, remove the node's old OverlayNode \
-                     manifest first"
-                .into(),
-        });
-        good = false;
-    }
-    if !context.facts.ipv6 && context.families().any(|family| family == Family::Ipv6) {
-        issues.push(Issue {
-            severity: Severity::Blocking,
-            kind: IssueKind::FamilyUnavailable,
-            subject: context.facts.node.to_string(),
-            message: "this host's kernel has no IPv6, and clusterCIDRs has an IPv6 prefix".into(),
-            remedy: "boot without ipv6.disable=1, or remove the IPv6 prefix from clusterCIDRs on all nodes".into(),
-        });
-        good = false;
-    }
-    for family in context.families() {
-        // Without an address there is no underlay to speak of.
-        if context.own_underlay().is_none() {
-            continue;
-        }
-        let Err(error) = ledger.inner_mtu().and_then(|inner| mtu::check(family, inner)) else { continue };
-        issues.push(Issue {
-            severity: Severity::Blocking,
-            kind: IssueKind::MtuTooSmall,
-            subject: format!("{family} in mode {}", context.config.mode),
-            message: format!("an underlay MTU of {} bytes is too small: {error}", context.underlay_mtu),
-            remedy: format!("raise the underlay's MTU, or remove the {family} prefix from clusterCIDRs"),
-        });
-        good = false;
-    }
-    if underlay_is_inside_cluster(context) {
-        issues.push(Issue {
-            severity: Severity::Blocking,
-            kind: IssueKind::UnderlayOverlap,
-            subject: context.facts.node.to_string(),
-            message: "this host's own underlay address lies inside the cluster CIDR".into(),
-            remedy: "choose clusterCIDRs that no host and no network around the hosts uses".into(),
-        });
-        good = false;
-    }
-    overlaps(context, issues);
-    good
-}
-
-fn no_underlay_address(context: &Context<'_>) -> Issue {
-    let family = context.config.underlay.family;
-    let (message, remedy) = match context.config.underlay.addresses.get(family) {
-        Some(configured) => (
-            format!("the configured underlay address {configured} is on no interface of this host"),
-            "correct underlay.addresses, or remove it to have the address found".to_owned(),
-        ),
-        None => (
-            format!("no {family} address to build tunnels from was found on this host"),
-            format!(
-                "give the host an {family} address and a default route, name the interface with underlay.interface, or \
-                 choose the other underlay.family"
-            ),
-        ),
-    };
-    Issue {
-        severity: Severity::Blocking,
-        kind: IssueKind::NoUnderlayAddress,
-        subject: context.facts.node.to_string(),
-        message,
-        remedy,
-    }
-}
-
-/// The guard would cut the node off from its own network.
-fn underlay_is_inside_cluster(context: &Context<'_>) -> bool {
-    let inside = |address| context.config.cluster_cidrs.iter().any(|cidr| cidr.contains(address));
-    context.facts.addresses.iter().any(inside)
-}
-
-/// Networks of the host that share addresses with the cluster: they lose, being treated as the cluster's.
-fn overlaps(context: &Context<'_>, issues: &mut Vec<Issue>) {
-    for cidr in &context.config.cluster_cidrs {
-        for foreign in context.facts.foreign_prefixes.iter().filter(|foreign| foreign.overlaps(cidr)) {
-            issues.push(Issue {
-                severity: Severity::Error,
-                kind: IssueKind::UnderlayOverlap,
-                subject: cidr.to_string(),
-                message: format!("the cluster CIDR overlaps with {foreign}, which an interface of this host carries"),
-                remedy: "choose clusterCIDRs that no network around the hosts uses".into(),
-            });
-        }
-    }
-}
-
 /// What the node tells the others.
 fn record(context: &Context<'_>) -> Option<NodeRecord> {
     context.own_underlay()?;
@@ -303,8 +208,8 @@ fn record(context: &Context<'_>) -> Option<NodeRecord> {
         return None;
     }
     let wireguard = if context.config.mode == Mode::Wireguard {
-        let keys = context.facts.wireguard_keys.iter();
-        keys.map(|(slot, key)| wireguard_record(context, *slot, *key)).collect()
+        let keys = context.facts.wireguard_epochs.iter();
+        keys.map(|(generation, key)| wireguard_record(context, *generation, key.public_key)).collect()
     } else {
         Vec::new()
     };
@@ -316,13 +221,15 @@ fn record(context: &Context<'_>) -> Option<NodeRecord> {
         underlay_mtu: context.underlay_mtu,
         blocks: context.own_blocks.clone(),
         router: context.router,
-        vxlan_mac: (context.config.mode == Mode::Vxlan).then(|| vxlan_mac(&context.facts.node)),
+        vxlan_mac: context.config.mode.uses_vxlan().then(|| vxlan_mac(&context.facts.node)),
         wireguard,
+        esp: None,
     })
 }
 
-fn wireguard_record(context: &Context<'_>, slot: u8, public_key: PublicKey) -> WireguardRecord {
-    WireguardRecord { slot, generation: 0, port: context.config.wireguard.port_of(slot), public_key }
+fn wireguard_record(context: &Context<'_>, generation: u64, public_key: PublicKey) -> WireguardRecord {
+    let slot = wireguard::slot_of(generation);
+    WireguardRecord { slot, generation, port: context.config.wireguard.port_of(slot), public_key }
 }
 
 /// Ethernet address of a node's VXLAN device: derived from its name, stored in its record, set explicitly on the device

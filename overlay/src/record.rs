@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::esp::Aead;
 use crate::keys::PublicKey;
 use crate::mac::MacAddress;
 use crate::name::{InstanceId, NodeName};
@@ -62,12 +63,37 @@ impl FromIterator<IpAddr> for DualStack {
 pub struct WireguardRecord {
     /// Which of the two devices: index into [`crate::marks::WIREGUARD_INTERFACES`].
     pub slot: u8,
-    /// Rotation generation the key belongs to.
+    /// Rotation generation the key belongs to; its parity is the slot.
     pub generation: u64,
     /// UDP port.
     pub port: u16,
     /// Public key.
     pub public_key: PublicKey,
+}
+
+/// What a peer needs to send ESP packets to a node, and to receive from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EspRecord {
+    /// Cipher, which both sides have to agree on.
+    pub cipher: Aead,
+    /// UDP port of UDP encapsulation; none without it. Both sides have to agree on whether there is any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub udp_port: Option<u16>,
+    /// Epochs the node can receive under, oldest first; at most two.
+    pub epochs: Vec<EspEpochRecord>,
+}
+
+/// An epoch of a node: the life of one key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EspEpochRecord {
+    /// Number; higher is newer.
+    pub epoch: u64,
+    /// Public key.
+    pub public_key: PublicKey,
+    /// What the SPIs of associations towards the node are made with.
+    pub spi_salt: u64,
 }
 
 /// What a node publishes of itself.
@@ -94,6 +120,9 @@ pub struct NodeRecord {
     /// WireGuard devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub wireguard: Vec<WireguardRecord>,
+    /// ESP, in modes that use it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub esp: Option<EspRecord>,
 }
 
 /// An address pool: what blocks are cut from.

@@ -11,17 +11,21 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_overlay::manifest::{self, Manifest};
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::record::NodeRecord;
 use serde_json::{Value, json};
 
 use crate::capture::Capture;
 use crate::eventually;
 use crate::host::{Host, Place, UNDERLAY_INTERFACE, lock};
+use crate::inject;
 use crate::netns::Netns;
 use crate::scope::Scope;
 
@@ -34,6 +38,9 @@ const MESH_LIMIT: Duration = Duration::from_secs(10);
 /// The modes that any kernel can run; the others need ESP.
 pub const MODES: [Mode; 3] = [Mode::Wireguard, Mode::Vxlan, Mode::Direct];
 
+/// The modes that need ESP in the kernel, see [`crate::kernel`].
+pub const ESP_MODES: [Mode; 2] = [Mode::Ipsec, Mode::VxlanIpsec];
+
 /// What a cluster should look like.
 #[derive(Debug, Clone)]
 pub struct ClusterBuilder {
@@ -43,7 +50,8 @@ pub struct ClusterBuilder {
     hosts: u8,
     mtu: usize,
     cluster_cidrs: Vec<Prefix>,
-    wireguard_device: &'static str,
+    settings: Vec<(String, Value)>,
+    disk: Option<PathBuf>,
 }
 
 impl ClusterBuilder {
@@ -84,8 +92,21 @@ impl ClusterBuilder {
 
     /// The bundled WireGuard device also on a kernel that has its own.
     #[must_use]
-    pub fn userspace_wireguard(mut self) -> Self {
-        self.wireguard_device = "userspace";
+    pub fn userspace_wireguard(self) -> Self {
+        self.set("wireguard.device", "userspace")
+    }
+
+    /// A value of every host's configuration; the key has dots, `ipsec.cipher`.
+    #[must_use]
+    pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.settings.push((key.to_owned(), value.into()));
+        self
+    }
+
+    /// Puts what survives a reboot, the hosts' state directories and the manifests, into this directory, and leaves it there.
+    #[must_use]
+    pub fn disk(mut self, directory: &Path) -> Self {
+        self.disk = Some(directory.to_owned());
         self
     }
 
@@ -109,12 +130,13 @@ impl ClusterBuilder {
         // A switch forwards frames; it neither filters nor reassembles packets.
         for name in ["iptables", "ip6tables", "arptables"] {
             let key = format!("net/bridge/bridge-nf-call-{name}");
-            if switch.run(|| std::path::Path::new("/proc/sys").join(&key).exists())? {
+            if switch.run(|| Path::new("/proc/sys").join(&key).exists())? {
                 switch.sysctl(&key, "0")?;
             }
         }
         switch.ip_batch("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\nlink set br0 up")?;
-        fs::create_dir(scope.directory().join(MANIFESTS)).context("making the manifest directory")?;
+        let manifests = self.disk.as_deref().unwrap_or(scope.directory()).join(MANIFESTS);
+        fs::create_dir_all(&manifests).with_context(|| format!("making {}", manifests.display()))?;
         let outside = Netns::create(&scope.name("outside"))?;
         let mut cluster = Cluster { builder: self, hosts: Vec::new(), outside, switch, scope };
         cluster.connect(&cluster.outside, "outside", GATEWAY)?;
@@ -181,7 +203,8 @@ impl Cluster {
             dual_stack: false,
             hosts: 2,
             mtu: 1500,
-            wireguard_device: "auto",
+            settings: Vec::new(),
+            disk: None,
             cluster_cidrs: [
                 cidr(Ipv4Addr::new(10, 42, 0, 0).into(), 16),
                 cidr(Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 0).into(), 48),
@@ -231,6 +254,12 @@ impl Cluster {
         self.builder.families()
     }
 
+    /// The mode of every host.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.builder.mode
+    }
+
     /// The pods' address space.
     #[must_use]
     pub fn cluster_cidrs(&self) -> &[Prefix] {
@@ -239,8 +268,38 @@ impl Cluster {
 
     /// The directory of manifests that the hosts share.
     #[must_use]
-    pub fn manifests(&self) -> std::path::PathBuf {
-        self.scope.directory().join(MANIFESTS)
+    pub fn manifests(&self) -> PathBuf {
+        self.builder.disk.as_deref().unwrap_or(self.scope.directory()).join(MANIFESTS)
+    }
+
+    /// What a host has published of itself.
+    ///
+    /// # Errors
+    /// When it has published nothing.
+    pub fn record(&self, number: usize) -> Result<NodeRecord> {
+        read_record(&self.record_path(number))
+    }
+
+    /// The file in which a host publishes itself.
+    #[must_use]
+    pub fn record_path(&self, number: usize) -> PathBuf {
+        self.manifests().join(format!("nodes/{}.yaml", self.host(number).name()))
+    }
+
+    /// Sends a frame from a host's underlay interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn inject(&self, number: usize, frame: &[u8]) -> Result<()> {
+        inject::send_frame(self.host(number).netns(), UNDERLAY_INTERFACE, frame)
+    }
+
+    /// Sends a frame to a host, as if another had sent it. Captures of the underlay do not see it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn deliver(&self, number: usize, frame: &[u8]) -> Result<()> {
+        inject::send_frame(&self.switch, self.host(number).name(), frame)
     }
 
     /// Adds one more host to the underlay; its daemon is not started. Returns its number.
@@ -257,7 +316,7 @@ impl Cluster {
         let number = u8::try_from(self.hosts.len() + 1).context("too many hosts")?;
         ensure!(number < GATEWAY, "an underlay has room for {} hosts", GATEWAY - 1);
         let name = format!("host{number}");
-        let place = Place::create(&self.scope, &name)?;
+        let place = Place::create(&self.scope, &name, self.builder.disk.as_deref())?;
         let addresses = self.connect(&place.netns, &name, number)?;
         let host = Host::new(place, addresses, self.config(&name));
         fs::create_dir_all(host.file("/etc/cni/net.d")).context("making the CNI configuration directory")?;
@@ -370,15 +429,20 @@ impl Cluster {
 
     fn config(&self, name: &str) -> Value {
         let builder = &self.builder;
-        json!({
+        let mut config = json!({
             "mode": builder.mode.as_str(),
             "clusterCIDRs": builder.cluster_cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(),
             "node": {"name": name},
             "underlay": {"family": builder.underlay},
             "source": {"directory": {"path": self.manifests()}},
-            "wireguard": {"device": builder.wireguard_device},
+            "wireguard": {"device": "auto"},
             "log": {"format": "text", "level": "info"},
-        })
+        });
+        for (key, value) in &builder.settings {
+            let place = key.split('.').fold(&mut config, |place, part| &mut place[part]);
+            *place = value.clone();
+        }
+        config
     }
 
     /// Plugs a namespace into the switch, at the port `port`, and gives it addresses that end in `byte`.
@@ -389,6 +453,9 @@ impl Cluster {
             "link add {port} mtu {mtu} gso_max_segs 1 type veth peer name {eth} mtu {mtu} gso_max_segs 1 netns {name}\n\
              link set {port} master br0 up\n"
         ))?;
+        // Nor in pieces: a packet of several buffers shares them with its captures, and a receiver in this same kernel that
+        // decrypts in place would put plaintext into a capture of what was ciphertext on the wire.
+        netns.command("ethtool", ["-K", eth, "sg", "off"])?;
         self.address(netns, byte, &format!("link set {eth} up\n"))
     }
 
@@ -407,6 +474,17 @@ impl Cluster {
         netns.ip_batch(&commands)?;
         Ok(addresses)
     }
+}
+
+/// Reads a node's record; whoever writes one replaces the file as a whole.
+fn read_record(path: &Path) -> Result<NodeRecord> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let (manifests, issues) = manifest::parse_all("record", &text);
+    let node = manifests.into_iter().find_map(|manifest| match manifest {
+        Manifest::Node(record) => Some(record),
+        _ => None,
+    });
+    node.with_context(|| format!("{} holds no node: {issues:?}", path.display()))
 }
 
 fn underlay_address(family: Family, byte: u8) -> IpAddr {

@@ -10,6 +10,7 @@ use husk_overlay::marks;
 use serde_json::{Value, json};
 
 use crate::host::Place;
+use crate::patience;
 
 /// How long a plugin may take, error 11 after waiting for the daemon included.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -145,7 +146,7 @@ impl Place {
         ]);
         let started = Instant::now();
         let plugin = self.program(&Path::new("/opt/cni/bin").join(marks::CNI_TYPE));
-        let output = plugin.environment(variables).stdin(config.to_string()).limit(TIME_LIMIT).run();
+        let output = plugin.environment(variables).stdin(config.to_string()).limit(patience(TIME_LIMIT)).run();
         let output = output.with_context(|| format!("calling the CNI plugin on {} for {command}", self.name))?;
         Ok(CniOutcome {
             status: output.status.code(),

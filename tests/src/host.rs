@@ -4,11 +4,13 @@ mod daemon;
 
 use std::fs::{self, File};
 use std::net::IpAddr;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use husk_overlay::marks::STATE_DIRECTORY;
 use husk_overlay::prefix::Family;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -40,9 +42,18 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) fn create(scope: &Arc<Scope>, name: &str) -> Result<Self> {
+    /// Makes the place. With a disk the state directory is in there instead.
+    pub(crate) fn create(scope: &Arc<Scope>, name: &str, disk: Option<&Path>) -> Result<Self> {
         let netns = Netns::create(&scope.name(name))?;
         let root = scope.directory().join(name);
+        if let Some(disk) = disk {
+            let (kept, own) = (disk.join(name), root.join(STATE_DIRECTORY.trim_start_matches('/')));
+            let parent = own.parent().context("the state directory is below /")?;
+            for needed in [&kept, parent] {
+                fs::create_dir_all(needed).with_context(|| format!("creating {}", needed.display()))?;
+            }
+            symlink(&kept, &own).with_context(|| format!("pointing {} to {}", own.display(), kept.display()))?;
+        }
         let mounts = private_mounts(&netns, &root).with_context(|| format!("making the mount namespace of {name}"))?;
         Ok(Self { name: name.to_owned(), netns, mounts, root, scope: Arc::clone(scope) })
     }

@@ -13,6 +13,9 @@ const WIREGUARD_PORTS: RangeInclusive<u16> = 51820..=51821;
 /// The port of VXLAN (RFC 7348).
 const VXLAN_PORT: u16 = 4789;
 
+/// The port of ESP in UDP (RFC 3948).
+const ESP_PORT: u16 = 4500;
+
 /// Length of a VXLAN header.
 const VXLAN_HEADER: usize = 8;
 
@@ -29,8 +32,10 @@ pub enum Kind {
     Wireguard,
     /// VXLAN.
     Vxlan,
-    /// ESP, in IP or in UDP.
+    /// ESP.
     Esp,
+    /// ESP in UDP (RFC 3948).
+    EspInUdp,
     /// Any other ICMP, of either version.
     Icmp,
     /// TCP.
@@ -54,6 +59,7 @@ impl std::fmt::Display for Kind {
             Self::Wireguard => "WireGuard",
             Self::Vxlan => "VXLAN",
             Self::Esp => "ESP",
+            Self::EspInUdp => "ESP in UDP",
             Self::Icmp => "ICMP",
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
@@ -87,6 +93,8 @@ pub struct Packet {
     pub fragment: bool,
     /// Source and destination of the IP packet within VXLAN.
     pub inner_addresses: Option<(IpAddr, IpAddr)>,
+    /// Where in `bytes` the ESP header begins, if there is one.
+    pub esp_at: Option<usize>,
 }
 
 impl Packet {
@@ -107,6 +115,13 @@ impl Packet {
         let pairs = self.addresses.into_iter().chain(self.inner_addresses);
         pairs.flat_map(|(source, destination)| [source, destination])
     }
+
+    /// The SPI, if it is an ESP packet.
+    #[must_use]
+    pub fn spi(&self) -> Option<u32> {
+        let spi = self.bytes.get(self.esp_at?..)?.first_chunk()?;
+        Some(u32::from_be_bytes(*spi))
+    }
 }
 
 /// Reads the headers of a packet; what cannot be read is of the kind `Other`.
@@ -123,6 +138,7 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         ip_length: 0,
         fragment: false,
         inner_addresses: None,
+        esp_at: None,
     };
     let sliced =
         if ethernet { LaxSlicedPacket::from_ethernet(bytes).ok() } else { LaxSlicedPacket::from_ip(bytes).ok() };
@@ -167,6 +183,12 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         None if packet.fragment => Kind::Fragment,
         None => Kind::OtherIp,
     };
+    packet.esp_at = match (packet.kind, &sliced.net, &sliced.transport) {
+        (Kind::EspInUdp, _, Some(TransportSlice::Udp(udp))) => offset(bytes, udp.payload()),
+        (Kind::Esp, Some(LaxNetSlice::Ipv4(ip)), _) => offset(bytes, ip.payload().payload),
+        (Kind::Esp, Some(LaxNetSlice::Ipv6(ip)), _) => offset(bytes, ip.payload().payload),
+        _ => None,
+    };
     if let (Kind::Vxlan, Some(TransportSlice::Udp(udp))) = (packet.kind, &sliced.transport) {
         let inner = udp.payload().get(VXLAN_HEADER..).and_then(|inner| LaxSlicedPacket::from_ethernet(inner).ok());
         packet.inner_addresses = inner.and_then(|inner| inner.net.as_ref().and_then(addresses));
@@ -182,8 +204,9 @@ fn udp_kind((source, destination): (u16, u16), payload: &[u8]) -> Kind {
         Kind::Wireguard
     } else if uses(VXLAN_PORT) {
         Kind::Vxlan
-    } else if uses(4500) {
-        Kind::Esp
+    } else if uses(ESP_PORT) && !matches!(payload, [0, 0, 0, 0, ..]) && payload.len() > 8 {
+        // Four zeros in the place of the SPI mark IKE, a single byte a keep-alive.
+        Kind::EspInUdp
     } else {
         Kind::Udp
     }
@@ -195,4 +218,11 @@ fn addresses(net: &LaxNetSlice<'_>) -> Option<(IpAddr, IpAddr)> {
         LaxNetSlice::Ipv6(ip) => Some((ip.header().source_addr().into(), ip.header().destination_addr().into())),
         LaxNetSlice::Arp(_) => None,
     }
+}
+
+/// Where `part`, a slice of `whole`, begins within it.
+pub(crate) fn offset(whole: &[u8], part: &[u8]) -> Option<usize> {
+    // Behind the IP packet there may be padding of the Ethernet frame: the end does not tell.
+    let at = part.as_ptr().addr().checked_sub(whole.as_ptr().addr())?;
+    (at < whole.len()).then_some(at)
 }

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use husk_overlay::prefix::Family;
@@ -10,6 +11,11 @@ use serde_json::Value;
 use crate::cni::{CniOutcome, PodSpec};
 use crate::host::Place;
 use crate::netns::Netns;
+use crate::probe::Echo;
+use crate::{eventually, patience};
+
+/// How long an answer may be under way.
+const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
 /// A pod's sandbox. Dropping it removes the namespace without DEL, as when a runtime crashes; say [`Pod::del`] first
 /// where the end matters.
@@ -102,6 +108,19 @@ impl Pod {
     pub fn address(&self, family: Family) -> Result<IpAddr> {
         let found = self.addresses().into_iter().find(|address| Family::of(*address) == family);
         found.with_context(|| format!("pod {} has no {family} address: {}", self.name(), self.result))
+    }
+
+    /// Waits until another pod answers over both families.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn await_answer_of(&self, other: &Self, limit: Duration) -> Result<()> {
+        for family in Family::ALL {
+            let echo = Echo::to(other.address(family)?).limit(patience(ANSWER_LIMIT));
+            let what = format!("{} to reach {} over {family}", self.name(), other.name());
+            eventually(&what, limit, || Ok(echo.run(self.netns())?.arrived()))?;
+        }
+        Ok(())
     }
 
     /// The MTU that the kernel has for the pod's interface.

@@ -17,8 +17,9 @@ use nix::unistd::Pid;
 
 use crate::host::lock;
 use crate::netns;
+use crate::patience;
 
-/// How long a program may run unless told otherwise.
+/// How long a program may run unless told otherwise, before [`patience`].
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// The path of one of Husk's programs, built next to the running one.
@@ -63,7 +64,7 @@ impl<'a> Program<'a> {
     /// A program that will run in the caller's namespaces.
     #[must_use]
     pub fn new(program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), stdin: Vec::new(), limit: TIME_LIMIT, net: None, mounts: None }
+        Self { command: Command::new(program), stdin: Vec::new(), limit: patience(TIME_LIMIT), net: None, mounts: None }
     }
 
     /// Appends arguments.
@@ -242,7 +243,7 @@ pub(crate) fn in_netns(net: &File) -> Vec<Process> {
 
 /// Ends every process in a namespace, those included that detached themselves.
 pub(crate) fn end_all_in_netns(net: &File) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + patience(Duration::from_secs(5));
     loop {
         let remaining = in_netns(net);
         if remaining.is_empty() {

@@ -10,6 +10,7 @@ use husk_overlay::prefix::Family;
 use serde_json::Value;
 
 use crate::host::Host;
+use crate::patience;
 use crate::pod::Pod;
 use crate::probe::{Echo, EchoServer, Stream, tcp};
 
@@ -61,7 +62,10 @@ impl Steady {
             ensure!(report.lossless(), "the steady ping was disturbed: {report}");
         }
         let flow = self.flow.stop().context("the steady TCP stream was disturbed")?;
-        ensure!(flow.bytes > 0 && flow.largest_stall < LONGEST_STALL, "the steady TCP stream was disturbed: {flow:?}");
+        ensure!(
+            flow.bytes > 0 && flow.largest_stall < patience(LONGEST_STALL),
+            "the steady TCP stream was disturbed: {flow:?}"
+        );
         Ok(())
     }
 }

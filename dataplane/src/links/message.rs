@@ -10,14 +10,19 @@ use husk_overlay::name::InterfaceName;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
-    LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, InfoXfrm, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 
 use super::{ActualKind, ActualLink, LinkChange};
 use crate::interfaces::name_of;
 use crate::netlink::Request;
 use crate::step::{Step, Tolerance};
+
+/// Interface an xfrm interface is bound to (`IFLA_XFRM_LINK`): the loopback interface, whose index is 1 in every namespace.
+/// Kernels before 5.3 want one that exists, and an interface of the underlay would tie the tunnel to it; what leaves is
+/// routed by the address of the association's other end, whatever is named here.
+const XFRM_PARENT: u32 = 1;
 
 /// Tunnel devices among all links.
 pub(crate) fn tunnels(links: &[LinkMessage]) -> BTreeMap<InterfaceName, ActualLink> {
@@ -63,6 +68,13 @@ fn actual_kind(infos: &[LinkInfo]) -> ActualKind {
                 _ => None,
             })
             .unwrap_or_else(|| ActualKind::Other("vxlan without parameters".to_owned())),
+        Some(InfoKind::Xfrm) => infos
+            .iter()
+            .find_map(|info| match info {
+                LinkInfo::Data(InfoData::Xfrm(data)) => Some(xfrm_kind(data)),
+                _ => None,
+            })
+            .unwrap_or_else(|| ActualKind::Other("xfrm without parameters".to_owned())),
         Some(other) => ActualKind::Other(other.to_string()),
         None => ActualKind::Other("a device without a kind".to_owned()),
     }
@@ -90,6 +102,22 @@ fn vxlan_kind(data: &[InfoVxlan]) -> ActualKind {
     match (vni, port, local) {
         (Some(vni), Some(port), Some(local)) => ActualKind::Known(LinkKind::Vxlan { vni, port, local }),
         _ => ActualKind::Other("vxlan without local address".to_owned()),
+    }
+}
+
+fn xfrm_kind(data: &[InfoXfrm]) -> ActualKind {
+    let (mut id, mut parent) = (0, 0);
+    for attribute in data {
+        match attribute {
+            InfoXfrm::IfId(value) => id = *value,
+            InfoXfrm::Link(value) => parent = *value,
+            _ => {}
+        }
+    }
+    if parent == XFRM_PARENT {
+        ActualKind::Known(LinkKind::Xfrm { if_id: id })
+    } else {
+        ActualKind::Other(format!("xfrm bound to interface {parent}"))
     }
 }
 
@@ -181,6 +209,10 @@ fn link_info(kind: &LinkKind) -> Vec<LinkInfo> {
         }
         LinkKind::Wireguard => vec![LinkInfo::Kind(InfoKind::Wireguard)],
         LinkKind::WireguardUserspace => vec![LinkInfo::Kind(InfoKind::Tun)],
+        LinkKind::Xfrm { if_id } => {
+            let data = vec![InfoXfrm::Link(XFRM_PARENT), InfoXfrm::IfId(*if_id)];
+            vec![LinkInfo::Kind(InfoKind::Xfrm), LinkInfo::Data(InfoData::Xfrm(data))]
+        }
     }
 }
 

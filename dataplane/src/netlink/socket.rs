@@ -11,7 +11,7 @@ use netlink_sys::SocketAddr;
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::message::Words;
 use crate::error::Error;
@@ -36,6 +36,8 @@ pub enum Protocol {
     Generic,
     /// nftables and conntrack.
     Netfilter,
+    /// IPsec associations and policies.
+    Xfrm,
 }
 
 impl Protocol {
@@ -46,6 +48,7 @@ impl Protocol {
             Self::Route => "NETLINK_ROUTE",
             Self::Generic => "NETLINK_GENERIC",
             Self::Netfilter => "NETLINK_NETFILTER",
+            Self::Xfrm => "NETLINK_XFRM",
         }
     }
 
@@ -54,6 +57,7 @@ impl Protocol {
             Self::Route => netlink_sys::protocols::NETLINK_ROUTE,
             Self::Generic => netlink_sys::protocols::NETLINK_GENERIC,
             Self::Netfilter => netlink_sys::protocols::NETLINK_NETFILTER,
+            Self::Xfrm => netlink_sys::protocols::NETLINK_XFRM,
         }
     }
 }
@@ -77,7 +81,7 @@ pub struct Socket {
     pub(super) protocol: Protocol,
     pub(super) port: u32,
     pub(super) sequence: u32,
-    /// Holds whatever the kernel said last, private keys of WireGuard devices included.
+    /// Holds whatever the kernel said last, private keys of WireGuard devices and keys of associations included.
     received: Zeroizing<Vec<u8>>,
 }
 
@@ -179,6 +183,11 @@ impl Socket {
             return Ok(false);
         }
         Ok(true)
+    }
+
+    /// Forgets what the kernel said last. All datagrams of a dump went through the same buffer.
+    pub(crate) fn wipe(&mut self) {
+        self.received.zeroize();
     }
 
     /// Empties the receive queue, so that old answers do not crowd out new ones.

@@ -5,6 +5,7 @@
 //! transaction still refers to it: rules go first, then chains, sets and counters; then what is new, rules last.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use husk_overlay::digest;
 use husk_overlay::kernel::{
@@ -277,6 +278,13 @@ fn statement(statement: &Statement) -> Value {
         Statement::Accept => json!({ "accept": null }),
         Statement::Drop => json!({ "drop": null }),
         Statement::Masquerade => json!({ "masquerade": { "flags": ["random", "fully-random"] } }),
+        Statement::TranslateSource(address) => {
+            let family = match address {
+                IpAddr::V4(_) => "ip",
+                IpAddr::V6(_) => "ip6",
+            };
+            json!({ "snat": { "family": family, "addr": address, "flags": ["random", "fully-random"] } })
+        }
         Statement::ClampMss => json!({ "mangle": {
             "key": { "tcp option": { "name": "maxseg", "field": "size" } },
             "value": { "rt": { "key": "mtu" } },
@@ -304,10 +312,12 @@ fn left(it: &Match) -> Value {
         MatchKey::ReversePathInterface => {
             // An interface is compared by name, since one of that name need not exist yet; a look-up that found nothing is
             // interface index 0, for which `false` stands.
-            let result = if matches!(it.value, MatchValue::Missing) { "oif" } else { "oifname" };
+            let result = if matches!(it.value, MatchValue::Present | MatchValue::Missing) { "oif" } else { "oifname" };
             json!({ "fib": { "result": result, "flags": ["saddr", "iif"] } })
         }
         MatchKey::NetworkFamily => meta("nfproto"),
+        MatchKey::Decrypted => meta("ipsec"),
+        MatchKey::Transformation => json!({ "rt": { "key": "ipsec" } }),
     }
 }
 
@@ -335,6 +345,7 @@ fn right(value: &MatchValue) -> Value {
         MatchValue::Prefix(prefix) => {
             json!({ "prefix": { "addr": prefix.address().to_string(), "len": prefix.length() } })
         }
+        MatchValue::Present => json!(true),
         MatchValue::Missing => json!(false),
         MatchValue::Family(Family::Ipv4) => json!("ipv4"),
         MatchValue::Family(Family::Ipv6) => json!("ipv6"),

@@ -83,6 +83,8 @@ fn everything() -> NftTable {
         ),
         rule("cluster4", vec![equal(MatchKey::Destination(v4), text("10.42.0.0/16")), Statement::Accept]),
         rule("cluster6", vec![equal(MatchKey::Destination(v6), any_of(&["fd42::/48", "fd43::/48"])), Statement::Drop]),
+        rule("decrypted", vec![equal(MatchKey::Decrypted, MatchValue::Present), Statement::Accept]),
+        rule("plaintext", vec![equal(MatchKey::Decrypted, MatchValue::Missing), counter(), Statement::Accept]),
     ];
     let forward = vec![
         rule(
@@ -114,6 +116,15 @@ fn everything() -> NftTable {
             Statement::Masquerade,
         ],
     );
+    let translate = |family, address: &str| {
+        let to = Statement::TranslateSource(address.parse().unwrap());
+        let foreign = matches(MatchKey::Source(family), MatchOperator::NotEqual, in_set("blocks6"));
+        rule(address, if family == v6 { vec![foreign, to] } else { vec![to] })
+    };
+    let postrouting = vec![
+        rule("encrypted", vec![equal(MatchKey::Transformation, MatchValue::Present), Statement::Accept]),
+        rule("unencrypted", vec![equal(MatchKey::Transformation, MatchValue::Missing), counter(), Statement::Accept]),
+    ];
     NftTable {
         counters: ["leaked".to_owned(), "spoofed".to_owned()].into(),
         sets: [
@@ -136,9 +147,15 @@ fn everything() -> NftTable {
             ("input".to_owned(), chain(Hook::Input, 0, vec![])),
             ("forward".to_owned(), chain(Hook::Forward, -150, forward)),
             ("output".to_owned(), chain(Hook::Output, 10, vec![rule("count", vec![counter()])])),
+            ("postrouting".to_owned(), chain(Hook::Postrouting, 300, postrouting)),
             (
                 "nat-postrouting".to_owned(),
-                Chain { kind: ChainKind::Nat, hook: Hook::Postrouting, priority: 100, rules: vec![masquerade] },
+                Chain {
+                    kind: ChainKind::Nat,
+                    hook: Hook::Postrouting,
+                    priority: 100,
+                    rules: vec![masquerade, translate(v6, "fd42::1"), translate(v4, "10.42.0.1")],
+                },
             ),
         ]
         .into(),
@@ -232,6 +249,10 @@ fn a_table_of_every_feature_round_trips() {
             "iifname \"husk*\" fib saddr . iif oif missing counter name \"spoofed\" drop",
             "fib saddr . iif oif != missing meta nfproto ipv4 accept",
             "fib saddr . iif oifname \"husk-vx\" accept",
+            "meta ipsec exists accept",
+            "meta ipsec missing counter name \"spoofed\" accept",
+            "rt ipsec exists accept",
+            "rt ipsec missing counter name \"spoofed\" accept",
             "ip saddr != @nodes4 udp dport 4789 drop",
             "ip6 daddr { fd42::/48, fd43::/48 } drop",
             "oifname \"husk*\" tcp flags syn / syn,rst tcp option maxseg size set rt mtu",
@@ -263,7 +284,7 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         let counted = read_counters().unwrap()["spoofed"];
         assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
         let handles = rule_handles();
-        assert_eq!(handles.len(), 13);
+        assert_eq!(handles.len(), 19);
 
         let nodes = table.sets.get_mut("nodes4").unwrap();
         nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));

@@ -99,7 +99,7 @@ fn interface(failure: &Failure) -> Option<&InterfaceName> {
             RouteTarget::Interface { interface, .. } => Some(interface),
             RouteTarget::Unreachable => None,
         },
-        Change::Sysctl(_) | Change::Nft(_) => None,
+        Change::Sysctl(_) | Change::Nft(_) | Change::XfrmState(_) | Change::XfrmPolicy(_) => None,
     }
 }
 
@@ -109,6 +109,9 @@ fn severity(failure: &Failure) -> Severity {
         Table::Sysctls | Table::Nft | Table::Links | Table::Wireguard | Table::Addresses => true,
         Table::Napi | Table::Neighbours | Table::Fdb => false,
         Table::Routes => failure.change.as_ref().is_none_or(Change::makes_unreachable),
+        // One peer's associations are one peer's business.
+        Table::XfrmStates => failure.change.is_none(),
+        Table::XfrmPolicies => failure.change.as_ref().is_none_or(Change::blocks),
     };
     if essential { Severity::Blocking } else { Severity::Error }
 }

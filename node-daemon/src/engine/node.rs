@@ -1,16 +1,18 @@
 //! The node as the loop sees it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use husk_dataplane::Error;
 use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::facts::Facts;
-use husk_overlay::kernel::Desired;
+use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::InterfaceName;
 use husk_overlay::record::Snapshot;
+use husk_overlay::rotation::Spending;
 
 use crate::report::Counter;
 
@@ -34,6 +36,18 @@ pub trait Node {
     /// When it does not end.
     fn stop_userspace_device(&mut self, interface: &InterfaceName) -> anyhow::Result<()>;
 
+    /// Makes sure that the process runs that keeps the sockets of UDP encapsulation open at this port, and none at another.
+    ///
+    /// # Errors
+    /// When it does not start, for example because the port is taken.
+    fn ensure_udp_encapsulation(&mut self, port: u16) -> anyhow::Result<()>;
+
+    /// Ends that process, if there is one.
+    ///
+    /// # Errors
+    /// When it does not end.
+    fn stop_udp_encapsulation(&mut self) -> anyhow::Result<()>;
+
     /// MTU in bytes of the host interface of every pod there is.
     ///
     /// # Errors
@@ -49,14 +63,50 @@ pub trait Node {
     /// Chains of other firewalls that may keep pods' packets from being forwarded; may be half a minute old.
     fn foreign_chains(&mut self) -> Vec<ForeignChain>;
 
-    /// Private keys of the own devices, for the kernel.
+    /// Time since boot, suspended time included.
+    fn uptime(&mut self) -> Duration;
+
+    /// The own private keys, for the kernel.
     ///
     /// # Errors
-    /// When a key can neither be read nor made.
+    /// When a key cannot be read.
     fn key_ring(&mut self) -> anyhow::Result<KeyRing>;
+
+    /// Makes a key for an epoch.
+    ///
+    /// # Errors
+    /// When it cannot be made or kept; then there is no such epoch.
+    fn begin_epoch(&mut self, epoch: u64) -> anyhow::Result<()>;
+
+    /// Destroys the key of an epoch.
+    ///
+    /// # Errors
+    /// When it cannot be destroyed; then it is still there.
+    fn retire_epoch(&mut self, epoch: u64) -> anyhow::Result<()>;
+
+    /// Writes down associations before they are installed, or before a policy names them.
+    ///
+    /// # Errors
+    /// When they could not all be written down: then nothing may be done with any of them.
+    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> anyhow::Result<()>;
+
+    /// Takes that back for associations that were provably never installed.
+    ///
+    /// # Errors
+    /// When that could not be written; then they stay spent.
+    fn take_back(&mut self, associations: &BTreeSet<XfrmStateKey>) -> anyhow::Result<()>;
+
+    /// Writes down that epochs are about to be published, where that is new.
+    ///
+    /// # Errors
+    /// When it could not be written down; then they may not be published.
+    fn note_published(&mut self, epochs: &BTreeSet<u64>) -> anyhow::Result<()>;
 
     /// Packets dropped by the node's own rules.
     fn counters(&mut self) -> BTreeMap<String, Counter>;
+
+    /// Packets that IPsec did not let through, by the kernel's name of the reason.
+    fn xfrm_errors(&mut self) -> BTreeMap<String, u64>;
 
     /// Keeps the values of kernel parameters as they are before Husk changes them for the first time.
     fn remember(&mut self, desired: &Desired);

@@ -8,6 +8,9 @@ use std::time::Duration;
 /// Shortest time between two looks at WireGuard peers.
 const SHORTEST: Duration = Duration::from_millis(400);
 
+/// Shortest time between two looks while a rotation of keys waits for counters.
+const ATTENTIVE: Duration = Duration::from_millis(200);
+
 /// Longest time that fruitless passes put off the next look by; passes for other reasons come all the same.
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -40,10 +43,11 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Time from now to the next look. A big mesh takes longer to look at, and is looked at less often: at most a twentieth of
-    /// a core. Only what the look itself took counts; a pass may have waited for a process to start.
-    pub(super) fn interval(&self) -> Duration {
-        let usual = SHORTEST.max(self.look.saturating_mul(20));
+    /// Time from now to the next look. A big mesh takes longer to look at, and is looked at less often: at most a twentieth
+    /// of a core. Only what the look itself took counts; a pass may have waited for a process to start.
+    pub(super) fn interval(&self, attentive: bool) -> Duration {
+        let shortest = if attentive { ATTENTIVE } else { SHORTEST };
+        let usual = shortest.max(self.look.saturating_mul(20));
         usual.max(usual.saturating_mul(2_u32.saturating_pow(self.futile())).min(LONGEST))
     }
 
@@ -95,21 +99,21 @@ mod tests {
         let mut intervals = Vec::new();
         for _ in 0..10 {
             pass(&mut pace, Cause::OwnAccord, Some(7));
-            intervals.push(pace.interval().as_millis());
+            intervals.push(pace.interval(false).as_millis());
         }
         assert_eq!(intervals, [400, 800, 1600, 3200, 6400, 12_800, 25_600, 30_000, 30_000, 30_000]);
         pass(&mut pace, Cause::Event, Some(7));
-        assert_eq!(pace.interval(), LONGEST);
+        assert_eq!(pace.interval(false), LONGEST);
         // Something else is wrong now.
         pass(&mut pace, Cause::OwnAccord, Some(8));
-        assert_eq!(pace.interval(), SHORTEST);
+        assert_eq!(pace.interval(false), SHORTEST);
     }
 
     #[test]
     fn who_mends_again_and_again_is_patient_for_a_while() {
         let mut pace = Pace::default();
         for _ in 0..=COINCIDENCES {
-            assert_eq!(pace.interval(), SHORTEST);
+            assert_eq!(pace.interval(false), SHORTEST);
             pace.begin(Cause::OwnAccord);
             pace.ended(Some(7), false);
         }
@@ -117,7 +121,7 @@ mod tests {
             pace.begin(Cause::OwnAccord);
             pace.ended(Some(7), false);
         }
-        assert_eq!(pace.interval(), LONGEST);
+        assert_eq!(pace.interval(false), LONGEST);
     }
 
     #[test]
@@ -127,12 +131,12 @@ mod tests {
             pass(&mut pace, Cause::OwnAccord, Some(7));
         }
         pass(&mut pace, Cause::OwnAccord, None);
-        assert_eq!(pace.interval(), SHORTEST);
+        assert_eq!(pace.interval(false), SHORTEST);
         for _ in 0..3 {
             pass(&mut pace, Cause::OwnAccord, Some(7));
             pace.all_is_well(Duration::from_millis(1));
         }
-        assert_eq!(pace.interval(), SHORTEST);
+        assert_eq!(pace.interval(false), SHORTEST);
     }
 
     #[test]
@@ -148,13 +152,14 @@ mod tests {
     #[test]
     fn a_look_that_takes_long_is_rare() {
         let mut pace = Pace::default();
+        assert_eq!(pace.interval(true), ATTENTIVE);
         pace.all_is_well(Duration::from_millis(80));
-        assert_eq!(pace.interval(), SHORTEST, "one slow look says nothing");
+        assert_eq!(pace.interval(false), SHORTEST, "one slow look says nothing");
         for _ in 0..50 {
             pace.all_is_well(Duration::from_secs(3));
         }
-        assert!(pace.interval() > Duration::from_secs(55), "{:?}", pace.interval());
+        assert!(pace.interval(false) > Duration::from_secs(55), "{:?}", pace.interval(false));
         pace.all_is_well(Duration::from_millis(100));
-        assert_eq!(pace.interval(), Duration::from_secs(2));
+        assert_eq!(pace.interval(false), Duration::from_secs(2));
     }
 }

@@ -1,23 +1,26 @@
 //! Answers to `huskctl`.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::net::SocketAddr;
+use std::time::Duration;
 
-use husk_dataplane::kernel::{Actual, Kernel, Table, diff};
+use husk_dataplane::kernel::{Kernel, diff};
 use husk_dataplane::reconcile::survey;
-use husk_dataplane::wireguard::WireguardPeerStatus;
+use husk_overlay::facts::Facts;
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::kernel::Desired;
-use husk_overlay::keys::PublicKey;
+use husk_overlay::mode::Mode;
 use serde::Serialize;
 
 use super::{Ask, Engine, Node, Pass, blocks};
+use crate::keys::Technology;
 use crate::report::{
-    BlockReport, DiffReport, IpamReport, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
+    BlockReport, DiffReport, IpamReport, KeysSummary, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
 };
 use crate::source::ClusterSource;
 
-/// A WireGuard session older than this is dead (`REJECT_AFTER_TIME`, WireGuard paper section 6.1).
+/// A WireGuard session older than this is dead (`REJECT_AFTER_TIME`, WireGuard paper section 6.1); a peer that sent nothing
+/// under ESP for as long is idle.
 const SESSION: Duration = Duration::from_secs(180);
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
@@ -30,6 +33,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Mtu => self.report(Self::mtu),
             Request::Diff => self.difference(),
             Request::Ipam => self.report(Self::ipam),
+            Request::Keys => self.keys(),
+            Request::RotateKeys => self.rotate_keys(),
             Request::Admit { .. } | Request::Released | Request::Ready => {
                 Response::Refused { reason: "this question is not for the loop".into() }
             }
@@ -38,7 +43,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let _ = ask.answer.send(response);
     }
 
-    fn report<T: Serialize>(&mut self, make: impl FnOnce(&mut Self, &Pass) -> T) -> Response {
+    pub(super) fn report<T: Serialize>(&mut self, make: impl FnOnce(&mut Self, &Pass) -> T) -> Response {
         let Some(last) = self.last.take() else {
             let reason = self.state.borrow().reason.clone();
             return Response::NotReady {
@@ -66,6 +71,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mode: config.mode,
             encrypted: config.mode.encrypted(),
+            cipher: config.mode.uses_esp().then_some(config.ipsec.cipher),
+            udp_encapsulation: config.ipsec.udp_port.filter(|_| config.mode.uses_esp()),
+            keys: Technology::of(config.mode).map(|_| summary_of(&last.facts, self.keeping.is_under_way())),
             wireguard_device: device.map(|device| if device.userspace { "userspace" } else { "kernel" }.to_owned()),
             ready: state.ready,
             reason: state.reason,
@@ -87,40 +95,42 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 failures: last.outcome.failures.len(),
             },
             counters: self.parts.node.counters(),
+            xfrm_errors: xfrm_errors(config.mode, &mut self.parts.node),
             issues: state.issues,
         }
     }
 
     fn peers(&mut self, last: &Pass) -> Vec<PeerReport> {
-        let mut actual = Actual::default();
-        if let Err(error) = self.parts.kernel.read(Table::Wireguard, &last.plan.desired, &mut actual) {
-            tracing::warn!(%error, "WireGuard devices cannot be read");
-        }
-        let live: BTreeMap<PublicKey, WireguardPeerStatus> =
-            actual.wireguard.into_values().flat_map(|device| device.status).collect();
-        let of = |key: Option<PublicKey>| live.get(&key?);
+        let traffic = self.traffic(last);
         let rows = last.plan.peers.iter().map(|(name, peer)| {
-            let status = of(peer.public_key);
-            let age = status.and_then(|status| status.last_handshake).map(age_of);
-            let state = match (&peer.refused, peer.public_key, age) {
-                (Some(_), _, _) => PeerState::Refused,
-                (None, None, _) => PeerState::Configured,
-                (None, Some(_), Some(age)) if age < SESSION => PeerState::Connected,
-                (None, Some(_), _) => PeerState::Idle,
+            let traffic = traffic.get(name).copied().unwrap_or_default();
+            let recent = |age: Option<Duration>| age.is_some_and(|age| age < SESSION);
+            let has_keys = peer.public_key.is_some();
+            let state = match (&peer.refused, Technology::of(self.parts.config.mode)) {
+                (Some(_), _) => PeerState::Refused,
+                (None, None) => PeerState::Configured,
+                (None, Some(Technology::Wireguard)) if !has_keys => PeerState::Configured,
+                (None, Some(Technology::Esp)) if peer.keys.own.is_none() => PeerState::Waiting,
+                (None, Some(_)) if recent(traffic.handshake_age) || recent(traffic.received_age) => {
+                    PeerState::Connected
+                }
+                (None, Some(_)) => PeerState::Idle,
             };
-            let endpoint = status.and_then(|status| status.endpoint).map(|endpoint| endpoint.to_string());
             PeerReport {
                 node: name.clone(),
                 state,
                 reason: peer.refused.clone(),
-                endpoint: endpoint.or_else(|| match (peer.address, peer.port) {
-                    (Some(address), Some(port)) => Some(std::net::SocketAddr::new(address, port).to_string()),
-                    (address, _) => address.map(|address| address.to_string()),
+                endpoint: traffic.endpoint.map(|endpoint| endpoint.to_string()).or_else(|| {
+                    match (peer.address, peer.port) {
+                        (Some(address), Some(port)) => Some(SocketAddr::new(address, port).to_string()),
+                        (address, _) => address.map(|address| address.to_string()),
+                    }
                 }),
                 public_key: peer.public_key,
-                handshake_age: age.map(|age| age.as_secs()),
-                received: status.map(|status| status.received_bytes),
-                sent: status.map(|status| status.sent_bytes),
+                handshake_age: traffic.handshake_age.map(|age| age.as_secs()),
+                received_age: traffic.received_age.map(|age| age.as_secs()),
+                received: traffic.received,
+                sent: traffic.sent,
                 mtu: peer.ledger.inner.filter(|_| peer.refused.is_none()),
                 blocks: peer.blocks.clone(),
             }
@@ -147,7 +157,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// The next pass, with apply left out.
     fn difference(&mut self) -> Response {
         self.read_source();
-        let facts = match self.parts.node.facts(&self.snapshot, self.created) {
+        let facts = match self.facts() {
             Ok(facts) => facts,
             Err(error) => return Response::Refused { reason: format!("{error:#}") },
         };
@@ -217,8 +227,15 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-/// Age of a handshake given as time since the Unix epoch.
-fn age_of(handshake: Duration) -> Duration {
-    // A clock that was set back makes the handshake one of the future: as young as can be.
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(handshake)
+fn summary_of(facts: &Facts, rotating: bool) -> KeysSummary {
+    let epochs = facts.esp.as_ref().map_or(&facts.wireguard_epochs, |esp| &esp.epochs);
+    let newest = epochs.iter().next_back();
+    let age = newest.map(|(_, own)| facts.uptime.saturating_sub(own.created).as_secs());
+    KeysSummary { newest: newest.map(|(epoch, _)| *epoch), age, rotating }
+}
+
+fn xfrm_errors(mode: Mode, node: &mut impl Node) -> BTreeMap<String, u64> {
+    let mut errors = if mode.uses_esp() { node.xfrm_errors() } else { BTreeMap::new() };
+    errors.retain(|_, packets| *packets > 0);
+    errors
 }

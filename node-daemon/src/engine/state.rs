@@ -107,12 +107,19 @@ impl Keeper {
 
     /// Waits until the newest snapshot was written, or could not be.
     pub(super) fn flush(&self) {
+        self.flush_within(Duration::MAX);
+    }
+
+    /// As [`Self::flush`], but not for ever; false if the newest snapshot is still neither.
+    pub(super) fn flush_within(&self, limit: Duration) -> bool {
         let mut slot = self.shared.slot();
         let given = slot.given;
         slot.urgent = true;
         self.shared.changed.notify_all();
-        let waited = self.shared.changed.wait_while(slot, |slot| slot.done < given);
-        waited.unwrap_or_else(PoisonError::into_inner).urgent = false;
+        let waited = self.shared.changed.wait_timeout_while(slot, limit, |slot| slot.done < given);
+        let (mut slot, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        slot.urgent = false;
+        slot.done >= given
     }
 }
 

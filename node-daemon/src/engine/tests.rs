@@ -3,9 +3,12 @@
 mod bed;
 mod blocks;
 mod convergence;
+mod esp;
 mod expander;
 mod failures;
 mod inbox;
 mod peers;
 mod pods;
 mod readiness;
+mod secrets;
+mod wireguard;

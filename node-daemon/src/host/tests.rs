@@ -3,9 +3,12 @@
 use std::process::Command;
 
 use husk_overlay::endpoint::{AttachmentId, NetnsIdentity};
+use husk_overlay::facts::WireguardSupport;
+use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
 use nix::errno::Errno;
 
+use super::support::support_of;
 use super::*;
 
 /// Runs a test as a host with an underlay interface.

@@ -1,11 +1,15 @@
 //! Tables for people.
 
+mod keys;
+
 use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-use crate::report::{DiffReport, IpamReport, MtuReport, PeerReport, PeerState, PoolReport, Status};
 use husk_overlay::issue::{Issue, Severity};
+
+pub(super) use self::keys::keys;
+use crate::report::{DiffReport, IpamReport, KeysSummary, MtuReport, PeerReport, PeerState, PoolReport, Status};
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -57,17 +61,13 @@ pub(super) fn status(status: &Status) -> String {
         (false, Some(reason)) => format!("NO: {reason}"),
         (false, None) => "NO".to_owned(),
     };
-    let encryption = match (&status.encrypted, &status.wireguard_device) {
-        (false, _) => "none".to_owned(),
-        (true, Some(device)) => format!("WireGuard ({device} device)"),
-        (true, None) => "WireGuard (no device)".to_owned(),
-    };
     let interface = status.underlay_interface.as_ref().map_or_else(String::new, |name| format!(" on {name}"));
     let rows = [
         ("Node", format!("{} (huskd {})", status.node, status.version)),
         ("Ready", readiness),
         ("Mode", status.mode.to_string()),
-        ("Encryption", encryption),
+        ("Encryption", encryption(status)),
+        ("Keys", status.keys.as_ref().map_or_else(|| "none".into(), summary)),
         ("Underlay", format!("{}{interface}, MTU {}", list(status.addresses.iter()), status.underlay_mtu)),
         ("Pod MTU", or_dash(status.pod_mtu)),
         ("Blocks", list(&status.blocks)),
@@ -103,7 +103,28 @@ pub(super) fn status(status: &Status) -> String {
             format!("{} packets, {}", counter.packets, bytes(counter.bytes)),
         ]);
     }
+    for (name, packets) in &status.xfrm_errors {
+        lines.add_row(vec![format!("IPsec errors ({name}):"), format!("{packets} packets")]);
+    }
     format!("{}\n{}", lines.trim_fmt(), issues(&status.issues))
+}
+
+fn encryption(status: &Status) -> String {
+    match (status.encrypted, status.cipher, &status.wireguard_device) {
+        (false, _, _) => "none".to_owned(),
+        (true, Some(cipher), _) => {
+            let udp = status.udp_encapsulation.map_or_else(String::new, |port| format!(", in UDP at port {port}"));
+            format!("IPsec ({cipher}{udp})")
+        }
+        (true, None, Some(device)) => format!("WireGuard ({device} device)"),
+        (true, None, None) => "WireGuard (no device)".to_owned(),
+    }
+}
+
+fn summary(keys: &KeysSummary) -> String {
+    let Some(newest) = keys.newest else { return "none yet".into() };
+    let rotating = if keys.rotating { ", a rotation is under way" } else { "" };
+    format!("epoch {newest}, {} old{rotating}", keys.age.map_or_else(|| "-".into(), age))
 }
 
 fn issues(issues: &[Issue]) -> String {
@@ -130,11 +151,14 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
     if peers.is_empty() {
         return "No peers: this node is alone in its cluster. Do all hosts share one source.directory.path?\n".into();
     }
-    let mut rows = table(&["PEER", "STATE", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT", "MTU", "BLOCKS", "REASON"]);
+    // IPsec has no handshakes; what is known there is when something came.
+    let heard = if peers.iter().any(|peer| peer.received_age.is_some()) { "LAST PACKET" } else { "HANDSHAKE" };
+    let mut rows = table(&["PEER", "STATE", "ENDPOINT", heard, "RECEIVED", "SENT", "MTU", "BLOCKS", "REASON"]);
     for peer in peers {
         let state = match peer.state {
             PeerState::Connected => "connected",
             PeerState::Idle => "idle",
+            PeerState::Waiting => "waiting for keys",
             PeerState::Configured => "configured",
             PeerState::Refused => "REFUSED",
         };
@@ -142,7 +166,7 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
             peer.node.to_string(),
             state.to_owned(),
             or_dash(peer.endpoint.as_ref()),
-            peer.handshake_age.map_or_else(|| "-".into(), age),
+            peer.handshake_age.or(peer.received_age).map_or_else(|| "-".into(), age),
             peer.received.map_or_else(|| "-".into(), bytes),
             peer.sent.map_or_else(|| "-".into(), bytes),
             or_dash(peer.mtu),

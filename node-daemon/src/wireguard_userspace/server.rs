@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
 use super::device::Device;
-use super::process::{socket_directory, socket_path};
 use super::protocol::{Refusal, Request, parse};
+use super::{socket_directory, socket_path};
 
 /// Clients served at once; the next waits. Only root reaches the socket, so this bounds mistakes, not attacks.
 const CLIENTS: usize = 16;

@@ -1,5 +1,7 @@
 //! The keys of the configuration, and what each may be.
 
+mod tunnels;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,7 +9,7 @@ use std::str::FromStr;
 use super::reader::{Complaint, Fields, Problems, UnknownKeys};
 use super::{
     BlockLengths, CniConfig, Config, ConfigError, ConfigErrors, LogConfig, LogFormat, LogLevel, Problem, SourceConfig,
-    UnderlayConfig, VxlanConfig, WireguardChoice, WireguardConfig,
+    UnderlayConfig,
 };
 use crate::marks;
 use crate::mode::Mode;
@@ -16,9 +18,6 @@ use crate::name::InterfaceName;
 use crate::prefix::{Family, Prefix, PrefixError};
 use crate::record::DualStack;
 use crate::yaml::{self, Value};
-
-/// Largest VXLAN network identifier (RFC 7348, section 5: 24 bits).
-const MAX_VNI: u32 = (1 << 24) - 1;
 
 /// Longest rest of an address, in seconds: with a day, a pool of any sensible size would look exhausted.
 const MAX_COOL_DOWN: u32 = 24 * 60 * 60;
@@ -66,8 +65,10 @@ fn read(mut top: Fields<'_, '_>) -> Config {
 
     config.underlay = read_underlay(&mut top, &cidrs);
     config.source = read_source(&mut top);
-    config.vxlan = read_vxlan(&mut top);
-    config.wireguard = read_wireguard(&mut top, config.vxlan);
+    config.vxlan = tunnels::read_vxlan(&mut top);
+    config.wireguard = tunnels::read_wireguard(&mut top, config.vxlan);
+    config.ipsec = tunnels::read_ipsec(&mut top, &config);
+    config.rotation = tunnels::read_rotation(&mut top);
     config.masquerade = top.flag("masquerade").unwrap_or(config.masquerade);
 
     let mut ipam = top.section("ipam");
@@ -86,18 +87,7 @@ fn read(mut top: Fields<'_, '_>) -> Config {
 }
 
 fn read_mode(top: &mut Fields<'_, '_>) -> Option<Mode> {
-    let mode = top.choice("mode", &Mode::ALL.map(|mode| (mode.as_str(), mode)))?;
-    if mode.available() {
-        return Some(mode);
-    }
-    top.complain(
-        "mode",
-        Complaint::bad(
-            "this version of Husk cannot do IPsec",
-            "use wireguard, which is encrypted; vxlan and direct are available and not encrypted",
-        ),
-    );
-    None
+    top.choice("mode", &Mode::ALL.map(|mode| (mode.as_str(), mode)))
 }
 
 /// The cluster CIDRs that are valid, in the order given.
@@ -275,43 +265,6 @@ fn read_source(top: &mut Fields<'_, '_>) -> SourceConfig {
     directory.finish();
     section.finish();
     SourceConfig::Directory { path }
-}
-
-fn read_vxlan(top: &mut Fields<'_, '_>) -> VxlanConfig {
-    let mut section = top.section("vxlan");
-    let default = VxlanConfig::default();
-    let why = "a VXLAN network identifier has 24 bits (RFC 7348), and 0 is left to devices that take any";
-    let vni = section.number("vni", 1..=MAX_VNI, why).unwrap_or(default.vni);
-    let port = section.number("port", 1..=u16::MAX, "a UDP port has 16 bits, and 0 is none").unwrap_or(default.port);
-    section.finish();
-    VxlanConfig { vni, port }
-}
-
-fn read_wireguard(top: &mut Fields<'_, '_>, vxlan: VxlanConfig) -> WireguardConfig {
-    let vxlan_port_given =
-        matches!(top.value("vxlan"), Some(Value::Map(keys)) if keys.iter().any(|(key, _)| key == "port"));
-    let mut section = top.section("wireguard");
-    let default = WireguardConfig::default();
-    let why = "a UDP port has 16 bits, 0 is none, and the second device takes the port behind this one";
-    let port = section.number("port", 1..=u16::MAX - 1, why);
-    // Both ports were chosen: the cluster is meant to be able to change between the modes, node by node.
-    if let Some(port) = port
-        && vxlan_port_given
-        && (port == vxlan.port || port + 1 == vxlan.port)
-    {
-        let reason = format!("WireGuard takes the ports {port} and {}, and vxlan.port is {}", port + 1, vxlan.port);
-        section.complain("port", Complaint::conflict(reason, "use ports that do not collide"));
-    }
-    let choices = [
-        ("auto", WireguardChoice::Auto),
-        ("kernel", WireguardChoice::Kernel),
-        ("userspace", WireguardChoice::Userspace),
-    ];
-    let device = section.choice("device", &choices).unwrap_or(default.device);
-    let why = "a keepalive interval in seconds has 16 bits; 0 is off";
-    let keepalive = section.number("keepalive", 0..=u16::MAX, why).unwrap_or(default.keepalive);
-    section.finish();
-    WireguardConfig { port: port.unwrap_or(default.port), device, keepalive }
 }
 
 fn read_cni(top: &mut Fields<'_, '_>) -> CniConfig {

@@ -29,7 +29,7 @@ fn the_example_spells_out_the_defaults() {
 
 #[test]
 fn what_the_example_comments_out_is_valid_too() {
-    let keys = ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500"];
+    let keys = ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500", "presharedKeyFile: "];
     let text = keys.iter().fold(EXAMPLE.to_owned(), |text, key| text.replace(&format!("# {key}"), key));
     let config = Config::parse("example", &text).unwrap();
     assert_eq!(config.node_name.unwrap().as_str(), "node-a");
@@ -37,6 +37,17 @@ fn what_the_example_comments_out_is_valid_too() {
     assert_eq!(config.underlay.addresses.ipv4, Some("192.0.2.10".parse().unwrap()));
     assert_eq!(config.underlay.addresses.ipv6, Some("2001:db8::10".parse().unwrap()));
     assert_eq!(config.underlay.mtu, Some(1500));
+    assert_eq!(config.ipsec.preshared_key_file, Some("/etc/husk/preshared-key".into()));
+}
+
+#[test]
+fn the_example_explains_every_mode_and_leaves_out_what_only_tests_need() {
+    for mode in Mode::ALL {
+        assert!(EXAMPLE.contains(&format!("#   {mode} ")), "{mode}");
+        let text = EXAMPLE.replace("mode: wireguard", &format!("mode: {mode}"));
+        assert_eq!(Config::parse("example", &text).unwrap().mode, mode);
+    }
+    assert!(!EXAMPLE.contains("spiBits"));
 }
 
 #[test]
@@ -50,6 +61,15 @@ underlay: {family: ipv6, interface: bond0.7, addresses: {ipv4: 192.0.2.1, ipv6: 
 source: {directory: {path: /srv/husk}}
 vxlan: {vni: 7, port: 8472}
 wireguard: {port: 7000, device: userspace, keepalive: 25}
+ipsec:
+  cipher: aes-gcm-256
+  udpEncapsulation: 4500
+  replayWindow: 2048
+  presharedKeyFile: /etc/husk/psk
+  maxPackets: 1000
+  maxBytes: 1000000
+  spiBits: 8
+keys: {rotation: 60, grace: 2, hardLifetime: 90}
 masquerade: false
 ipam: {coolDown: 5}
 cni: {binDirectory: /b, configDirectory: /c, network: pods}
@@ -72,6 +92,16 @@ log: {format: json, level: trace}
         source: SourceConfig::Directory { path: "/srv/husk".into() },
         vxlan: VxlanConfig { vni: 7, port: 8472 },
         wireguard: WireguardConfig { port: 7000, device: WireguardChoice::Userspace, keepalive: 25 },
+        ipsec: IpsecConfig {
+            cipher: Aead::AesGcm256,
+            udp_port: Some(4500),
+            replay_window: 2048,
+            preshared_key_file: Some("/etc/husk/psk".into()),
+            max_packets: 1_000,
+            max_bytes: 1_000_000,
+            spi_bits: 8,
+        },
+        rotation: RotationConfig { interval: Some(60), grace: 2, hard_lifetime: 90 },
         masquerade: false,
         cool_down: 5,
         cni: CniConfig { bin_directory: "/b".into(), config_directory: "/c".into(), network: "pods".parse().unwrap() },
@@ -103,8 +133,7 @@ const WRONG: &[(&str, &str, Problem, &str, &str)] = {
         ("clusterCIDRs: ['::ffff:10.0.0.0/104']", "clusterCIDRs[0]", BadValue, "IPv4-mapped", "private range"),
         ("clusterCIDRs: [10.42.0.0/26]", "blockLengths.ipv4", Conflict, "default block length 26", "from 27 to 30"),
         ("clusterCIDRs: [10.42.0.0/30]", "blockLengths.ipv4", Conflict, "no room", "use a larger cluster CIDR"),
-        ("mode: ipsec", "mode", BadValue, "cannot do IPsec", "wireguard, which is encrypted"),
-        ("mode: vxlan-ipsec", "mode", BadValue, "cannot do IPsec", "vxlan and direct"),
+        ("mode: vxlan_ipsec", "mode", BadValue, "this word", "did you mean vxlan-ipsec?"),
         ("mode: wiregaurd", "mode", BadValue, "this word", "did you mean wireguard?"),
         ("mode: 3", "mode", WrongType, "one of direct, vxlan", "'3'"),
         ("mode: [vxlan]", "mode", WrongType, "a list is given", "one text"),
@@ -172,6 +201,58 @@ const WRONG: &[(&str, &str, Problem, &str, &str)] = {
         ("vxlan: {port: 7000}\nwireguard: {port: 7000}", "wireguard.port", Conflict, "7000 and 7001", "collide"),
         ("wireguard: {device: user-space!}", "wireguard.device", BadValue, "this word", "did you mean userspace?"),
         ("wireguard: {keepalive: 65536}", "wireguard.keepalive", BadValue, "16 bits", "65535"),
+        ("ipsec: {cipher: aes-cbc}", "ipsec.cipher", BadValue, "this word", "aes-gcm-128, aes-gcm-256"),
+        ("ipsec: {cipher: 128}", "ipsec.cipher", WrongType, "one of aes-gcm-128", "'128'"),
+        ("ipsec: {udpEncapsulation: 65536}", "ipsec.udpEncapsulation", BadValue, "0 is off", "from 0 to 65535"),
+        ("ipsec: {udpEncapsulation: true}", "ipsec.udpEncapsulation", WrongType, "a whole number", "from 0"),
+        (
+            "mode: vxlan-ipsec\nipsec: {udpEncapsulation: 4789}",
+            "ipsec.udpEncapsulation",
+            Conflict,
+            "vxlan.port is 4789",
+            "collide",
+        ),
+        (
+            "vxlan: {port: 4500}\nipsec: {udpEncapsulation: 4500}",
+            "ipsec.udpEncapsulation",
+            Conflict,
+            "vxlan.port is 4500",
+            "collide",
+        ),
+        (
+            "wireguard: {port: 4500}\nipsec: {udpEncapsulation: 4500}",
+            "ipsec.udpEncapsulation",
+            Conflict,
+            "4500 and 4501",
+            "collide",
+        ),
+        (
+            "wireguard: {port: 4499}\nipsec: {udpEncapsulation: 4500}",
+            "ipsec.udpEncapsulation",
+            Conflict,
+            "4499 and 4500",
+            "collide",
+        ),
+        ("ipsec: {replayWindow: 992}", "ipsec.replayWindow", BadValue, "1024", "from 1024 to 4096"),
+        ("ipsec: {replayWindow: 4128}", "ipsec.replayWindow", BadValue, "4096 at most", "from 1024 to 4096"),
+        ("ipsec: {replayWindow: 1025}", "ipsec.replayWindow", BadValue, "words of 32", "write 1056"),
+        ("ipsec: {presharedKeyFile: psk}", "ipsec.presharedKeyFile", BadValue, "relative", "from / on"),
+        ("ipsec: {maxPackets: 999}", "ipsec.maxPackets", BadValue, "margin", "from 1000 to 68719476736"),
+        ("ipsec: {maxPackets: 68719476737}", "ipsec.maxPackets", BadValue, "margin", "68719476736"),
+        ("ipsec: {maxBytes: 70368744177665}", "ipsec.maxBytes", BadValue, "margin", "from 1000000 to 70368744177664"),
+        ("ipsec: {maxBytes: 1G}", "ipsec.maxBytes", WrongType, "a whole number", "without quotes"),
+        ("ipsec: {spiBits: 3}", "ipsec.spiBits", BadValue, "32 bits", "from 4 to 32"),
+        ("ipsec: {spiBits: 33}", "ipsec.spiBits", BadValue, "32 bits", "from 4 to 32"),
+        ("ipsec: {chipher: x}", "ipsec.chipher", UnknownKey, "no such key", "did you mean cipher?"),
+        ("keys: {rotation: 59}", "keys.rotation", BadValue, "be over", "from 60 on, or 0"),
+        ("keys: {rotation: 31536001}", "keys.rotation", BadValue, "once a year", "from 0 to 31536000"),
+        ("keys: {rotation: 24h}", "keys.rotation", WrongType, "a whole number", "from 0"),
+        ("keys: {grace: 0}", "keys.grace", BadValue, "under way", "from 1 to 3600"),
+        ("keys: {rotation: 60, grace: 60}", "keys.grace", Conflict, "keys.rotation is 60", "shorter grace"),
+        ("keys: {hardLifetime: 1}", "keys.hardLifetime", BadValue, "a year", "from 2"),
+        ("keys: {hardLifetime: 30}", "keys.hardLifetime", Conflict, "the default keys.grace, 30 s", "longer lifetime"),
+        ("keys: {grace: 5, hardLifetime: 5}", "keys.hardLifetime", Conflict, "before keys.grace, 5 s", "shorter grace"),
+        ("keys: {lifetime: 5}", "keys.lifetime", UnknownKey, "no such key", "rotation, grace, hardLifetime"),
         ("masquerade: yes", "masquerade", WrongType, "text is given", "true or false"),
         ("ipam: {coolDown: 86401}", "ipam.coolDown", BadValue, "a day", "86400"),
         ("ipam: {cooldown: 3}", "ipam.cooldown", UnknownKey, "no such key", "did you mean coolDown?"),
@@ -227,7 +308,7 @@ fn what_is_no_map_is_no_configuration() {
 #[test]
 fn all_problems_are_reported_at_once() {
     let text =
-        "mode: ipsec\nclusterCIDRs: [10.42.0.1/16, x]\nwireguard: {port: 0, prot: 1}\nlog: {level: 1}\nnode: []\n";
+        "mode: ip-sec\nclusterCIDRs: [10.42.0.1/16, x]\nwireguard: {port: 0, prot: 1}\nlog: {level: 1}\nnode: []\n";
     let keys: Vec<String> = errors(text).into_iter().map(|error| error.key).collect();
     assert_eq!(
         keys,
@@ -263,6 +344,16 @@ fn sections_without_keys_are_as_if_absent() {
 fn one_port_alone_never_collides() {
     assert!(Config::parse("x", "clusterCIDRs: [10.42.0.0/16]\nvxlan: {port: 51820}\n").is_ok());
     assert!(Config::parse("x", "clusterCIDRs: [10.42.0.0/16]\nwireguard: {port: 4789}\n").is_ok());
+    for lines in ["ipsec: {udpEncapsulation: 51820}", "ipsec: {udpEncapsulation: 4789}", "wireguard: {port: 4500}"] {
+        assert!(Config::parse("x", &format!("clusterCIDRs: [10.42.0.0/16]\n{lines}\n")).is_ok(), "{lines}");
+    }
+}
+
+#[test]
+fn zero_turns_off() {
+    let text = "clusterCIDRs: [10.42.0.0/16]\nipsec: {udpEncapsulation: 0}\nkeys: {rotation: 0, grace: 3600}\n";
+    let config = Config::parse("x", text).unwrap();
+    assert_eq!((config.ipsec.udp_port, config.rotation.interval), (None, None));
 }
 
 /// A valid configuration with a few bytes replaced, inserted or taken out.
@@ -284,8 +375,10 @@ fn check_total(text: &str) {
         Ok(config) => {
             assert!((1..=2).contains(&config.cluster_cidrs.len()));
             assert!(config.cluster_cidrs.is_sorted());
-            assert!(config.mode.available());
             assert!(config.wireguard.port < u16::MAX);
+            assert!(config.ipsec.replay_window.is_multiple_of(32) && config.ipsec.replay_window <= 4096);
+            assert!(config.rotation.grace < config.rotation.hard_lifetime);
+            assert!(config.rotation.interval.is_none_or(|interval| interval >= 60));
             for cidr in &config.cluster_cidrs {
                 assert!(config.block_lengths.get(cidr.family()) > cidr.length());
             }

@@ -119,6 +119,10 @@ pub enum Statement {
     /// Source NAT to the address of the outgoing interface with flags `random,fully-random`: ports chosen in sequence collide
     /// when two packets are translated at once.
     Masquerade,
+    /// Source NAT to this address, with ports as for [`Statement::Masquerade`]. Unlike masquerading, which ends a connection
+    /// whose packets leave by another interface than before (`nf_nat_oif_changed` in net/netfilter/nf_nat_core.c), it does
+    /// not care about interfaces.
+    TranslateSource(IpAddr),
     /// Clamp the TCP MSS option of SYN packets to the route's MTU.
     ClampMss,
 }
@@ -157,6 +161,13 @@ pub enum MatchKey {
     ReversePathInterface,
     /// Family of the packet.
     NetworkFamily,
+    /// An IPsec association of this host protected the packet on its way here (`meta ipsec`): present or missing. Chains of
+    /// the hooks prerouting, input and forward only, and a kernel with `CONFIG_XFRM` (net/netfilter/nft_meta.c,
+    /// `NFT_META_SECPATH`).
+    Decrypted,
+    /// The packet's route leads through an IPsec transformation (`rt ipsec`): present or missing. Needs a kernel with
+    /// `CONFIG_XFRM` (net/netfilter/nft_rt.c, `NFT_RT_XFRM`).
+    Transformation,
 }
 
 /// Comparison operator.
@@ -183,6 +194,8 @@ pub enum MatchValue {
     Set(String),
     /// Any address of a prefix.
     Prefix(Prefix),
+    /// Any value, for look-ups that may find nothing (`exists`).
+    Present,
     /// No value, for look-ups that may find nothing (`missing`).
     Missing,
     /// IPv4 or IPv6.

@@ -5,12 +5,13 @@ use std::collections::BTreeSet;
 use super::{API_VERSION, GROUP, Manifest, block_name};
 use crate::config::BlockLengths;
 use crate::config::reader::{Complaint, Fields, Problems, UnknownKeys};
+use crate::esp::Aead;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::mac::MacAddress;
 use crate::marks::WIREGUARD_INTERFACES;
 use crate::name::NodeName;
 use crate::prefix::{Prefix, PrefixError};
-use crate::record::{DualStack, NodeRecord, Pool, WireguardRecord};
+use crate::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Pool, WireguardRecord};
 use crate::yaml::{self, Value};
 
 /// Issues that one text can have. Garbage has one per document, and nobody reads more.
@@ -159,6 +160,8 @@ fn read_node(top: &mut Fields<'_, '_>) -> Option<NodeRecord> {
         let complaint = Complaint::conflict("two devices have the same slot", "remove the one of the lower generation");
         spec.complain("wireguard", complaint);
     }
+    let given = spec.value("esp").is_some();
+    let esp = read_esp(spec.section("esp"), given);
     Some(NodeRecord {
         name: name?,
         instance: instance?,
@@ -169,6 +172,7 @@ fn read_node(top: &mut Fields<'_, '_>) -> Option<NodeRecord> {
         router,
         vxlan_mac,
         wireguard,
+        esp,
     })
 }
 
@@ -192,7 +196,54 @@ fn read_wireguard(device: &mut Fields<'_, '_>) -> Option<WireguardRecord> {
     });
     let remedy = "write the public key as 'wg show' prints it";
     let public_key = required(device, "publicKey", remedy, |f, key| f.parsed(key, "a public key", remedy));
+    if let (Some(slot), Some(generation)) = (slot, generation)
+        && u64::from(slot) != generation % 2
+    {
+        let reason = format!("generation {generation} belongs to device {}: generations alternate", generation % 2);
+        device.complain("slot", Complaint::conflict(reason, "correct the slot or the generation"));
+    }
     Some(WireguardRecord { slot: slot?, generation: generation?, port: port?, public_key: public_key? })
+}
+
+/// Epochs a node publishes at most: the old one and the new one of a rotation.
+const MAX_EPOCHS: usize = 2;
+
+/// The section is read only if it is `given`, so that a node without ESP needs none of its keys.
+fn read_esp(mut section: Fields<'_, '_>, given: bool) -> Option<EspRecord> {
+    if !given {
+        return None;
+    }
+    let ciphers = Aead::ALL.map(|cipher| (cipher.as_str(), cipher));
+    let remedy = "write the cipher that the node is configured with";
+    let cipher = required(&mut section, "cipher", remedy, |f, key| f.choice(key, &ciphers));
+    let udp_port = section.number("udpPort", 1..=u16::MAX, "a UDP port has 16 bits; without one the key is left out");
+    let remedy = "write the epochs the node can receive under, oldest first";
+    let epochs =
+        required(&mut section, "epochs", remedy, |f, key| Some(f.sections(key, "a list of epochs", read_epoch)));
+    if let Some(epochs) = &epochs {
+        let newest = "keep the one or two newest, oldest first";
+        let ascending = epochs.iter().map(|epoch| epoch.epoch).is_sorted_by(|older, newer| older < newer);
+        if epochs.len() > MAX_EPOCHS {
+            let reason = format!("a node publishes {MAX_EPOCHS} epochs at most, and there are {}", epochs.len());
+            section.complain("epochs", Complaint::bad(reason, newest));
+        } else if !ascending {
+            let reason = "the numbers of the epochs do not ascend";
+            section.complain("epochs", Complaint::conflict(reason, newest));
+        }
+    }
+    Some(EspRecord { cipher: cipher?, udp_port, epochs: epochs? })
+}
+
+fn read_epoch(epoch: &mut Fields<'_, '_>) -> Option<EspEpochRecord> {
+    let number = required(epoch, "epoch", "write the number of the epoch", |f, key| {
+        f.number(key, 0..=u64::MAX, "an epoch has 64 bits")
+    });
+    let remedy = "write the public key of the epoch, 32 bytes in base64";
+    let public_key = required(epoch, "publicKey", remedy, |f, key| f.parsed(key, "a public key", remedy));
+    let spi_salt = required(epoch, "spiSalt", "write the salt that the node has drawn for the epoch", |f, key| {
+        f.number(key, 0..=u64::MAX, "a salt has 64 bits")
+    });
+    Some(EspEpochRecord { epoch: number?, public_key: public_key?, spi_salt: spi_salt? })
 }
 
 fn read_cidr(item: &Value) -> Result<Prefix, Complaint> {

@@ -31,7 +31,8 @@ pub fn snapshot_from(manifests: impl IntoIterator<Item = Manifest>) -> Snapshot 
     let mut issues = Vec::new();
     let nodes = winners(nodes, "OverlayNode", &mut issues, |record| {
         let generation = record.wireguard.iter().map(|device| device.generation).max();
-        (record.created, Reverse(generation), Manifest::Node(record.clone()).to_yaml())
+        let epoch = record.esp.iter().flat_map(|esp| &esp.epochs).map(|epoch| epoch.epoch).max();
+        (record.created, Reverse((generation, epoch)), Manifest::Node(record.clone()).to_yaml())
     });
     let pools =
         winners(pools, "AddressPool", &mut issues, |pool| (pool.cidr, pool.block_length, Reverse(pool.disabled)));

@@ -3,9 +3,10 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::esp::Aead;
 use crate::issue::{Issue, IssueKind};
 use crate::mac::MacAddress;
-use crate::record::{DualStack, Snapshot, WireguardRecord};
+use crate::record::{DualStack, EspEpochRecord, EspRecord, Snapshot, WireguardRecord};
 
 const KEY: &str = "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=";
 
@@ -29,9 +30,19 @@ spec:
   vxlanMac: 02:00:5e:10:00:01
   wireguard:
     - slot: 0
-      generation: 7
+      generation: 6
       port: 51820
       publicKey: hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=
+  esp:
+    cipher: aes-gcm-256
+    udpPort: 4500
+    epochs:
+      - epoch: 41
+        publicKey: hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=
+        spiSalt: 18446744073709551615
+      - epoch: 42
+        publicKey: hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=
+        spiSalt: 9007199254740993
 "#;
 
 fn record() -> NodeRecord {
@@ -44,7 +55,16 @@ fn record() -> NodeRecord {
         blocks: ["10.42.0.64/26", "fd42::80/122"].map(|block| block.parse().unwrap()).into(),
         router: DualStack { ipv4: Some("10.42.0.64".parse().unwrap()), ipv6: Some("fd42::80".parse().unwrap()) },
         vxlan_mac: Some("02:00:5e:10:00:01".parse().unwrap()),
-        wireguard: vec![WireguardRecord { slot: 0, generation: 7, port: 51820, public_key: KEY.parse().unwrap() }],
+        wireguard: vec![WireguardRecord { slot: 0, generation: 6, port: 51820, public_key: KEY.parse().unwrap() }],
+        esp: Some(EspRecord {
+            cipher: Aead::AesGcm256,
+            udp_port: Some(4500),
+            epochs: vec![
+                EspEpochRecord { epoch: 41, public_key: KEY.parse().unwrap(), spi_salt: u64::MAX },
+                // Not a number that 53 bits of mantissa hold.
+                EspEpochRecord { epoch: 42, public_key: KEY.parse().unwrap(), spi_salt: (1 << 53) + 1 },
+            ],
+        }),
     }
 }
 
@@ -72,6 +92,23 @@ fn only_issue(text: &str) -> Issue {
 fn a_node_is_read_and_written() {
     assert_eq!(parse_clean(NODE), [Manifest::Node(record())]);
     assert_eq!(parse_clean(&Manifest::Node(record()).to_yaml()), [Manifest::Node(record())]);
+    let json = serde_json::to_string(&record()).unwrap();
+    assert!(json.contains("18446744073709551615") && json.contains("9007199254740993"), "{json}");
+    assert_eq!(serde_json::from_str::<NodeRecord>(&json).unwrap(), record());
+}
+
+#[test]
+fn a_node_without_esp_or_its_parts_is_read_and_written() {
+    let mut plain = record();
+    let esp = plain.esp.as_mut().unwrap();
+    (esp.cipher, esp.udp_port) = (Aead::AesGcm128, None);
+    esp.epochs.clear();
+    for record in [plain.clone(), NodeRecord { esp: None, ..plain }] {
+        let text = Manifest::Node(record.clone()).to_yaml();
+        assert!(!text.contains("udpPort"), "{text}");
+        assert_eq!(text.contains("esp"), record.esp.is_some(), "{text}");
+        assert_eq!(parse_clean(&text), [Manifest::Node(record)]);
+    }
 }
 
 #[test]
@@ -156,7 +193,30 @@ const WRONG: &[(&str, &str, &str, &str)] = &[
     ("vxlanMac: 02:", "vxlanMac: 01:", "spec.vxlanMac: \"01:00:5e:10:00:01\": no device", "VXLAN"),
     ("vxlanMac: 02:", "vxlanMac: 0g:", "spec.vxlanMac: \"0g:", "hexadecimal"),
     ("slot: 0", "slot: 2", "spec.wireguard[0].slot: 2: a node has two", "from 0 to 1"),
-    ("generation: 7", "generation: -7", "spec.wireguard[0].generation: -7", "from 0"),
+    ("generation: 6", "generation: -6", "spec.wireguard[0].generation: -6", "from 0"),
+    ("generation: 6", "generation: 7", "spec.wireguard[0].slot: 0: generation 7 belongs to device 1", "the generation"),
+    ("cipher: aes-gcm-256", "cipher: aes-gcm", "spec.esp.cipher: \"aes-gcm\"", "aes-gcm-128, aes-gcm-256"),
+    ("    cipher: aes-gcm-256\n", "", "spec.esp.cipher: the key is missing", "configured with"),
+    ("udpPort: 4500", "udpPort: 0", "spec.esp.udpPort: 0: a UDP port has 16 bits", "from 1 to 65535"),
+    ("    epochs:\n", "    epochs: 7\n    older:\n", "spec.esp.epochs: 7: a list of epochs", "'- '"),
+    ("epoch: 41\n", "epoch: 42\n", "spec.esp.epochs: a list: the numbers of the epochs do not ascend", "oldest first"),
+    ("epoch: 41\n", "epoch: 43\n", "spec.esp.epochs: a list: the numbers of the epochs do not ascend", "oldest first"),
+    ("epoch: 41\n", "epoch: -1\n", "spec.esp.epochs[0].epoch: -1: an epoch has 64 bits", "from 0"),
+    ("spiSalt: 18446744073709551615", "spiSalt: 18446744073709551616", "spec.esp.epochs[0].spiSalt", "709551615"),
+    ("spiSalt: 18446744073709551615", "spiSalt: 1.5", "spec.esp.epochs[0].spiSalt: 1.5: a whole number", "from 0"),
+    ("        spiSalt: 18446744073709551615\n", "", "spec.esp.epochs[0].spiSalt: the key is missing", "the salt"),
+    (
+        "      - epoch: 41\n        publicKey: hS",
+        "      - epoch: 41\n        publicKey: ",
+        "spec.esp.epochs[0].publicKey: \"DwC",
+        "in base64",
+    ),
+    (
+        "    epochs:\n",
+        "    epochs:\n      - {epoch: 1, publicKey: \"hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\", spiSalt: 0}\n",
+        "spec.esp.epochs: a list: a node publishes 2 epochs at most, and there are 3",
+        "newest",
+    ),
     ("port: 51820", "port: 65536", "spec.wireguard[0].port: 65536", "65535"),
     ("      port: 51820\n", "", "spec.wireguard[0].port: the key is missing", "UDP port"),
     ("publicKey: h", "publicKey: ", "spec.wireguard[0].publicKey: \"SDw", "wg show"),
@@ -183,7 +243,9 @@ fn every_wrong_value_is_an_issue_with_file_key_value_and_remedy() {
 
 #[test]
 fn two_devices_of_one_slot_are_an_issue() {
-    let twice = format!("{NODE}{}", NODE.split_once("wireguard:\n").unwrap().1);
+    let (before, devices) = NODE.split_once("wireguard:\n").unwrap();
+    let (device, after) = devices.split_once("  esp:\n").unwrap();
+    let twice = format!("{before}wireguard:\n{device}{device}  esp:\n{after}");
     assert!(only_issue(&twice).message.contains("the same slot"));
 }
 
@@ -234,6 +296,15 @@ fn of_manifests_that_differ_one_wins_and_an_issue_says_so() {
     assert!(snapshot.issues[1].message.starts_with("3 manifests"));
 }
 
+#[test]
+fn of_manifests_with_different_epochs_the_newest_wins() {
+    let (mut older, mut newer) = (record(), record());
+    older.esp.as_mut().unwrap().epochs.pop();
+    newer.esp.as_mut().unwrap().epochs.remove(0);
+    let all = [older.clone(), newer.clone(), older].map(Manifest::Node);
+    assert_eq!(snapshot_from(all).nodes[&n("node-a")], newer);
+}
+
 /// Names that YAML could take for something else.
 fn name() -> impl Strategy<Value = NodeName> {
     let tricky = ["null", "true", "no", "on", "y", "n", "1", "007", "1e3", "0x10", "1.5", "0o7", "inf", "12.0e1"];
@@ -257,6 +328,25 @@ fn dual_stack() -> impl Strategy<Value = DualStack> {
 }
 
 prop_compose! {
+    fn esp()(
+        strong in any::<bool>(),
+        udp_port in prop::option::of(1_u16..),
+        epochs in prop::collection::btree_map(any::<u64>(), (1_u8.., any::<u64>()), 0..3),
+    ) -> EspRecord {
+        let epoch = |(epoch, (key, spi_salt))| EspEpochRecord {
+            epoch,
+            public_key: crate::keys::PublicKey::from_bytes([key; 32]).unwrap(),
+            spi_salt,
+        };
+        EspRecord {
+            cipher: if strong { Aead::AesGcm256 } else { Aead::AesGcm128 },
+            udp_port,
+            epochs: epochs.into_iter().map(epoch).collect(),
+        }
+    }
+}
+
+prop_compose! {
     fn node()(
         name in name(),
         created in -10_000_000_000_i64..10_000_000_000,
@@ -267,6 +357,7 @@ prop_compose! {
         router in dual_stack(),
         vxlan_mac in any::<Option<[u8; 6]>>(),
         wireguard in prop::collection::btree_map(0..2_u8, (any::<u64>(), 1_u16.., 1_u8..), 0..3),
+        esp in prop::option::of(esp()),
     ) -> NodeRecord {
         NodeRecord {
             instance: record().instance,
@@ -281,11 +372,12 @@ prop_compose! {
                 .into_iter()
                 .map(|(slot, (generation, port, key))| WireguardRecord {
                     slot,
-                    generation,
+                    generation: generation & !1 | u64::from(slot),
                     port,
                     public_key: crate::keys::PublicKey::from_bytes([key; 32]).unwrap(),
                 })
                 .collect(),
+            esp,
         }
     }
 }

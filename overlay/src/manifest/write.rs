@@ -8,7 +8,7 @@ use super::{API_VERSION, Manifest};
 use crate::mac::MacAddress;
 use crate::name::{InstanceId, NodeName};
 use crate::prefix::Prefix;
-use crate::record::{DualStack, WireguardRecord};
+use crate::record::{DualStack, EspRecord, WireguardRecord};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -40,6 +40,8 @@ enum Spec<'a> {
         vxlan_mac: Option<MacAddress>,
         #[serde(skip_serializing_if = "<[_]>::is_empty")]
         wireguard: &'a [WireguardRecord],
+        #[serde(skip_serializing_if = "Option::is_none")]
+        esp: Option<&'a EspRecord>,
     },
     Pool {
         cidr: Prefix,
@@ -65,6 +67,7 @@ pub(super) fn to_yaml(manifest: &Manifest) -> String {
                 router: record.router,
                 vxlan_mac: record.vxlan_mac,
                 wireguard: &record.wireguard,
+                esp: record.esp.as_ref(),
             },
         ),
         Manifest::Pool(pool) => {

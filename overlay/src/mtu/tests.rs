@@ -1,4 +1,6 @@
 use super::*;
+use crate::config::Config;
+use crate::esp::Aead;
 use crate::mode::Mode;
 
 const V4: Family = Family::Ipv4;
@@ -37,17 +39,32 @@ fn what_is_left_of_1500_bytes() {
     assert_eq!(wireguard_padding_proof(V6, 1500), Some(1408));
 }
 
+/// Mode, UDP encapsulation, and what is left of 1500 bytes over IPv4 and IPv6.
+const MODES: [(Mode, Option<u16>, u32, u32); 10] = [
+    (Mode::Direct, None, 1500, 1500),
+    (Mode::Direct, Some(4500), 1500, 1500),
+    (Mode::Vxlan, None, 1450, 1430),
+    (Mode::Vxlan, Some(4500), 1450, 1430),
+    (Mode::Wireguard, None, 1440, 1420),
+    (Mode::Wireguard, Some(4500), 1440, 1420),
+    (Mode::Ipsec, None, 1446, 1426),
+    (Mode::Ipsec, Some(4500), 1438, 1418),
+    (Mode::VxlanIpsec, None, 1416, 1396),
+    (Mode::VxlanIpsec, Some(4500), 1408, 1388),
+];
+
 #[test]
-fn modes_have_the_overhead_the_documentation_says() {
-    let left = |mode: Mode| {
-        let of = |family| inner_mtu(&mode.stack(), family, 1500).unwrap();
-        (of(V4), of(V6))
-    };
-    assert_eq!(left(Mode::Direct), (1500, 1500));
-    assert_eq!(left(Mode::Vxlan), (1450, 1430));
-    assert_eq!(left(Mode::Wireguard), (1440, 1420));
-    assert_eq!(left(Mode::Ipsec), (1446, 1426));
-    assert_eq!(left(Mode::VxlanIpsec), (1416, 1396));
+fn configured_modes_have_the_overhead_the_documentation_says() {
+    for (mode, udp_port, v4, v6) in MODES {
+        let mut config = Config::new(vec!["10.42.0.0/16".parse().unwrap()]);
+        (config.mode, config.ipsec.udp_port) = (mode, udp_port);
+        for cipher in Aead::ALL {
+            // The length of the key is not on the wire.
+            config.ipsec.cipher = cipher;
+            let left = |family| inner_mtu(&config.stack(), family, 1500);
+            assert_eq!((left(V4), left(V6)), (Ok(v4), Ok(v6)), "{mode} {udp_port:?} {cipher}");
+        }
+    }
 }
 
 #[test]
@@ -91,10 +108,10 @@ fn too_small_is_a_reason_and_never_clamped() {
 fn what_an_inner_mtu_needs_is_the_least_that_yields_it() {
     let stacks = [
         Stack(vec![]),
-        Mode::Vxlan.stack(),
-        Mode::Wireguard.stack(),
-        Mode::Ipsec.stack(),
-        Mode::VxlanIpsec.stack(),
+        Mode::Vxlan.stack(false),
+        Mode::Wireguard.stack(false),
+        Mode::Ipsec.stack(false),
+        Mode::VxlanIpsec.stack(false),
         Stack(vec![esp(EspMode::Tunnel, Cipher::AesCbcSha256, true)]),
         Stack(vec![Layer::Wireguard, esp(EspMode::Transport, Cipher::AesCbcSha256, false), Layer::Vxlan]),
     ];
@@ -108,17 +125,17 @@ fn what_an_inner_mtu_needs_is_the_least_that_yields_it() {
             }
         }
     }
-    assert_eq!(underlay_needed(&Mode::Wireguard.stack(), V6, 1280), 1360);
+    assert_eq!(underlay_needed(&Mode::Wireguard.stack(false), V6, 1280), 1360);
 }
 
 #[test]
 fn the_ledger_accounts_for_every_byte() {
     let stacks = [
         Stack(vec![]),
-        Mode::Vxlan.stack(),
-        Mode::Wireguard.stack(),
-        Mode::Ipsec.stack(),
-        Mode::VxlanIpsec.stack(),
+        Mode::Vxlan.stack(false),
+        Mode::Wireguard.stack(false),
+        Mode::Ipsec.stack(false),
+        Mode::VxlanIpsec.stack(false),
         Stack(vec![esp(EspMode::Transport, Cipher::AesCbcSha256, true), Layer::Vxlan]),
         Stack(vec![Layer::Wireguard, esp(EspMode::Tunnel, Cipher::AesCbcSha256, true), Layer::Vxlan]),
     ];
@@ -150,15 +167,15 @@ fn the_ledger_shows_what_the_bytes_are() {
     };
     use Component::*;
     assert_eq!(
-        parts(&Mode::Vxlan.stack(), V6, 1500),
+        parts(&Mode::Vxlan.stack(false), V6, 1500),
         [(OuterIpHeader, 40), (UdpHeader, 8), (VxlanHeader, 8), (InnerEthernetHeader, 14)]
     );
     assert_eq!(
-        parts(&Mode::Wireguard.stack(), V4, 1500),
+        parts(&Mode::Wireguard.stack(false), V4, 1500),
         [(OuterIpHeader, 20), (UdpHeader, 8), (WireguardHeader, 16), (Padding, 0), (WireguardTag, 16)]
     );
     assert_eq!(
-        parts(&Mode::VxlanIpsec.stack(), V4, 1501),
+        parts(&Mode::VxlanIpsec.stack(false), V4, 1501),
         [
             (EspHeader, 8),
             (EspIv, 8),
@@ -172,11 +189,21 @@ fn the_ledger_shows_what_the_bytes_are() {
             (InnerEthernetHeader, 14),
         ]
     );
+    // The UDP header of UDP encapsulation stands between the IP header, which in transport mode is the inner layer's, and
+    // ESP.
+    let esp = |remainder| {
+        [(EspHeader, 8), (EspIv, 8), (Padding, 0), (EspTrailer, 2), (EspIcv, 16), (BlockRemainder, remainder)]
+    };
+    let tunnel = [vec![(OuterIpHeader, 40), (UdpHeader, 8)], esp(0).to_vec()].concat();
+    assert_eq!(parts(&Mode::Ipsec.stack(true), V6, 1500), tunnel);
+    let vxlan = vec![(OuterIpHeader, 20), (UdpHeader, 8), (VxlanHeader, 8), (InnerEthernetHeader, 14)];
+    let transport = [vec![(UdpHeader, 8)], esp(0).to_vec(), vxlan].concat();
+    assert_eq!(parts(&Mode::VxlanIpsec.stack(true), V4, 1500), transport);
 }
 
 #[test]
 fn the_ledger_is_readable_by_scripts_and_back() {
-    let ledger = ledger(&Mode::Wireguard.stack(), V6, 1500);
+    let ledger = ledger(&Mode::Wireguard.stack(false), V6, 1500);
     let json = serde_json::to_value(&ledger).unwrap();
     assert_eq!(
         json,
@@ -205,8 +232,10 @@ fn the_ledger_is_readable_by_scripts_and_back() {
 
 #[test]
 fn a_stack_reads_as_people_say_it() {
-    assert_eq!(Mode::VxlanIpsec.stack().to_string(), "VXLAN in ESP transport AES-GCM");
-    assert_eq!(Mode::Direct.stack().to_string(), "no encapsulation");
+    assert_eq!(Mode::VxlanIpsec.stack(false).to_string(), "VXLAN in ESP transport AES-GCM");
+    assert_eq!(Mode::Direct.stack(false).to_string(), "no encapsulation");
+    assert_eq!(Mode::VxlanIpsec.stack(true).to_string(), "VXLAN in ESP transport AES-GCM in UDP");
+    assert_eq!(Mode::Ipsec.stack(true).to_string(), "ESP tunnel AES-GCM in UDP");
     let udp = Stack(vec![esp(EspMode::Tunnel, Cipher::AesCbcSha256, true)]);
     assert_eq!(udp.to_string(), "ESP tunnel AES-CBC-SHA256 in UDP");
 }

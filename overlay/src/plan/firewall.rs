@@ -5,16 +5,23 @@
 //! prerouting  -300  IPv6 link-local talk of a pod              drop: its neighbours are permanent, nobody listens
 //!                   pod with a foreign source address          drop, counter spoofed
 //!                   cluster CIDR seen outside the tunnel       drop, counter plaintext_in
-//! prerouting  -300  VXLAN sent by a pod                        drop, counter pod_to_vtep: masqueraded it would look like ours
-//! input       -150  VXLAN from an address that is no node      drop, counter unknown_vtep
+//! prerouting  -300  VXLAN sent by a pod                        drop, counter pod_to_vtep: masqueraded, it would be ours
+//! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
+//!                   VXLAN from an address that is no node      drop, counter unknown_vtep
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
-//! postrouting  100  into the tunnel from a foreign address     masquerade: the peer drops what is not this node's
+//! postrouting  100  into the tunnel from a foreign address     source NAT: the peer drops what is not this node's
 //!                   pod to an address outside the cluster      masquerade random,fully-random
-//! postrouting  300  cluster CIDR about to leave untunnelled    drop, counter plaintext_out
+//! postrouting  300  on its way through ESP                     accept
+//!                   VXLAN that ESP should protect              drop, counter plaintext_out
+//!                   cluster CIDR about to leave untunnelled    drop, counter plaintext_out
 //! ```
-//! The last chain runs after every address translation (priority 100), so that it sees packets as the wire would.
+//! The last chain runs after every address translation (priority 100), so that it sees packets as the wire would. With one
+//! exception: what IPsec transforms meets the hook before its transformation (net/ipv4/xfrm4_output.c), already bound for the
+//! underlay's interface, and a second time as ESP between nodes. What ESP protected on its way here is known by its security
+//! path; in tunnel mode it also comes out of the xfrm interface.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use super::Context;
 use super::peers::Peer;
@@ -28,9 +35,10 @@ use crate::prefix::{Family, Prefix};
 
 /// Counter of packets a pod sent from an address that is not its own.
 pub const SPOOFED: &str = "spoofed";
-/// Counter of cluster packets that arrived outside the tunnel.
+/// Counter of cluster packets that arrived outside the tunnel, or in a tunnel that was not encrypted though it has to be.
 pub const PLAINTEXT_IN: &str = "plaintext_in";
-/// Counter of cluster packets that were about to leave outside the tunnel.
+/// Counter of cluster packets that were about to leave outside the tunnel, or in a tunnel that would not have been encrypted
+/// though it has to be.
 pub const PLAINTEXT_OUT: &str = "plaintext_out";
 /// Counter of VXLAN packets from addresses that are no nodes.
 pub const UNKNOWN_VTEP: &str = "unknown_vtep";
@@ -58,17 +66,25 @@ pub(super) fn render(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, de
             rule("tunnelled", vec![output("husk*"), Statement::Accept]),
             rule("loopback", vec![output("lo"), Statement::Accept]),
         ];
+        if context.config.mode.uses_esp() {
+            postrouting.push(rule("encrypted", vec![present(MatchKey::Transformation), Statement::Accept]));
+        }
+        if context.config.mode == Mode::VxlanIpsec {
+            let mut statements = to_vtep(context).to_vec();
+            statements.extend([Statement::Counter(PLAINTEXT_OUT.into()), Statement::Drop]);
+            postrouting.push(rule("plaintext_out-vxlan", statements));
+        }
         postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
         insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
     }
     insert(&mut table, "prerouting-guard", ChainKind::Filter, Hook::Prerouting, -300, prerouting);
-    if context.config.mode == Mode::Vxlan {
+    if context.config.mode.uses_vxlan() {
         vtep(context, peers, &mut table);
     }
     insert(&mut table, "forward-mss", ChainKind::Filter, Hook::Forward, -150, clamping());
     let mut translations = Vec::new();
     if guarded {
-        translations.extend(context.families().map(masquerade_into_tunnel));
+        translations.extend(context.router.iter().map(tunnel_source));
     }
     if context.config.masquerade {
         translations.extend(context.families().map(masquerade));
@@ -99,6 +115,14 @@ fn unequal(key: MatchKey, value: MatchValue) -> Statement {
     Statement::Match(Match { key, operator: MatchOperator::NotEqual, value })
 }
 
+fn present(key: MatchKey) -> Statement {
+    equal(key, MatchValue::Present)
+}
+
+fn missing(key: MatchKey) -> Statement {
+    equal(key, MatchValue::Missing)
+}
+
 fn input(interface: &str) -> Statement {
     equal(MatchKey::InputInterface, MatchValue::Text(interface.to_owned()))
 }
@@ -118,13 +142,13 @@ fn antispoofing(context: &Context<'_>, table: &mut NftTable) -> Vec<Rule> {
             SPOOFED,
             vec![
                 input("husk*"),
-                equal(MatchKey::ReversePathInterface, MatchValue::Missing),
+                missing(MatchKey::ReversePathInterface),
                 Statement::Counter(SPOOFED.into()),
                 Statement::Drop,
             ],
         ),
     ];
-    if context.config.mode == Mode::Vxlan {
+    if context.config.mode.uses_vxlan() {
         // To a peer it would come from this node's address, like what this node's own device sends.
         table.counters.insert(POD_TO_VTEP.into());
         let mut statements = vec![input("husk*")];
@@ -168,7 +192,7 @@ fn plaintext_rules(context: &Context<'_>, counter: &str) -> Vec<Rule> {
     rules
 }
 
-/// The VTEP takes packets from known nodes only.
+/// The VTEP takes packets from known nodes only, and where ESP protects them only those it has protected.
 fn vtep(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut NftTable) {
     let family = context.config.underlay.family;
     let known = peers.values().filter(|peer| peer.plan.refused.is_none());
@@ -181,8 +205,14 @@ fn vtep(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut Nft
         Statement::Counter(UNKNOWN_VTEP.into()),
         Statement::Drop,
     ]);
-    let stranger = rule(UNKNOWN_VTEP, statements);
-    insert(table, "input-vtep", ChainKind::Filter, Hook::Input, -150, vec![stranger]);
+    let mut rules = Vec::new();
+    if context.config.mode == Mode::VxlanIpsec {
+        let mut statements = to_vtep(context).to_vec();
+        statements.extend([missing(MatchKey::Decrypted), Statement::Counter(PLAINTEXT_IN.into()), Statement::Drop]);
+        rules.push(rule("plaintext_in-vxlan", statements));
+    }
+    rules.push(rule(UNKNOWN_VTEP, statements));
+    insert(table, "input-vtep", ChainKind::Filter, Hook::Input, -150, rules);
 }
 
 fn clamping() -> Vec<Rule> {
@@ -196,14 +226,16 @@ fn clamping() -> Vec<Rule> {
 
 /// What the host forwards, or sends from an address chosen before the route was known (a service address translated to a
 /// pod's), enters the tunnel with the node's overlay address: the peer accepts no other from this node, and its answer comes
-/// back through the tunnel.
-fn masquerade_into_tunnel(family: Family) -> Rule {
+/// back through the tunnel. It is the node's own choice rather than masquerading's, so that connections go on when a key
+/// rotation moves a route to the other WireGuard device.
+fn tunnel_source(router: IpAddr) -> Rule {
+    let family = Family::of(router);
     rule(
         format!("tunnel-source-{}", family.to_string().to_lowercase()),
         vec![
             output("husk-*"),
             unequal(MatchKey::Source(family), MatchValue::Set(cluster_set(family))),
-            Statement::Masquerade,
+            Statement::TranslateSource(router),
         ],
     )
 }
@@ -220,3 +252,6 @@ fn masquerade(family: Family) -> Rule {
         ],
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
+use crate::facts::OwnEpoch;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::keys::PublicKey;
 use crate::mode::Mode;
@@ -15,6 +16,7 @@ use crate::mtu::{Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 use crate::record::{DualStack, NodeRecord};
+use crate::rotation::PeerKeys;
 
 /// 2026-01-01T00:00:00Z: no node can have joined a cluster before.
 const EARLIEST: jiff::Timestamp = jiff::Timestamp::constant(1_767_225_600, 0);
@@ -29,6 +31,8 @@ pub struct PeerPlan {
     pub port: Option<u16>,
     /// Its public key, in modes that have one.
     pub public_key: Option<PublicKey>,
+    /// The keys in use, in encrypted modes.
+    pub keys: PeerKeys,
     /// Blocks routed to it.
     pub blocks: BTreeSet<Prefix>,
     /// Its own addresses inside the overlay.
@@ -90,10 +94,17 @@ impl Registry {
         let node = &context.facts.node;
         Self {
             addresses: Claims(context.facts.addresses.iter().map(|address| (address, node.clone())).collect()),
-            keys: Claims(context.facts.wireguard_keys.values().map(|key| (*key, node.clone())).collect()),
+            keys: Claims(own_epochs(context).map(|epoch| (epoch.public_key, node.clone())).collect()),
             blocks: context.own_blocks.iter().map(|block| (*block, node.clone())).collect(),
         }
     }
+}
+
+/// The own keys of the technology in use.
+fn own_epochs<'a>(context: &Context<'a>) -> impl Iterator<Item = &'a OwnEpoch> + use<'a> {
+    let wireguard = context.config.mode.uses_wireguard().then_some(&context.facts.wireguard_epochs);
+    let esp = context.facts.esp.as_ref().filter(|_| context.config.mode.uses_esp()).map(|esp| &esp.epochs);
+    wireguard.into_iter().chain(esp).flat_map(|epochs| epochs.values())
 }
 
 /// All peers in the order of their names; a peer whose claims clash is there too, refused.
@@ -124,15 +135,16 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
         address,
         port: None,
         public_key: None,
+        keys: PeerKeys::default(),
         blocks: BTreeSet::new(),
         router: DualStack::default(),
-        ledger: ledger(&context.config.mode.stack(), family, underlay_mtu),
+        ledger: ledger(&context.config.stack(), family, underlay_mtu),
         refused: None,
     };
     let mut peer = Peer { record: record.clone(), plan };
     claim_addresses(context, &mut peer, registry, issues);
-    if peer.plan.refused.is_none() && context.config.mode == Mode::Wireguard {
-        claim_keys(&mut peer, registry, issues);
+    if peer.plan.refused.is_none() {
+        claim_keys(context.config.mode, &mut peer, registry, issues);
     }
     if peer.plan.refused.is_some() {
         peer.record.blocks.clear();
@@ -191,8 +203,10 @@ fn claim_addresses(context: &Context<'_>, peer: &mut Peer, registry: &mut Regist
     }
 }
 
-fn claim_keys(peer: &mut Peer, registry: &mut Registry, issues: &mut Vec<Issue>) {
-    let keys: Vec<PublicKey> = peer.record.wireguard.iter().map(|device| device.public_key).collect();
+fn claim_keys(mode: Mode, peer: &mut Peer, registry: &mut Registry, issues: &mut Vec<Issue>) {
+    let wireguard = peer.record.wireguard.iter().filter(|_| mode.uses_wireguard()).map(|device| device.public_key);
+    let esp = peer.record.esp.iter().filter(|_| mode.uses_esp()).flat_map(|esp| &esp.epochs);
+    let keys: Vec<PublicKey> = wireguard.chain(esp.map(|epoch| epoch.public_key)).collect();
     if let Err((key, other)) = registry.keys.take(&keys, &peer.record.name) {
         let message = format!("the node publishes the public key {key}, which belongs to {other}");
         let remedy = "remove the copied key file on that node and restart its daemon".into();

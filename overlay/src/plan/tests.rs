@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
-use crate::facts::{UnderlayRoute, WireguardSupport};
+use crate::facts::{OwnEpoch, UnderlayRoute, WireguardSupport};
 use crate::kernel::{LinkKind, MatchValue, Route, RouteKey, RouteTarget, SetElement, Statement};
 use crate::keys::PrivateKey;
 use crate::name::{ContainerId, InstanceId, InterfaceName, NetworkName};
@@ -62,6 +63,7 @@ fn record(index: u8) -> NodeRecord {
         router: router_addresses(&blocks(index)),
         vxlan_mac: Some(vxlan_mac(&name)),
         wireguard: vec![WireguardRecord { slot: 0, generation: 0, port: 51820, public_key: key(index) }],
+        esp: None,
         name,
     }
 }
@@ -93,7 +95,11 @@ fn facts(count: u8) -> Facts {
             .map(|to| (to, route()))
             .collect(),
         wireguard: Some(WireguardSupport::Kernel),
-        wireguard_keys: BTreeMap::from([(0, key(0))]),
+        wireguard_epochs: BTreeMap::from([(0, OwnEpoch { public_key: key(0), spi_salt: 0, created: Duration::ZERO })]),
+        sessions: BTreeMap::new(),
+        esp: None,
+        uptime: Duration::ZERO,
+        rotation_requested: false,
         pod_interfaces: BTreeSet::new(),
         threaded_napi: true,
         ipv6: true,

@@ -13,9 +13,11 @@ use crate::kernel::{Desired, FdbKey, Link, LinkKind, NeighbourKey, Route, RouteT
 use crate::marks;
 use crate::name::{InterfaceName, NodeName};
 
+/// Device, entries and routes. Peers that cannot be sent to yet get no entries and no routes; what they claim counts.
 pub(super) fn render(
     context: &Context<'_>,
     peers: &mut BTreeMap<NodeName, Peer>,
+    can_send: impl Fn(&Peer) -> bool,
     desired: &mut Desired,
     issues: &mut Vec<Issue>,
 ) {
@@ -45,6 +47,9 @@ pub(super) fn render(
             macs.insert(mac, other.clone());
             let message = format!("the node publishes the Ethernet address {mac}, which belongs to {other}");
             peer.refuse(issues, IssueKind::DuplicateKey, message, "restart the node's daemon".into());
+            continue;
+        }
+        if !can_send(peer) {
             continue;
         }
         desired.fdb.insert(FdbKey { interface: interface.clone(), mac }, address);

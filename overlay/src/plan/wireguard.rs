@@ -1,80 +1,101 @@
-//! Mode `wireguard`: one device holds all peers; a peer's allowed-ips are its blocks, so that the device itself drops
-//! whatever a peer sends from addresses that are not its own.
+//! Mode `wireguard`: a device holds all peers; a peer's allowed-ips are its blocks, so that the device itself drops whatever
+//! a peer sends from addresses that are not its own.
 //!
-//! The device of slot 0 carries the mesh. The second slot is for key rotation: allowed-ips are unique within a device, so
-//! that one device could not accept a peer's old and new key at once.
+//! # Generations
+//!
+//! Allowed-ips are unique within a device, so one device cannot accept a peer's old and new key at once. A rotation is
+//! therefore a *generation* of the whole cluster: generation g lives in the device of slot g mod 2, each node has a fresh key
+//! in it, and each device is a full mesh of the nodes that publish the generation. For node and peer alike:
+//!
+//! 1. *Begin.* A node begins generation g + 1 when its key is old or somebody asks, and when nobody it shares g with
+//!    publishes
+//!    anything but g. A node that sees a higher generation than its own follows. The device is configured before the record
+//!    is published.
+//! 2. *Move.* In a generation that two nodes have begun and that has no session yet, they have a keepalive, which makes their
+//!    devices start a handshake without any traffic. The route to a peer leads into the newest generation common to both
+//!    whose handshake is done; what comes in either device is accepted, so that nobody has to move at the same time.
+//! 3. *Withdraw.* When all peers that publish the old generation are reached in the newer one, and the old device was quiet
+//!    in
+//!    both directions for the grace period, the node publishes the newer generation only. It still receives in the old one.
+//!    A node that has withdrawn sends nothing in the old generation any more, so that peers take its key out of their device.
+//! 4. *Retire.* When no peer publishes the old generation any more, nobody sends in it, and key and device go.
+//!
+//! Withdrawing and retiring are two steps, because "quiet" looks back only: a peer may begin to send in the moment the device
+//! goes. What peers publish looks ahead: who has withdrawn will not.
+//!
+//! A peer whose daemon is dead publishes the old generation only. It is reached in the old device, which everybody keeps,
+//! until the newer key is [`hard_lifetime`](crate::config::RotationConfig::hard_lifetime) old: then nodes withdraw all the
+//! same, and retire a grace period later. From then on they share no generation with that peer, and the next rotation does
+//! not wait for it; nor for one that died in between and publishes both. When it comes back it follows: into the other slot,
+//! in place of a generation nobody else publishes, or, where both slots are in use by others, by beginning one more
+//! generation in the slot that falls free first.
+//!
+//! A node that lost its keys (a reboot) or never had any begins the newest generation only: nobody can reach it in an
+//! older one anyway. Sessions are known by the peer's public key, so that those of its former key say nothing of the new.
+//!
+//! # What the engine owes
+//!
+//! All is decided from facts and snapshot, without memory, pass after pass. For that the engine fills in, at the start of
+//! every pass:
+//!
+//! - `wireguard_epochs`: every generation whose private key the node holds, also one that is withdrawn; at most two, of
+//!   different parity, not necessarily consecutive. `created` is the time since boot at which the key was made.
+//! - `sessions`: an entry for every peer in either device. `handshaken` says that *this node may send*: the session is known
+//!   to be complete on both sides. For the kernel this is a last handshake other than zero (the initiator sets it with the
+//!   response, the responder with the first packet it can decrypt: `wg_timers_handshake_complete`). The userspace device shows
+//!   a last handshake as soon as it has answered an initiation, and sends under a session whose answer may be lost: there,
+//!   bytes must have been received that are no multiple of an initiation's 148. Once true it stays true as long as the peer is
+//!   in the device with the device's key; userspace devices forget their sessions.
+//!   `quiet` is for how long the peer's counters of received and sent bytes have both not changed; it starts at zero when the
+//!   daemon starts.
+//! - `rotation_requested` until a `Begin` was executed, whatever its cause; `uptime`.
+//!
+//! After reconciliation and after publishing it executes the actions of [`Rotation`], in order, unless the source has not yet
+//! delivered the whole cluster, and passes again at once. As long as `unconfirmed` names a peer, or a route has just moved,
+//! it sends packets to that peer's router address: they and their answers are the data that completes a handshake at the
+//! responder. A userspace device gives up a handshake after 90 seconds, keepalive or not; from then on it is the peer's turn
+//! to begin one.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+mod devices;
+mod generations;
+mod offers;
+
+use std::collections::BTreeMap;
 
 use super::Context;
-use super::local::{route_key, router_on};
 use super::peers::Peer;
 use crate::config::WireguardChoice;
 use crate::facts::WireguardSupport;
 use crate::issue::{Issue, IssueKind, Severity};
-use crate::kernel::{Desired, Link, LinkKind, Route, RouteTarget, WireguardDevice, WireguardPeer};
-use crate::marks;
-use crate::name::{InterfaceName, NodeName};
+use crate::kernel::Desired;
+use crate::name::NodeName;
+use crate::rotation::Rotation;
+use generations::Generations;
 
-/// The slot in use.
-const ACTIVE_SLOT: u8 = 0;
+/// Slot of the device of a generation: the parity.
+pub(super) fn slot_of(generation: u64) -> u8 {
+    u8::from(generation % 2 == 1)
+}
 
+/// Renders the devices of all generations held, with peers and routes, and says what to do with the keys.
 pub(super) fn render(
     context: &Context<'_>,
     peers: &mut BTreeMap<NodeName, Peer>,
     desired: &mut Desired,
     issues: &mut Vec<Issue>,
-) {
-    let Some(userspace) = device_choice(context, issues) else { return };
-    let (Some(public_key), Some(mtu)) = (context.facts.wireguard_keys.get(&ACTIVE_SLOT), context.inner_mtu) else {
-        return;
+) -> Rotation {
+    let device = device_choice(context, issues);
+    let (Some(userspace), Some(mtu)) = (device, context.inner_mtu) else {
+        // Without a device there is nothing to rotate; the keys stay as they are.
+        return Rotation { published: context.facts.wireguard_epochs.keys().copied().collect(), ..Rotation::default() };
     };
-    let interface = InterfaceName::new(marks::WIREGUARD_INTERFACES[usize::from(ACTIVE_SLOT)])
-        .expect("a constant of eight letters and digits");
-    let kind = if userspace { LinkKind::WireguardUserspace } else { LinkKind::Wireguard };
-    let threaded_napi = context.facts.threaded_napi && !userspace;
-    desired.links.insert(interface.clone(), Link { kind, mtu, mac: None, threaded_napi });
-    router_on(context, &interface, desired);
-    let mut device = WireguardDevice {
-        userspace,
-        public_key: *public_key,
-        listen_port: context.config.wireguard.port_of(ACTIVE_SLOT),
-        peers: BTreeMap::new(),
-    };
-    for peer in peers.values_mut().filter(|peer| peer.plan.refused.is_none()) {
-        let published = peer.record.wireguard.iter().find(|published| published.slot == ACTIVE_SLOT).cloned();
-        let (Some(address), Some(published)) = (peer.plan.address, published) else {
-            let message = "the node publishes no WireGuard key".to_owned();
-            peer.refuse(issues, IssueKind::IncompletePeer, message, "use the same mode on all nodes".into());
-            continue;
-        };
-        peer.plan.public_key = Some(published.public_key);
-        peer.plan.port = Some(published.port);
-        let configuration = WireguardPeer {
-            endpoint: Some(SocketAddr::new(address, published.port)),
-            allowed_ips: peer.record.blocks.iter().copied().collect::<BTreeSet<_>>(),
-            keepalive: context.config.wireguard.keepalive,
-        };
-        device.peers.insert(published.public_key, configuration);
-        for block in &peer.record.blocks {
-            let target = RouteTarget::Interface { interface: interface.clone(), via: None, onlink: false };
-            let source = context.router.get(block.family());
-            let route_mtu = if userspace { padded_route_mtu(peer, mtu) } else { peer.mtu() };
-            desired.routes.insert(route_key(*block), Route { target, source, mtu: route_mtu });
-        }
+    let offers = offers::believe(context, peers, issues);
+    let generations = Generations::new(context, &offers);
+    if !context.facts.wireguard_epochs.is_empty() {
+        let devices = devices::Devices { context, generations: &generations, userspace, mtu };
+        devices.render(peers, desired, issues);
     }
-    desired.wireguard.insert(interface, device);
-}
-
-/// The userspace device pads packets to 16 bytes, but never to more than this or its own MTU; the kernel's never pads beyond
-/// the MTU of the route (`calculate_skb_padding` in drivers/net/wireguard/send.c).
-const USERSPACE_PADDING_LIMIT: u32 = 1280;
-
-/// To a peer whose MTU lies within what a userspace device pads to, the route needs the value that holds with any padding.
-fn padded_route_mtu(peer: &Peer, device_mtu: u32) -> Option<u32> {
-    let exact = peer.mtu()?;
-    if exact < device_mtu.min(USERSPACE_PADDING_LIMIT) { peer.plan.ledger.padding_proof } else { Some(exact) }
+    generations.rotation()
 }
 
 /// Whether the device is a userspace one; none, with an issue, if none can be had. There is no plaintext in its place.
@@ -105,3 +126,6 @@ fn device_choice(context: &Context<'_>, issues: &mut Vec<Issue>) -> Option<bool>
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

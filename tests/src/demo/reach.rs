@@ -16,7 +16,7 @@ use husk_overlay::prefix::Family;
 use super::progress::Step;
 use super::report::{Asked, Beyond, Check, Checks, Pair};
 use crate::probe::{Echo, EchoServer, Reach, payload, tcp};
-use crate::{Cluster, Host, Netns, Pod};
+use crate::{Cluster, Host, Netns, Pod, patience};
 
 /// Bytes of a transfer: some packets of full size each way, and no more than a socket takes at once.
 const TRANSFER: usize = 20_000;
@@ -56,7 +56,7 @@ pub(super) fn members<'a>(cluster: &'a Cluster, pods: &'a [(usize, Pod)]) -> Res
 /// waiting.
 pub(super) fn pairs(members: &[Member<'_>], step: &Step) -> Vec<Pair> {
     let (asked, total) = (AtomicUsize::new(0), members.len() * members.len().saturating_sub(1) * Family::ALL.len());
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + patience(LIMIT);
     let row = |from: &Member<'_>| {
         let others: Vec<_> = members.iter().filter(|to| to.pod.name() != from.pod.name()).collect();
         let columns = in_parallel(&Family::ALL, |family| {
@@ -109,7 +109,7 @@ fn transfer(netns: &Netns, to: SocketAddr) -> Check {
 
 fn there_and_back(netns: &Netns, to: SocketAddr) -> Result<()> {
     let mut stream = tcp::connect(netns, to, STALL_LIMIT)?;
-    stream.set_read_timeout(Some(STALL_LIMIT))?;
+    stream.set_read_timeout(Some(patience(STALL_LIMIT)))?;
     stream.write_all(&payload::of_length(TRANSFER)).context("sending")?;
     stream.shutdown(Shutdown::Write).context("ending the stream")?;
     let mut echoed = Vec::new();
@@ -117,7 +117,8 @@ fn there_and_back(netns: &Netns, to: SocketAddr) -> Result<()> {
         let bytes = echoed.len();
         ensure!(
             error.kind() != ErrorKind::WouldBlock,
-            "connected, and after {bytes} bytes nothing for {STALL_LIMIT:?}"
+            "connected, and after {bytes} bytes nothing for {:?}",
+            patience(STALL_LIMIT)
         );
         return Err(error).with_context(|| format!("connected, and nothing more after {bytes} bytes"));
     }
@@ -157,7 +158,7 @@ pub(super) fn beyond(mode: Mode, cluster: &Cluster, members: &[Member<'_>], step
         members,
         servers: cluster.hosts().iter().map(|host| EchoServer::start(host.netns())).collect::<Result<_>>()?,
         cluster,
-        deadline: Instant::now() + LIMIT,
+        deadline: Instant::now() + patience(LIMIT),
     };
     let underlay = cluster.families();
     let both = Family::ALL.to_vec();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use husk_overlay::mode::Mode;
-use husk_overlay::mtu::Ledger;
+use husk_overlay::mtu::{Ledger, underlay_needed};
 use husk_overlay::prefix::Family;
 use serde::Serialize;
 use serde_json::Value;
@@ -293,8 +293,15 @@ impl Report {
         }
     }
 
+    /// Length of the largest packet that fits the underlay: what ESP pads to four bytes may leave up to three of them.
+    pub(super) fn full_packet(&self) -> usize {
+        let needed = |ledger: Ledger| Some(underlay_needed(&ledger.stack, ledger.outer, ledger.inner?));
+        let needed = self.ledger().ok().and_then(needed).and_then(|needed| usize::try_from(needed).ok());
+        needed.unwrap_or(self.underlay_mtu)
+    }
+
     pub(super) fn check_wire(&mut self) {
-        let problems = self.wire.problems(self.mode, self.underlay_mtu);
+        let problems = self.wire.problems(self.mode, self.full_packet());
         self.failures.extend(problems);
     }
 

@@ -201,7 +201,7 @@ impl Writer {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
-        let fits = if wire.largest_packet == report.underlay_mtu { "✓" } else { "✗" };
+        let fits = if wire.largest_packet == report.full_packet() { "✓" } else { "✗" };
         let whole = if wire.fragments == 0 { "✓" } else { "✗" };
         let sizes = format!(
             "\n  {fits} Largest packet: {} bytes, on an underlay with MTU {}.\n  {whole} Fragments: {}.\n",

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use husk_overlay::mode::Mode;
+use husk_overlay::mtu::Stack;
 use husk_overlay::prefix::{Family, Prefix};
 use serde::Serialize;
 
@@ -88,10 +89,11 @@ fn belongs(kind: Kind, mode: Mode) -> bool {
     match kind {
         Kind::Arp | Kind::NeighbourDiscovery | Kind::MulticastListener => true,
         Kind::Wireguard => mode.uses_wireguard(),
-        Kind::Vxlan => mode.uses_vxlan(),
-        Kind::Esp => mode.encrypted(),
+        // Within ESP nobody sees it.
+        Kind::Vxlan => mode == Mode::Vxlan,
+        Kind::Esp => mode.uses_esp(),
         Kind::Icmp | Kind::Tcp | Kind::Udp => mode == Mode::Direct,
-        Kind::Fragment | Kind::OtherIp | Kind::Other => false,
+        Kind::EspInUdp | Kind::Fragment | Kind::OtherIp | Kind::Other => false,
     }
 }
 
@@ -101,8 +103,8 @@ impl Wire {
         self.between_hosts.values().fold(Count::default(), Count::plus)
     }
 
-    /// What does not hold and should in this mode.
-    pub(super) fn problems(&self, mode: Mode, underlay_mtu: usize) -> Vec<Failure> {
+    /// What does not hold and should in this mode; `full` is the length of the largest packet that fits the underlay's MTU.
+    pub(super) fn problems(&self, mode: Mode, full: usize) -> Vec<Failure> {
         let total = self.total();
         let mut problems = Vec::new();
         let mut demand = |holds: bool, what: &str, expected: String, got: String| {
@@ -113,9 +115,9 @@ impl Wire {
         };
         demand(self.fragments == 0, "fragments", "none".into(), self.fragments.to_string());
         demand(
-            self.largest_packet == underlay_mtu,
+            self.largest_packet == full,
             "largest packet",
-            format!("{underlay_mtu} bytes: the underlay's MTU is used to the byte and never exceeded"),
+            format!("{full} bytes: the underlay's MTU is used to the byte and never exceeded"),
             format!("{} bytes", self.largest_packet),
         );
         demand(self.unexpected.is_empty(), "kinds of packets", only(mode), self.unexpected.join(", "));
@@ -149,7 +151,11 @@ impl Wire {
 fn only(mode: Mode) -> String {
     match mode {
         Mode::Direct => "pod packets and what a link needs".to_owned(),
-        _ => format!("{} and what a link needs", mode.stack()),
+        // Of more than one layer a capture sees the outermost.
+        _ => {
+            let outermost = mode.stack(false).0.into_iter().take(1).collect();
+            format!("{} and what a link needs", Stack(outermost))
+        }
     }
 }
 
@@ -175,6 +181,7 @@ mod tests {
     #[test]
     fn each_mode_has_its_own_truth() {
         assert!(wire(Kind::Wireguard, 0).problems(Mode::Wireguard, 1500).is_empty());
+        assert!(wire(Kind::Esp, 0).problems(Mode::VxlanIpsec, 1500).is_empty());
         assert!(wire(Kind::Vxlan, 5).problems(Mode::Vxlan, 1500).is_empty());
         assert_eq!(wire(Kind::Wireguard, 1).problems(Mode::Wireguard, 1500).len(), 2);
         assert_eq!(wire(Kind::Vxlan, 0).problems(Mode::Vxlan, 1500).len(), 1);
@@ -201,5 +208,7 @@ mod tests {
             assert!(belongs(kind, Mode::Direct) && !belongs(kind, Mode::Wireguard) && !belongs(kind, Mode::Vxlan));
         }
         assert!(belongs(Kind::Wireguard, Mode::Wireguard) && !belongs(Kind::Vxlan, Mode::Wireguard));
+        assert!(belongs(Kind::Esp, Mode::Ipsec) && !belongs(Kind::Esp, Mode::Wireguard));
+        assert!(belongs(Kind::Esp, Mode::VxlanIpsec) && !belongs(Kind::Vxlan, Mode::VxlanIpsec));
     }
 }

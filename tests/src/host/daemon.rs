@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{Host, lock};
-use crate::eventually;
 use crate::process;
+use crate::{eventually, patience};
 
 /// How long a daemon may take until pods can be added, and to end after a signal.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
@@ -46,9 +46,13 @@ impl Host {
         let mut child = lock(&self.daemon).take().with_context(|| format!("no daemon runs on {name}"))?;
         let pid = Pid::from_raw(child.id().try_into().context("a process id beyond i32")?);
         kill(pid, signal).with_context(|| format!("sending {signal} to the daemon of {name}"))?;
-        let status = process::wait(&mut child, TIME_LIMIT)?;
+        let status = process::wait(&mut child, patience(TIME_LIMIT))?;
         status.with_context(|| {
-            format!("the daemon of {name} ignored {signal} for {TIME_LIMIT:?}; its log ends:\n{}", self.log_end())
+            format!(
+                "the daemon of {name} ignored {signal} for {:?}; its log ends:\n{}",
+                patience(TIME_LIMIT),
+                self.log_end()
+            )
         })
     }
 

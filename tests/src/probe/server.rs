@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::host::lock;
 use crate::netns::Netns;
+use crate::patience;
 
 /// How often a thread looks whether it should stop.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -140,7 +141,7 @@ fn echo(mut stream: TcpStream, shared: &Shared) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(WRITE_LIMIT))?;
+    stream.set_write_timeout(Some(patience(WRITE_LIMIT)))?;
     let mut buffer = vec![0; 64 << 10];
     while !shared.stopping() {
         match stream.read(&mut buffer) {

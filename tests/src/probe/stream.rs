@@ -2,24 +2,29 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use husk_overlay::prefix::Family;
+use nix::errno::Errno;
 
 use super::socket::{Probe, Protocol, enlarge_queue};
 use super::{echo, payload};
 use crate::host::lock;
 use crate::netns::Netns;
+use crate::{pace, patience};
 
 /// Length of the payload: the marker, the number, and some bytes to make it a usual ping.
 const PAYLOAD: usize = 64;
 
-/// How long packets may still be under way after the last was sent.
+/// How long packets may still be under way after the last was sent, before [`patience`].
 const DRAIN: Duration = Duration::from_secs(1);
+
+/// How long the first packet of a stream travels alone, before [`patience`].
+const FIRST: Duration = Duration::from_millis(100);
 
 /// How often a thread looks whether it should stop.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -33,12 +38,17 @@ pub struct Report {
     pub received: u64,
     /// Packets that never arrived.
     pub lost: u64,
+    /// The number of the first of them, counted from 0, once the stream has stopped: it tells whether it was lost at the
+    /// beginning, at the end, or in between.
+    pub first_lost: Option<u64>,
     /// Arrivals of a packet that had arrived before.
     pub duplicated: u64,
     /// Arrivals after a packet with a higher number.
     pub reordered: u64,
     /// Packets that the kernel refused to send.
     pub refused: u64,
+    /// Why it refused the last of them: its own reason, or the one that an ICMP error brought for an earlier packet.
+    pub refusal: Option<Errno>,
     /// The longest time between two arrivals.
     pub largest_gap: Duration,
 }
@@ -53,9 +63,13 @@ impl Report {
 
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { sent, received, lost, duplicated, reordered, refused, largest_gap } = self;
+        let Self { sent, received, lost, first_lost, duplicated, reordered, refused, refusal, largest_gap } = self;
         write!(f, "{sent} sent, {received} received, {lost} lost, {refused} refused, {duplicated} duplicated, ")?;
-        write!(f, "{reordered} reordered, longest gap {largest_gap:?}")
+        write!(f, "{reordered} reordered, longest gap {largest_gap:?}")?;
+        if let Some(first) = first_lost {
+            write!(f, ", first lost number {first}")?;
+        }
+        refusal.map_or(Ok(()), |refusal| write!(f, ", last refused for {refusal}"))
     }
 }
 
@@ -65,7 +79,23 @@ struct Shared {
     stop_receiving: AtomicBool,
     sent: AtomicU64,
     refused: AtomicU64,
+    refusal: AtomicI32,
     arrivals: Mutex<Arrivals>,
+}
+
+impl Shared {
+    /// Waits until the first packet has arrived, or a while if it does not. A flow's first packet enters it into connection
+    /// tracking at the end of its way through a host; one that overtakes it on another processor until then is dropped, as
+    /// the entry is there already (net/netfilter/nf_conntrack_core.c, `nf_ct_resolve_clash`; of ICMP none is resolved).
+    fn await_first(&self) {
+        let deadline = Instant::now() + patience(FIRST);
+        while lock(&self.arrivals).last.is_none()
+            && !self.stop_sending.load(Ordering::Relaxed)
+            && Instant::now() < deadline
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -100,7 +130,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Pings `to` this often per second; arrivals are the replies.
+    /// Pings `to` this often per second, at the machine's [`pace`]; arrivals are the replies.
     ///
     /// # Errors
     /// When there is no way to `to`.
@@ -112,7 +142,7 @@ impl Stream {
             per_second,
             move |number, body| {
                 let sequence = u16::try_from(number & 0xffff).unwrap_or(0);
-                sending.send(&echo::request(family, id, sequence, body)).is_ok()
+                sending.send(&echo::request(family, id, sequence, body))
             },
             move |buffer| {
                 let length = probe.receive(buffer, Instant::now() + PATIENCE).ok().flatten()?;
@@ -121,7 +151,8 @@ impl Stream {
         ))
     }
 
-    /// Sends UDP datagrams this often per second to a receiver at `to`, an address of the namespace `receiver`.
+    /// Sends UDP datagrams this often per second, at the machine's [`pace`], to a receiver at `to`, an address of the
+    /// namespace `receiver`.
     ///
     /// # Errors
     /// When there is no way to `to`, or it is no address of the receiver's.
@@ -133,14 +164,14 @@ impl Stream {
         let probe = open(sender, Protocol::Udp(socket.local_addr()?.port()), to)?;
         Ok(Self::start(
             per_second,
-            move |_, body| probe.send(body).is_ok(),
+            move |_, body| probe.send(body),
             move |buffer| socket.recv(buffer).ok().and_then(|length| number(&buffer[..length])),
         ))
     }
 
     fn start(
         per_second: u32,
-        mut send: impl FnMut(u64, &[u8]) -> bool + Send + 'static,
+        mut send: impl FnMut(u64, &[u8]) -> nix::Result<()> + Send + 'static,
         mut receive: impl FnMut(&mut [u8]) -> Option<u64> + Send + 'static,
     ) -> Self {
         let shared = Arc::new(Shared::default());
@@ -157,15 +188,25 @@ impl Stream {
         });
         let sender = thread::spawn({
             let shared = Arc::clone(&shared);
-            let interval = Duration::from_secs(1) / per_second.max(1);
+            let interval = Duration::from_secs(1) / pace(per_second);
             move || {
                 let mut due = Instant::now();
                 let mut number = 0;
                 while !shared.stop_sending.load(Ordering::Relaxed) {
                     let mut body = payload::of_length(PAYLOAD);
                     body[payload::MARKER.len()..][..8].copy_from_slice(&u64::to_be_bytes(number));
-                    let counter = if send(number, &body) { &shared.sent } else { &shared.refused };
+                    let counter = match send(number, &body) {
+                        Ok(()) => &shared.sent,
+                        Err(refusal) => {
+                            shared.refusal.store(refusal as i32, Ordering::Relaxed);
+                            &shared.refused
+                        }
+                    };
                     counter.fetch_add(1, Ordering::Relaxed);
+                    if number == 0 {
+                        shared.await_first();
+                        due = Instant::now();
+                    }
                     number += 1;
                     due += interval;
                     thread::sleep(due.saturating_duration_since(Instant::now()));
@@ -181,13 +222,16 @@ impl Stream {
         let arrivals = lock(&self.shared.arrivals);
         let (sent, received) = (self.shared.sent.load(Ordering::Relaxed), arrivals.seen.len() as u64);
         // An answer may come before the sender has counted its question.
+        let lost = sent.saturating_sub(received);
         Report {
             sent,
             received,
-            lost: sent.saturating_sub(received),
+            lost,
+            first_lost: None,
             duplicated: arrivals.duplicated,
             reordered: arrivals.reordered,
             refused: self.shared.refused.load(Ordering::Relaxed),
+            refusal: Some(self.shared.refusal.load(Ordering::Relaxed)).filter(|it| *it != 0).map(Errno::from_raw),
             largest_gap: arrivals.largest_gap,
         }
     }
@@ -198,13 +242,16 @@ impl Stream {
     /// When a thread of the stream panicked.
     pub fn stop(mut self) -> Result<Report> {
         self.finish()?;
-        Ok(self.so_far())
+        let report = self.so_far();
+        let arrivals = lock(&self.shared.arrivals);
+        let first_lost = (0..report.sent).find(|number| !arrivals.seen.contains(number));
+        Ok(Report { first_lost, ..report })
     }
 
     fn finish(&mut self) -> Result<()> {
         self.shared.stop_sending.store(true, Ordering::Relaxed);
         join(self.sender.take())?;
-        let deadline = Instant::now() + DRAIN;
+        let deadline = Instant::now() + patience(DRAIN);
         while self.receiver.is_some() && self.so_far().lost > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }

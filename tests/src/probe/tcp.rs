@@ -11,12 +11,19 @@ use anyhow::{Context, Result, anyhow, ensure};
 
 use super::payload;
 use crate::netns::Netns;
+use crate::patience;
+
+/// How long a connection may take to be made.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a connection may stand still before it counts as broken.
 const STALL_LIMIT: Duration = Duration::from_secs(20);
 
-/// Bytes of one write.
+/// Bytes of one write at most.
 const CHUNK: usize = 64 << 10;
+
+/// Writes per second of a flow, unless that makes them too large: a stall is told no finer.
+const WRITES_PER_SECOND: u32 = 50;
 
 /// A finished transfer.
 #[derive(Debug, Clone, Copy)]
@@ -34,13 +41,13 @@ pub struct Transfer {
 /// Connects from a namespace.
 ///
 /// # Errors
-/// When the connection is refused or not made within `limit`; the cause is an [`std::io::Error`].
+/// When the connection is refused or not made within `limit`, with [`patience`]; the cause is an [`std::io::Error`].
 pub fn connect(netns: &Netns, to: SocketAddr, limit: Duration) -> Result<TcpStream> {
-    let stream = netns.run(|| TcpStream::connect_timeout(&to, limit))?;
+    let stream = netns.run(|| TcpStream::connect_timeout(&to, patience(limit)))?;
     let stream = stream.with_context(|| format!("connecting to {to} from {}", netns.name()))?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(STALL_LIMIT))?;
-    stream.set_write_timeout(Some(STALL_LIMIT))?;
+    stream.set_read_timeout(Some(patience(STALL_LIMIT)))?;
+    stream.set_write_timeout(Some(patience(STALL_LIMIT)))?;
     Ok(stream)
 }
 
@@ -50,10 +57,10 @@ pub fn connect(netns: &Netns, to: SocketAddr, limit: Duration) -> Result<TcpStre
 /// When the connection is not made within five seconds, stands still, breaks, or brings a wrong byte.
 pub fn transfer(netns: &Netns, to: SocketAddr, bytes: u64) -> Result<Transfer> {
     let started = Instant::now();
-    let stream = connect(netns, to, Duration::from_secs(5))?;
+    let stream = connect(netns, to, CONNECT_LIMIT)?;
     let from = stream.local_addr()?;
     let (echoed, largest_stall) = thread::scope(|scope| {
-        let writer = scope.spawn(|| write(&stream, bytes, None, |_| true));
+        let writer = scope.spawn(|| write(&stream, bytes, CHUNK, Duration::ZERO, &|| true));
         let read = read_back(&stream);
         let written = writer.join().map_err(|_| anyhow!("the writer panicked"))?;
         // The reader's error tells more, unless the writer failed first and left it waiting.
@@ -80,13 +87,15 @@ impl Flow {
     /// # Errors
     /// When the connection cannot be made.
     pub fn start(netns: &Netns, to: SocketAddr, bytes_per_second: u32) -> Result<Self> {
-        let stream = Arc::new(connect(netns, to, Duration::from_secs(5))?);
+        let stream = Arc::new(connect(netns, to, CONNECT_LIMIT)?);
         let from = stream.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
-        let pause = Duration::from_secs(1) * u32::try_from(CHUNK)? / bytes_per_second.max(1);
+        let chunk = (bytes_per_second / WRITES_PER_SECOND).clamp(1, u32::try_from(CHUNK)?);
+        let pause = Duration::from_secs(1) * chunk / bytes_per_second.max(1);
+        let chunk = usize::try_from(chunk)?;
         let writer = thread::spawn({
             let (stream, stop) = (Arc::clone(&stream), Arc::clone(&stop));
-            move || write(&stream, u64::MAX, Some(pause), |_| !stop.load(Ordering::Relaxed))
+            move || write(&stream, u64::MAX, chunk, pause, &|| !stop.load(Ordering::Relaxed))
         });
         let reader = thread::spawn(move || read_back(&stream));
         Ok(Self { started: Instant::now(), from, stop, writer: Some(writer), reader: Some(reader) })
@@ -123,9 +132,9 @@ pub fn throughput(sender: &Netns, receiver: &Netns, to: IpAddr, time: Duration) 
     let listener = receiver.run(|| TcpListener::bind((to, 0)))?;
     let listener = listener.with_context(|| format!("receiving at {to} in {}", receiver.name()))?;
     let port = listener.local_addr()?.port();
-    let sending = connect(sender, SocketAddr::new(to, port), Duration::from_secs(5))?;
+    let sending = connect(sender, SocketAddr::new(to, port), CONNECT_LIMIT)?;
     let (mut receiving, _) = listener.accept().context("accepting the connection")?;
-    receiving.set_read_timeout(Some(STALL_LIMIT))?;
+    receiving.set_read_timeout(Some(patience(STALL_LIMIT)))?;
     let started = Instant::now();
     thread::scope(|scope| {
         let writer = scope.spawn(|| -> std::io::Result<()> {
@@ -149,15 +158,18 @@ pub fn throughput(sender: &Netns, receiver: &Netns, to: IpAddr, time: Duration) 
     })
 }
 
-fn write(mut stream: &TcpStream, bytes: u64, pause: Option<Duration>, go_on: impl Fn(u64) -> bool) -> Result<u64> {
-    let mut buffer = vec![0; CHUNK];
+/// Writes up to `bytes`, a chunk after each pause, as long as `go_on` says so; returns how many.
+fn write(mut stream: &TcpStream, bytes: u64, chunk: usize, pause: Duration, go_on: &dyn Fn() -> bool) -> Result<u64> {
+    let mut buffer = vec![0; chunk];
     let mut written = 0;
-    while written < bytes && go_on(written) {
-        let length = usize::try_from(bytes - written).unwrap_or(CHUNK).min(CHUNK);
+    while written < bytes && go_on() {
+        let length = usize::try_from(bytes - written).unwrap_or(chunk).min(chunk);
         payload::fill(written, &mut buffer[..length]);
         stream.write_all(&buffer[..length]).with_context(|| format!("sending after {written} bytes"))?;
         written += length as u64;
-        pause.into_iter().for_each(thread::sleep);
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
     }
     stream.shutdown(Shutdown::Write).context("ending the stream")?;
     Ok(written)

@@ -15,21 +15,24 @@ use husk_dataplane::wireguard::KeyRing;
 use husk_ipam::lease::{BootTime, Demand, Lease, LeaseStore, Supply};
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
-use husk_overlay::facts::{Facts, UnderlayRoute, WireguardSupport};
+use husk_overlay::esp::Aead;
+use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, UnderlayRoute, WireguardSupport};
 use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE, NodeFile, Request, Response};
 use husk_overlay::issue::IssueKind;
-use husk_overlay::kernel::{Desired, LinkKind};
+use husk_overlay::kernel::{Desired, LinkKind, XfrmStateKey};
 use husk_overlay::keys::PrivateKey;
 use husk_overlay::marks;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::{ContainerId, InstanceId, InterfaceName, NetworkName, NodeName};
 use husk_overlay::plan::{router_addresses, vxlan_mac};
 use husk_overlay::prefix::{Family, Prefix};
-use husk_overlay::record::{DualStack, NodeRecord, Snapshot, WireguardRecord};
+use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
+use husk_overlay::rotation::Spending;
 
 use nix::errno::Errno;
 
 use crate::engine::{Engine, Handle, Node, Parts, State, channel};
+use crate::keys::KeyStore;
 use crate::node_file::Writer;
 use crate::source::{Claim, ClusterSource, SourceError};
 
@@ -45,7 +48,7 @@ pub(super) fn interface(text: &str) -> InterfaceName {
     InterfaceName::new(text).unwrap()
 }
 
-fn key(seed: u16) -> PrivateKey {
+pub(super) fn key(seed: u16) -> PrivateKey {
     let mut bytes = [9; 32];
     bytes[1..3].copy_from_slice(&seed.to_be_bytes());
     PrivateKey::from_random(bytes).unwrap()
@@ -74,7 +77,16 @@ pub(super) fn blocks(index: u16) -> BTreeSet<Prefix> {
     BTreeSet::from([four, six])
 }
 
-/// The record of node `host<index>`, complete for every mode.
+/// What node `host<index>` publishes for ESP: these epochs, with a key for each.
+pub(super) fn esp_record(index: u16, epochs: &[u64]) -> EspRecord {
+    let epoch = |epoch: &u64| {
+        let seed = 1000 * u16::try_from(*epoch).unwrap() + index;
+        EspEpochRecord { epoch: *epoch, public_key: public_key(seed), spi_salt: u64::from(seed) }
+    };
+    EspRecord { cipher: Aead::default(), udp_port: None, epochs: epochs.iter().map(epoch).collect() }
+}
+
+/// The record of node `host<index>`, complete for every mode but for its ESP epochs.
 pub(super) fn record(index: u16) -> NodeRecord {
     NodeRecord {
         name: name(index),
@@ -86,6 +98,7 @@ pub(super) fn record(index: u16) -> NodeRecord {
         router: router_addresses(&blocks(index)),
         vxlan_mac: Some(vxlan_mac(&name(index))),
         wireguard: vec![WireguardRecord { slot: 0, generation: 0, port: 51820, public_key: public_key(index) }],
+        esp: None,
     }
 }
 
@@ -217,6 +230,39 @@ pub(super) struct NodeState {
     /// Why no pod can be given an MTU.
     pub(super) untunable: Option<Errno>,
     pub(super) foreign_chains: Vec<ForeignChain>,
+    /// Time since boot.
+    pub(super) uptime: Duration,
+    /// WireGuard generations: the seed of the key, if it is not `key`, and when it was made.
+    pub(super) generations: BTreeMap<u64, (Option<u16>, Duration)>,
+    /// Keys of ESP epochs, in files as on a real node.
+    pub(super) keys: KeyStore,
+    pub(super) mode: Mode,
+    pub(super) esp_unavailable: Option<String>,
+    /// No key can be made or destroyed.
+    pub(super) keys_fail: bool,
+    /// Nothing can be written down before it is done.
+    pub(super) notes_fail: bool,
+    /// Times somebody tried to make or destroy a key.
+    pub(super) key_actions: u32,
+    /// Router addresses a packet was sent to.
+    pub(super) greeted: Vec<IpAddr>,
+    pub(super) xfrm_errors: BTreeMap<String, u64>,
+    /// Port of the process that takes ESP in UDP, while it runs.
+    pub(super) udp_port: Option<u16>,
+    /// Why that process does not start.
+    pub(super) udp_fails: Option<&'static str>,
+}
+
+impl NodeState {
+    fn esp(&mut self) -> anyhow::Result<EspFacts> {
+        Ok(EspFacts {
+            unavailable: self.esp_unavailable.clone(),
+            epochs: self.keys.epochs(self.uptime)?,
+            published: self.keys.published(),
+            installed: BTreeMap::new(),
+            spent: self.keys.spent(),
+        })
+    }
 }
 
 #[derive(Clone)]
@@ -233,14 +279,19 @@ impl FakeNode {
 
 impl Node for FakeNode {
     fn facts(&mut self, snapshot: &Snapshot, created: jiff::Timestamp) -> anyhow::Result<Facts> {
-        let state = self.state();
+        let mut state = self.state();
         if let Some(reason) = state.blind {
             anyhow::bail!("{reason}");
         }
         let route = || UnderlayRoute { interface: interface("eth0"), mtu: 1500, on_link: true };
         let others = snapshot.nodes.values().filter(|record| record.name != name(0));
         let interfaces = self.kernel.state().interfaces.clone();
+        let esp = if state.mode.uses_esp() { Some(state.esp()?) } else { None };
         let is_pod = |it: &InterfaceName| marks::is_pod_interface(it.as_str()) && !state.not_seen_yet.contains(it);
+        let own = |(generation, (seed, created)): (&u64, &(Option<u16>, Duration))| {
+            let public_key = public_key(seed.unwrap_or(state.key));
+            (*generation, OwnEpoch { public_key, spi_salt: 0, created: *created })
+        };
         Ok(Facts {
             node: name(0),
             instance: record(0).instance,
@@ -251,7 +302,11 @@ impl Node for FakeNode {
             foreign_prefixes: BTreeSet::new(),
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
-            wireguard_keys: BTreeMap::from([(0, public_key(state.key))]),
+            wireguard_epochs: state.generations.iter().filter(|_| state.mode.uses_wireguard()).map(own).collect(),
+            sessions: BTreeMap::new(),
+            esp,
+            uptime: state.uptime,
+            rotation_requested: false,
             pod_interfaces: interfaces.into_iter().filter(is_pod).collect(),
             threaded_napi: true,
             ipv6: true,
@@ -308,12 +363,80 @@ impl Node for FakeNode {
         self.state().foreign_chains.clone()
     }
 
+    fn ensure_udp_encapsulation(&mut self, port: u16) -> anyhow::Result<()> {
+        let mut state = self.state();
+        if let Some(reason) = state.udp_fails {
+            anyhow::bail!("{reason}");
+        }
+        state.udp_port = Some(port);
+        Ok(())
+    }
+
+    fn stop_udp_encapsulation(&mut self) -> anyhow::Result<()> {
+        self.state().udp_port = None;
+        Ok(())
+    }
+
+    fn uptime(&mut self) -> Duration {
+        self.state().uptime
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) -> anyhow::Result<()> {
+        let mut state = self.state();
+        state.key_actions += 1;
+        anyhow::ensure!(!state.keys_fail, "the disk is full");
+        let now = state.uptime;
+        if state.mode.uses_esp() {
+            return state.keys.begin(epoch, now);
+        }
+        let seed = 30_000 + u16::try_from(epoch).unwrap();
+        anyhow::ensure!(state.generations.insert(epoch, (Some(seed), now)).is_none(), "it is there already");
+        Ok(())
+    }
+
+    fn retire_epoch(&mut self, epoch: u64) -> anyhow::Result<()> {
+        let mut state = self.state();
+        state.key_actions += 1;
+        anyhow::ensure!(!state.keys_fail, "the disk is full");
+        state.generations.remove(&epoch);
+        state.keys.retire(epoch)
+    }
+
+    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> anyhow::Result<()> {
+        let mut state = self.state();
+        anyhow::ensure!(!state.notes_fail, "no space left");
+        state.keys.spend(associations)
+    }
+
+    fn take_back(&mut self, associations: &BTreeSet<XfrmStateKey>) -> anyhow::Result<()> {
+        self.state().keys.take_back(associations)
+    }
+
+    fn note_published(&mut self, epochs: &BTreeSet<u64>) -> anyhow::Result<()> {
+        let mut state = self.state();
+        anyhow::ensure!(!state.notes_fail, "no space left");
+        let now = state.uptime;
+        state.keys.note_published(epochs, now)
+    }
+
+    fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {
+        self.state().xfrm_errors.clone()
+    }
+
+    fn greet(&mut self, routers: &[IpAddr]) {
+        self.state().greeted.extend(routers);
+    }
+
     fn key_ring(&mut self) -> anyhow::Result<KeyRing> {
-        let state = self.state();
+        let mut state = self.state();
         if state.keyless {
             anyhow::bail!("the key file is on fire");
         }
-        Ok([key(state.key)].into_iter().collect())
+        if state.mode.uses_esp() {
+            let now = state.uptime;
+            return state.keys.ring(now);
+        }
+        Ok(state.generations.values().map(|(seed, _)| key(seed.unwrap_or(state.key))).collect())
     }
 
     fn counters(&mut self) -> BTreeMap<String, crate::report::Counter> {
@@ -366,6 +489,18 @@ impl Bed {
             tuned: Vec::new(),
             untunable: None,
             foreign_chains: Vec::new(),
+            uptime: Duration::from_secs(1000),
+            generations: BTreeMap::from([(0, (None, Duration::ZERO))]),
+            keys: KeyStore::open(directory.path(), &config).unwrap(),
+            mode: config.mode,
+            esp_unavailable: None,
+            keys_fail: false,
+            notes_fail: false,
+            key_actions: 0,
+            greeted: Vec::new(),
+            xfrm_errors: BTreeMap::new(),
+            udp_port: None,
+            udp_fails: None,
         };
         let node = FakeNode { state: Arc::new(Mutex::new(state)), kernel: kernel.clone() };
         let mut config = config;
@@ -377,6 +512,11 @@ impl Bed {
     /// The daemon ends and another one starts: all it knew is gone, kernel, files and cluster are as they were.
     pub(super) fn restart(&mut self) {
         self.flush();
+        let keys = KeyStore::open(self.directory.path(), &self.config).unwrap();
+        {
+            let mut state = self.node.state();
+            (state.keys, state.mode) = (keys, self.config.mode);
+        }
         (self.engine, self.state) = engine(&self.directory, &self.config, &self.kernel, &self.source, &self.node);
     }
 
@@ -402,7 +542,8 @@ impl Bed {
     }
 
     pub(super) fn join(&self, index: u16) {
-        self.source.state().snapshot.nodes.insert(name(index), record(index));
+        let esp = self.config.mode.uses_esp().then(|| esp_record(index, &[1]));
+        self.source.state().snapshot.nodes.insert(name(index), NodeRecord { esp, ..record(index) });
     }
 
     pub(super) fn leave(&self, index: u16) {

@@ -233,6 +233,8 @@ fn used(actual: &husk_dataplane::kernel::Actual, table: Table) -> bool {
         Table::Links => !actual.links.is_empty(),
         Table::Sysctls => !actual.sysctls.is_empty(),
         Table::Wireguard => !actual.wireguard.is_empty(),
+        Table::XfrmStates => !actual.xfrm_states.is_empty(),
+        Table::XfrmPolicies => !actual.xfrm_policies.is_empty(),
         Table::Napi => actual.napi.values().any(|threaded| *threaded),
         Table::Addresses => !actual.addresses.is_empty(),
         Table::Neighbours => !actual.neighbours.is_empty(),

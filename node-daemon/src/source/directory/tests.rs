@@ -32,6 +32,7 @@ fn record(name: &str) -> NodeRecord {
             port: 51820,
             public_key: PrivateKey::from_random([3; 32]).unwrap().public(),
         }],
+        esp: None,
     }
 }
 

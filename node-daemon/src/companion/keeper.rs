@@ -1,13 +1,12 @@
-//! The daemon's part: a device's process runs, and answers, or is started anew.
+//! The daemon's part: a companion runs, and answers, or is started anew.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use husk_overlay::name::InterfaceName;
-use nix::net::if_::if_nametoindex;
 
+use super::job::Job;
 use super::process::{Answer, Process};
 
 /// The program that runs: the file it came from may have been replaced or removed, by an upgrade for example.
@@ -16,7 +15,8 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 /// How long a process may take from its start to its first answer.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long an answer counts. A process that ends takes its device with it, which is looked for every time.
+/// How long an answer counts. A process that ends gives up its lock, or takes its device with it, which is looked for every
+/// time.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// Questions in a row that stay without an answer before the process is ended: it may only be short of processor time.
@@ -25,12 +25,12 @@ const QUESTIONS: u32 = 3;
 /// Pause between questions to a process that runs and does not listen, as one does that is just starting.
 const STARTING: Duration = Duration::from_millis(200);
 
-/// Keeps the processes of a daemon's devices.
+/// Keeps the companions of a daemon.
 pub struct Keeper {
     run_directory: PathBuf,
     runtime: tokio::runtime::Handle,
-    /// When a device last answered.
-    answered: BTreeMap<InterfaceName, Instant>,
+    /// When a companion last answered.
+    answered: BTreeMap<Job, Instant>,
 }
 
 impl Keeper {
@@ -40,51 +40,49 @@ impl Keeper {
         Self { run_directory: run_directory.to_owned(), runtime, answered: BTreeMap::new() }
     }
 
-    /// Makes sure that the device is there and its process answers. One that hangs is killed, and started like one that is
-    /// missing. Takes some milliseconds when all is well, seconds otherwise.
+    /// Makes sure that the process runs and answers. One that hangs is killed, and started like one that is missing. Takes
+    /// some milliseconds when all is well, seconds otherwise.
     ///
     /// # Errors
     /// When the process does not start, or cannot be ended.
-    pub fn ensure(&mut self, interface: &InterfaceName) -> Result<()> {
-        let fresh = self.answered.get(interface).is_some_and(|at| at.elapsed() < FRESH);
-        if fresh && if_nametoindex(interface.as_str()).is_ok() {
+    pub fn ensure(&mut self, job: &Job) -> Result<()> {
+        let process = Process::new(job, &self.run_directory);
+        let fresh = self.answered.get(job).is_some_and(|at| at.elapsed() < FRESH);
+        if fresh && job.is_there().map_or_else(|| process.runs(), Ok)? {
             return Ok(());
         }
-        self.answered.remove(interface);
-        let process = Process::new(interface, &self.run_directory);
+        self.answered.remove(job);
         match ask_repeatedly(&process)? {
             Answer::Alive => {}
-            Answer::Absent => self.start(&process, interface)?,
+            Answer::Absent => self.start(&process, job)?,
             Answer::Hangs => {
-                tracing::error!(%interface, "the userspace WireGuard device does not answer; its process is killed and started anew");
+                tracing::error!("the {job} does not do its job; it is killed and started anew");
                 if !process.kill()? {
-                    bail!(
-                        "a process that Husk did not start serves {} and does not answer; end it",
-                        super::socket_path(interface).display()
-                    );
+                    let place = job.socket().map_or_else(|| job.subject(), |socket| socket.display().to_string());
+                    bail!("a process that Husk did not start serves {place} and does not answer; end it");
                 }
-                self.start(&process, interface)?;
+                self.start(&process, job)?;
             }
         }
-        self.answered.insert(interface.clone(), Instant::now());
+        self.answered.insert(job.clone(), Instant::now());
         Ok(())
     }
 
-    /// Ends the device's process; false if there was none.
+    /// Ends the process; false if there was none.
     ///
     /// # Errors
     /// When it does not end.
-    pub fn stop(&mut self, interface: &InterfaceName) -> Result<bool> {
-        self.answered.remove(interface);
-        Process::new(interface, &self.run_directory).stop()
+    pub fn stop(&mut self, job: &Job) -> Result<bool> {
+        self.answered.remove(job);
+        Process::new(job, &self.run_directory).stop()
     }
 
-    fn start(&self, process: &Process, interface: &InterfaceName) -> Result<()> {
+    fn start(&self, process: &Process, job: &Job) -> Result<()> {
         let _runtime = self.runtime.enter();
         let mut child = process.spawn(Path::new(OWN_PROGRAM))?;
         let pid = child.id();
         self.runtime.block_on(process.wait_ready(&mut child, START_PATIENCE))?;
-        tracing::info!(%interface, pid, "started the userspace WireGuard device");
+        tracing::info!(pid, "started the {job}");
         Ok(())
     }
 }

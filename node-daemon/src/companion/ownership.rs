@@ -1,4 +1,4 @@
-//! Being the only process for an interface.
+//! Being the only process for a job.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -19,15 +19,16 @@ const ENDING_PATIENCE: Duration = Duration::from_secs(4);
 /// Pause between two attempts.
 const POLL: Duration = Duration::from_millis(1);
 
-/// Proof that this process is the only one for its interface. The lock goes with the process, however it ends.
-pub(super) struct Ownership {
+/// Proof that this process is the only one for its job. The lock goes with the process, however it ends.
+pub(crate) struct Ownership {
+    ready_line: String,
     path: PathBuf,
     file: File,
 }
 
 impl Ownership {
-    /// Takes the interface's lock.
-    pub(super) fn take(process: &Process) -> Result<Self> {
+    /// Takes the job's lock.
+    pub(crate) fn take(process: &Process) -> Result<Self> {
         private_directory(process.directory())?;
         let path = process.lock_path();
         let context = || format!("cannot lock {}", path.display());
@@ -48,19 +49,19 @@ impl Ownership {
                     file.set_len(0).with_context(context)?;
                     file.seek(SeekFrom::Start(0)).with_context(context)?;
                     writeln!(file, "{}", std::process::id()).with_context(context)?;
-                    return Ok(Self { path, file });
+                    return Ok(Self { ready_line: process.job().ready_line(), path, file });
                 }
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     let mut holder = String::new();
                     let _ = file.read_to_string(&mut holder);
-                    let holder = holder.trim();
+                    let holder = holder.lines().next().unwrap_or_default().trim();
                     let patience = if is_ending(holder) { ENDING_PATIENCE } else { LOOKER_PATIENCE };
                     if started.elapsed() >= patience {
                         bail!(
-                            "another process (pid {}) already serves {}; stop it first, it removes the device",
+                            "another process (pid {}) already serves {}; stop it first",
                             if holder.is_empty() { "unknown" } else { holder },
-                            process.interface()
+                            process.job().subject()
                         );
                     }
                     std::thread::sleep(POLL);
@@ -68,6 +69,11 @@ impl Ownership {
                 Err(TryLockError::Error(error)) => return Err(error).with_context(context),
             }
         }
+    }
+
+    /// Says that the job is being done, for those who cannot ask.
+    pub(crate) fn ready(&mut self) -> Result<()> {
+        writeln!(self.file, "{}", self.ready_line).with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 
@@ -96,11 +102,16 @@ fn is_at(file: &File, path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::companion::Job;
+
+    fn job() -> Job {
+        Job::WireguardUserspace { interface: "husk-wg0".parse().unwrap() }
+    }
 
     #[test]
     fn who_only_looks_keeps_nobody_from_starting() {
         let directory = tempfile::tempdir().unwrap();
-        let process = Process::new(&"husk-wg0".parse().unwrap(), directory.path());
+        let process = Process::new(&job(), directory.path());
         private_directory(process.directory()).unwrap();
         let looker = File::create(process.lock_path()).unwrap();
         looker.try_lock_shared().unwrap();
@@ -118,7 +129,7 @@ mod tests {
     #[test]
     fn who_was_killed_is_waited_for() {
         let directory = tempfile::tempdir().unwrap();
-        let process = Process::new(&"husk-wg0".parse().unwrap(), directory.path());
+        let process = Process::new(&job(), directory.path());
         private_directory(process.directory()).unwrap();
         let mut killed = File::create(process.lock_path()).unwrap();
         killed.lock().unwrap();

@@ -10,15 +10,14 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use husk_overlay::marks;
-use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
-use nix::net::if_::if_nametoindex;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use zeroize::Zeroizing;
+
+use super::job::Job;
 
 /// A log of this size is emptied before the next start; the file lives in memory.
 const LOG_LIMIT: u64 = 256 * 1024;
@@ -32,9 +31,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// How long a process may take to end after SIGTERM before it gets SIGKILL, and after that.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
-/// The subcommand of `huskd`, by which the process is recognised.
-const SUBCOMMAND: &str = "wireguard-userspace";
-
 /// What a process says when it is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -46,27 +42,16 @@ pub enum Answer {
     Hangs,
 }
 
-/// The process behind one userspace device, running or not.
+/// The process that does a job, running or not.
 #[derive(Debug, Clone)]
 pub struct Process {
-    interface: InterfaceName,
+    job: Job,
     /// Directory of its lock and its log.
     directory: PathBuf,
 }
 
-/// The control socket of the device of that name.
-#[must_use]
-pub fn socket_path(interface: &InterfaceName) -> PathBuf {
-    Path::new(marks::WIREGUARD_SOCKET_DIRECTORY).join(format!("{interface}.sock"))
-}
-
-/// Makes the directory of the control sockets.
-pub(super) fn socket_directory() -> Result<()> {
-    private_directory(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY))
-}
-
 /// Makes a directory that only root may look into, with its parents. One that exists stays as it is.
-pub(super) fn private_directory(path: &Path) -> Result<()> {
+pub(crate) fn private_directory(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -77,20 +62,20 @@ pub(super) fn private_directory(path: &Path) -> Result<()> {
 impl Process {
     /// The process of the daemon with that run directory.
     #[must_use]
-    pub fn new(interface: &InterfaceName, run_directory: &Path) -> Self {
+    pub fn new(job: &Job, run_directory: &Path) -> Self {
         // The process works in another directory than who starts it.
         let run_directory = std::path::absolute(run_directory).unwrap_or_else(|_| run_directory.to_owned());
-        Self { interface: interface.clone(), directory: run_directory.join("wireguard") }
+        Self { job: job.clone(), directory: run_directory.join(job.directory()) }
     }
 
     /// Where a process from [`Self::spawn`] writes what it has to say.
     #[must_use]
     pub fn log_path(&self) -> PathBuf {
-        self.directory.join(format!("{}.log", self.interface))
+        self.directory.join(format!("{}.log", self.job.stem()))
     }
 
-    pub(super) fn interface(&self) -> &InterfaceName {
-        &self.interface
+    pub(super) fn job(&self) -> &Job {
+        &self.job
     }
 
     pub(super) fn directory(&self) -> &Path {
@@ -98,7 +83,7 @@ impl Process {
     }
 
     pub(super) fn lock_path(&self) -> PathBuf {
-        self.directory.join(format!("{}.lock", self.interface))
+        self.directory.join(format!("{}.lock", self.job.stem()))
     }
 
     /// Starts the process so that nothing that happens to the caller reaches it: it leads a session of its own by the time
@@ -118,7 +103,9 @@ impl Process {
         Command::new(program)
             // The program may be named `/proc/self/exe`, which tells nobody who it is.
             .arg0("huskd")
-            .args([SUBCOMMAND, "--interface", self.interface.as_str(), "--run-directory"])
+            .arg(self.job.subcommand())
+            .args(self.job.arguments())
+            .arg("--run-directory")
             .arg(run_directory)
             .current_dir("/")
             .stdin(Stdio::null())
@@ -126,7 +113,7 @@ impl Process {
             .stderr(log)
             .kill_on_drop(false)
             .spawn()
-            .with_context(|| format!("cannot start {} for {}", program.display(), self.interface))
+            .with_context(|| format!("cannot start {} as {}", program.display(), self.job))
     }
 
     fn open_log(&self) -> Result<File> {
@@ -146,29 +133,40 @@ impl Process {
     /// # Errors
     /// When it ends first, with the last line of its log, or does not answer within `limit`.
     pub async fn wait_ready(&self, child: &mut Child, limit: Duration) -> Result<()> {
-        let interface = &self.interface;
+        let job = &self.job;
         let end = Instant::now() + limit;
         loop {
-            if let Some(status) = child.try_wait().context("cannot look after the userspace WireGuard process")? {
+            if let Some(status) = child.try_wait().with_context(|| format!("cannot look after the {job}"))? {
                 let said = std::fs::read_to_string(self.log_path()).unwrap_or_default();
                 let last = said.lines().next_back().unwrap_or("it logged nothing");
-                bail!("the userspace WireGuard process for {interface} ended with {status}: {last}");
+                bail!("the {job} ended with {status}: {last}");
             }
             if self.ask() == Answer::Alive {
                 return Ok(());
             }
             if Instant::now() >= end {
-                bail!("the userspace WireGuard process for {interface} did not answer within {limit:?}");
+                bail!("the {job} did not answer within {limit:?}");
             }
             tokio::time::sleep(POLL).await;
         }
     }
 
-    /// Asks for the device's configuration (`get=1`), and waits for the beginning of the answer: at most a second. A
-    /// connection alone proves nothing, as the kernel accepts it for a process that is stopped.
+    /// Asks a device for its configuration (`get=1`), and waits for the beginning of the answer: at most a second. A
+    /// connection alone proves nothing, as the kernel accepts it for a process that is stopped. Of a process without a
+    /// socket counts what it wrote into its lock file; one that does another job than this is as bad as one that hangs.
     #[must_use]
     pub fn ask(&self) -> Answer {
-        ask(&socket_path(&self.interface), ANSWER_LIMIT)
+        if let Some(socket) = self.job.socket() {
+            return ask(&socket, ANSWER_LIMIT);
+        }
+        match self.locked() {
+            Ok(Some(said)) => match said.lines().nth(1) {
+                Some(line) if line == self.job.ready_line() => Answer::Alive,
+                Some(_) => Answer::Hangs,
+                None => Answer::Absent,
+            },
+            Ok(None) | Err(_) => Answer::Absent,
+        }
     }
 
     /// True if the process runs, whether it answers or not.
@@ -179,7 +177,8 @@ impl Process {
         Ok(self.holder()?.is_some())
     }
 
-    /// Ends the process, wherever it came from, and waits until the TUN device is gone with it. False if there was none.
+    /// Ends the process, wherever it came from, and waits until its device, if it has one, is gone with it. False if there
+    /// was none.
     ///
     /// # Errors
     /// When it does not end.
@@ -205,7 +204,7 @@ impl Process {
             let end = Instant::now() + STOP_PATIENCE;
             while Instant::now() < end {
                 // A process that ends gives up the lock a moment before its last descriptor of the device.
-                if self.holder()?.is_none() && if_nametoindex(self.interface.as_str()).is_err() {
+                if self.holder()?.is_none() && self.job.is_there() != Some(true) {
                     return Ok(true);
                 }
                 std::thread::sleep(POLL);
@@ -214,11 +213,18 @@ impl Process {
         if self.holder()?.is_none() {
             return Ok(ran);
         }
-        bail!("the userspace WireGuard process for {} does not end", self.interface)
+        bail!("the {} does not end", self.job)
     }
 
-    /// The process that holds the interface's lock.
+    /// The process that holds the lock.
     fn holder(&self) -> Result<Option<Pid>> {
+        let Some(said) = self.locked()? else { return Ok(None) };
+        let pid = said.lines().next().and_then(|line| line.trim().parse().ok());
+        Ok(pid.filter(|pid| *pid > 1 && self.is_done_by(*pid)).map(Pid::from_raw))
+    }
+
+    /// What stands in the lock file; none if nobody holds the lock.
+    fn locked(&self) -> Result<Option<String>> {
         let path = self.lock_path();
         let mut file = match File::open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -230,19 +236,18 @@ impl Process {
             Err(TryLockError::WouldBlock) => {
                 let mut text = String::new();
                 file.read_to_string(&mut text).with_context(|| format!("cannot read {}", path.display()))?;
-                let pid = text.trim().parse().ok().filter(|pid| *pid > 1 && runs_a_device(*pid));
-                Ok(pid.map(Pid::from_raw))
+                Ok(Some(text))
             }
             Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
         }
     }
-}
 
-/// A process that has just taken the lock has not written its id yet: what stands there may be the id of a process long
-/// gone, which somebody else has by now.
-fn runs_a_device(pid: i32) -> bool {
-    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    command.split(|byte| *byte == 0).any(|word| word == SUBCOMMAND.as_bytes())
+    /// A process that has just taken the lock has not written its id yet: what stands there may be the id of a process long
+    /// gone, which somebody else has by now.
+    fn is_done_by(&self, pid: i32) -> bool {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.split(|byte| *byte == 0).any(|word| word == self.job.subcommand().as_bytes())
+    }
 }
 
 fn ask(path: &Path, limit: Duration) -> Answer {
@@ -315,7 +320,8 @@ mod tests {
     #[test]
     fn a_lock_held_by_something_else_names_no_process() {
         let directory = tempfile::tempdir().unwrap();
-        let process = Process::new(&"husk-wg0".parse().unwrap(), directory.path());
+        let job = Job::WireguardUserspace { interface: "husk-wg0".parse().unwrap() };
+        let process = Process::new(&job, directory.path());
         assert!(!process.stop().unwrap());
         private_directory(process.directory()).unwrap();
         let file = File::create(process.lock_path()).unwrap();
@@ -323,5 +329,20 @@ mod tests {
         // The id of a process that is no device's must never get a signal.
         (&file).write_all(std::process::id().to_string().as_bytes()).unwrap();
         assert_eq!(process.holder().unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_without_a_socket_is_alive_when_it_says_that_it_does_this_job() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |port| Job::UdpEncapsulation { port, family: husk_overlay::prefix::Family::Ipv4 };
+        let process = Process::new(&at(4500), directory.path());
+        assert_eq!(process.ask(), Answer::Absent);
+        let mut ownership = crate::companion::Ownership::take(&process).unwrap();
+        assert_eq!(process.ask(), Answer::Absent, "it is starting");
+        ownership.ready().unwrap();
+        assert_eq!(process.ask(), Answer::Alive);
+        assert_eq!(Process::new(&at(4501), directory.path()).ask(), Answer::Hangs, "at another port");
+        drop(ownership);
+        assert_eq!(process.ask(), Answer::Absent);
     }
 }

@@ -1,0 +1,261 @@
+//! What becomes of packets: the rules are read as a kernel reads them.
+
+use std::net::IpAddr;
+
+use super::*;
+use crate::config::Config;
+use crate::endpoint::Endpoints;
+use crate::facts::Facts;
+use crate::plan::plan;
+use crate::record::Snapshot;
+
+const ETHERNET: &str = "eth0";
+const POD: &str = "husk0123456789a";
+const VXLAN: Option<u16> = Some(4789);
+
+/// A packet at a hook.
+#[derive(Clone, Copy)]
+struct Packet {
+    input: &'static str,
+    output: &'static str,
+    source: &'static str,
+    destination: &'static str,
+    /// UDP port it is for; other packets have none.
+    port: Option<u16>,
+    decrypted: bool,
+    transformation: bool,
+}
+
+/// Between two underlay addresses; what is not said of the packet is as in plaintext.
+const UNDERLAY: Packet = Packet {
+    input: ETHERNET,
+    output: ETHERNET,
+    source: "192.0.2.1",
+    destination: "192.0.2.2",
+    port: None,
+    decrypted: false,
+    transformation: false,
+};
+
+/// Between two pods.
+const INNER: Packet = Packet { source: "10.42.0.5", destination: "10.42.0.70", ..UNDERLAY };
+
+/// Between two pods, IPv6.
+const INNER_V6: Packet = Packet { source: "fd42::5", destination: "fd42::46", ..UNDERLAY };
+
+/// From a node to a node.
+const TUNNEL: Packet = Packet { port: VXLAN, ..UNDERLAY };
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Pass,
+    Drop(Option<String>),
+}
+
+fn counted(counter: &str) -> Verdict {
+    Verdict::Drop(Some(counter.to_owned()))
+}
+
+fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
+    let address = |family: Family, text: &str| {
+        let address: IpAddr = text.parse().unwrap();
+        (Family::of(address) == family).then_some(address)
+    };
+    let name = |name: &str| match &it.value {
+        MatchValue::Text(text) => match text.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => name == text,
+        },
+        other => panic!("an interface is compared with {other:?}"),
+    };
+    let within = |address: Option<IpAddr>| {
+        // The other family has no such header, so that the rule ends there whatever the operator.
+        let Some(address) = address else { return it.operator == MatchOperator::NotEqual };
+        match &it.value {
+            MatchValue::Set(set) => table.sets[set].elements.iter().any(|element| match element {
+                SetElement::Address(one) => *one == address,
+                SetElement::Prefix(prefix) => prefix.contains(address),
+            }),
+            MatchValue::Prefix(prefix) => prefix.contains(address),
+            other => panic!("an address is compared with {other:?}"),
+        }
+    };
+    let exists = |there: bool| match it.value {
+        MatchValue::Present => there,
+        MatchValue::Missing => !there,
+        ref other => panic!("presence is compared with {other:?}"),
+    };
+    let holds = match it.key {
+        MatchKey::InputInterface => name(packet.input),
+        MatchKey::OutputInterface => name(packet.output),
+        MatchKey::Source(family) => within(address(family, packet.source)),
+        MatchKey::Destination(family) => within(address(family, packet.destination)),
+        MatchKey::Protocol => packet.port.is_some() && it.value == MatchValue::Number(UDP),
+        MatchKey::UdpDestinationPort => packet.port.is_some_and(|port| it.value == MatchValue::Number(port.into())),
+        MatchKey::Decrypted => exists(packet.decrypted),
+        MatchKey::Transformation => exists(packet.transformation),
+        MatchKey::ReversePathInterface => exists(true),
+        MatchKey::TcpSynRst => false,
+        MatchKey::NetworkFamily => panic!("no rule looks at it"),
+    };
+    holds == (it.operator == MatchOperator::Equal)
+}
+
+fn verdict(table: &NftTable, chain: &str, packet: Packet) -> Verdict {
+    for rule in &table.chains[chain].rules {
+        let mut counter = None;
+        for statement in &rule.statements {
+            match statement {
+                Statement::Match(it) if !matches(table, &packet, it) => break,
+                Statement::Match(_) => {}
+                Statement::Counter(name) => {
+                    assert!(table.counters.contains(name), "{name} is no counter");
+                    counter = Some(name.clone());
+                }
+                Statement::Accept => return Verdict::Pass,
+                Statement::Drop => return Verdict::Drop(counter),
+                Statement::Masquerade | Statement::TranslateSource(_) | Statement::ClampMss => {
+                    panic!("{} is no filter", rule.name)
+                }
+            }
+        }
+    }
+    Verdict::Pass
+}
+
+/// The table of a node without peers.
+fn table(mode: Mode) -> NftTable {
+    let mut config = Config::new(["10.42.0.0/16", "fd42::/48"].map(|cidr| cidr.parse().unwrap()).to_vec());
+    config.mode = mode;
+    let facts = Facts {
+        node: "node-a".parse().unwrap(),
+        instance: crate::name::InstanceId::new(&"0".repeat(32)).unwrap(),
+        created: "2026-06-01T00:00:00Z".parse().unwrap(),
+        addresses: ["192.0.2.1", "2001:db8::1"].map(|text| text.parse().unwrap()).into_iter().collect(),
+        underlay_mtu: 1500,
+        underlay_interface: Some(ETHERNET.parse().unwrap()),
+        foreign_prefixes: BTreeSet::new(),
+        routes: BTreeMap::new(),
+        wireguard: None,
+        wireguard_epochs: BTreeMap::new(),
+        sessions: BTreeMap::new(),
+        esp: None,
+        uptime: std::time::Duration::ZERO,
+        rotation_requested: false,
+        pod_interfaces: BTreeSet::new(),
+        threaded_napi: true,
+        ipv6: true,
+        router_advertisements: BTreeSet::new(),
+    };
+    plan(&config, &Snapshot::default(), &facts, &Endpoints::new()).desired.nft.unwrap()
+}
+
+const TUNNELLED: [Mode; 4] = [Mode::Vxlan, Mode::Wireguard, Mode::Ipsec, Mode::VxlanIpsec];
+
+#[test]
+fn pod_packets_leave_in_a_tunnel_or_not_at_all() {
+    for mode in TUNNELLED {
+        let table = table(mode);
+        let out = |packet| verdict(&table, "postrouting-guard", packet);
+        for inner in [INNER, INNER_V6] {
+            assert_eq!(out(inner), counted(PLAINTEXT_OUT), "{mode}");
+            assert_eq!(out(Packet { source: UNDERLAY.source, ..INNER }), counted(PLAINTEXT_OUT), "{mode}");
+            assert_eq!(out(Packet { destination: "198.51.100.1", ..INNER }), counted(PLAINTEXT_OUT), "{mode}");
+            for tunnel in ["husk-vx", "husk-wg0", "husk-ipsec", POD, "lo"] {
+                assert_eq!(out(Packet { output: tunnel, ..inner }), Verdict::Pass, "{mode} {tunnel}");
+            }
+            // The packet meets the hook once more on its way into ESP, bound for the underlay's interface.
+            let transformed = Packet { transformation: true, ..inner };
+            let expected = if mode.uses_esp() { Verdict::Pass } else { counted(PLAINTEXT_OUT) };
+            assert_eq!(out(transformed), expected, "{mode}");
+        }
+        assert_eq!(out(UNDERLAY), Verdict::Pass, "{mode}");
+    }
+}
+
+#[test]
+fn pod_packets_arrive_in_a_tunnel_or_not_at_all() {
+    for mode in TUNNELLED {
+        let table = table(mode);
+        let arrived = |packet| verdict(&table, "prerouting-guard", packet);
+        for inner in [INNER, INNER_V6] {
+            // Also what ESP protected has to come out of the tunnel's own device, which checks whose association it was.
+            for decrypted in [false, true] {
+                assert_eq!(arrived(Packet { decrypted, ..inner }), counted(PLAINTEXT_IN), "{mode}");
+            }
+            for tunnel in ["husk-vx", "husk-wg1", "husk-ipsec"] {
+                assert_eq!(arrived(Packet { input: tunnel, ..inner }), Verdict::Pass, "{mode} {tunnel}");
+            }
+        }
+        assert_eq!(arrived(UNDERLAY), Verdict::Pass, "{mode}");
+    }
+}
+
+#[test]
+fn vxlan_in_esp_leaves_and_arrives_encrypted_or_not_at_all() {
+    let table = table(Mode::VxlanIpsec);
+    let six = |packet| Packet { source: "2001:db8::1", destination: "2001:db8::2", ..packet };
+    for plain in [TUNNEL, six(TUNNEL)] {
+        let out = |packet| verdict(&table, "postrouting-guard", packet);
+        assert_eq!(out(plain), counted(PLAINTEXT_OUT));
+        assert_eq!(out(Packet { transformation: true, ..plain }), Verdict::Pass);
+        assert_eq!(out(Packet { port: Some(4790), ..plain }), Verdict::Pass);
+        // Pods may speak VXLAN among themselves; that travels inside the tunnel.
+        assert_eq!(out(Packet { output: "husk-vx", ..plain }), Verdict::Pass);
+        assert_eq!(verdict(&table, "input-vtep", plain), counted(PLAINTEXT_IN));
+        assert_eq!(verdict(&table, "input-vtep", Packet { port: Some(4790), ..plain }), Verdict::Pass);
+    }
+    // Decrypted, but from nobody who is a node.
+    let stranger = Packet { decrypted: true, ..TUNNEL };
+    assert_eq!(verdict(&table, "input-vtep", stranger), counted(UNKNOWN_VTEP));
+    let mut known = table.clone();
+    known.sets.get_mut("nodes").unwrap().elements.insert(SetElement::Address(TUNNEL.source.parse().unwrap()));
+    assert_eq!(verdict(&known, "input-vtep", stranger), Verdict::Pass);
+    assert_eq!(verdict(&known, "input-vtep", TUNNEL), counted(PLAINTEXT_IN));
+}
+
+#[test]
+fn vxlan_alone_is_not_expected_to_be_encrypted() {
+    let mut table = table(Mode::Vxlan);
+    assert_eq!(verdict(&table, "postrouting-guard", TUNNEL), Verdict::Pass);
+    assert_eq!(verdict(&table, "input-vtep", TUNNEL), counted(UNKNOWN_VTEP));
+    table.sets.get_mut("nodes").unwrap().elements.insert(SetElement::Address(TUNNEL.source.parse().unwrap()));
+    assert_eq!(verdict(&table, "input-vtep", TUNNEL), Verdict::Pass);
+}
+
+#[test]
+fn pods_do_not_speak_vxlan_for_the_node_in_any_mode_that_has_it() {
+    for mode in Mode::ALL {
+        let table = table(mode);
+        let sent = Packet { input: POD, source: INNER.source, ..TUNNEL };
+        let expected = if mode.uses_vxlan() { counted(POD_TO_VTEP) } else { Verdict::Pass };
+        assert_eq!(verdict(&table, "prerouting-guard", sent), expected, "{mode}");
+        let between_pods = Packet { destination: INNER.destination, ..sent };
+        assert_eq!(verdict(&table, "prerouting-guard", between_pods), Verdict::Pass, "{mode}");
+    }
+}
+
+/// Kernels without IPsec refuse these keys, and have no use for them in other modes.
+#[test]
+fn ipsec_is_looked_at_in_ipsec_modes_only() {
+    for mode in Mode::ALL {
+        let table = table(mode);
+        let hooks: BTreeSet<(&str, String)> = table
+            .chains
+            .iter()
+            .flat_map(|(name, chain)| chain.rules.iter().map(move |rule| (name, rule)))
+            .flat_map(|(name, rule)| rule.statements.iter().map(move |statement| (name, statement)))
+            .filter_map(|(name, statement)| match statement {
+                Statement::Match(Match { key: MatchKey::Transformation, .. }) => Some(("route", name.clone())),
+                Statement::Match(Match { key: MatchKey::Decrypted, .. }) => Some(("packet", name.clone())),
+                _ => None,
+            })
+            .collect();
+        let expected: &[(&str, &str)] = match mode {
+            Mode::Direct | Mode::Vxlan | Mode::Wireguard => &[],
+            Mode::Ipsec => &[("route", "postrouting-guard")],
+            Mode::VxlanIpsec => &[("packet", "input-vtep"), ("route", "postrouting-guard")],
+        };
+        assert_eq!(hooks, expected.iter().map(|(key, chain)| (*key, (*chain).to_owned())).collect(), "{mode}");
+    }
+}
