@@ -198,16 +198,17 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     /// One pass. Never fails: what goes wrong is an issue of the state it leaves.
     pub fn pass(&mut self) {
+        if let Err(error) = self.try_pass() {
+            self.fail(&error);
+        }
+    }
+
+    /// One pass, given up where the node cannot be looked at or its keys cannot be read.
+    fn try_pass(&mut self) -> anyhow::Result<()> {
         let started = Instant::now();
         let mut issues = Vec::new();
         self.read_source();
-        let mut facts = match self.facts() {
-            Ok(facts) => facts,
-            Err(error) => {
-                self.fail(&error);
-                return;
-            }
-        };
+        let mut facts = self.facts()?;
         self.name_taken = name_taken(&self.snapshot, &facts);
         // After the interfaces: the plugin makes the lease first, so that an interface without a lease is one too many.
         self.read_leases(&mut issues);
@@ -215,13 +216,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.retire_blocks();
         let mut plan = self.plan(&facts);
         if self.make_first_key(&plan, &mut issues) {
-            facts = match self.facts() {
-                Ok(facts) => facts,
-                Err(error) => {
-                    self.fail(&error);
-                    return;
-                }
-            };
+            facts = self.facts()?;
             plan = self.plan(&facts);
         }
         let unwritten = self.write_ahead(&facts, &plan).err();
@@ -231,13 +226,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         self.ensure_devices(&plan, &mut issues);
         self.parts.node.remember(&plan.desired);
-        let keys = match self.parts.node.key_ring() {
-            Ok(keys) => keys,
-            Err(error) => {
-                self.fail(&error);
-                return;
-            }
-        };
+        let keys = self.parts.node.key_ring()?;
         let sweep = if unwritten.is_some() { Sweep::Withheld } else { self.sweep() };
         let (shrinking, growing) = self.mistuned_pods(&plan);
         self.tune_pods(&shrinking, &mut issues);
@@ -264,6 +253,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if published && announced {
             self.release_blocks();
         }
+        Ok(())
     }
 
     fn plan(&self, facts: &Facts) -> Plan {

@@ -91,9 +91,8 @@ impl Host {
     /// drivers/net/wireguard/noise.c), and peers refuse a handshake that is older than the last.
     fn retire_keys_of(&mut self, interface: &InterfaceName) -> Result<()> {
         let now = uptime();
-        let slot = |generation: &u64| marks::WIREGUARD_INTERFACES[usize::from(generation % 2 == 1)];
         let held: Vec<u64> = self.keys.epochs(now)?.into_keys().collect();
-        let theirs = held.into_iter().filter(|generation| slot(generation) == interface.as_str());
+        let theirs = held.into_iter().filter(|generation| marks::wireguard_interface(*generation) == *interface);
         theirs.filter(|_| self.config.mode.uses_wireguard()).try_for_each(|generation| self.keys.retire(generation))
     }
 

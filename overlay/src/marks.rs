@@ -20,6 +20,19 @@ pub const VXLAN_INTERFACE: &str = "husk-vx";
 /// The WireGuard devices, one per key generation; a rotation moves the mesh from one to the other.
 pub const WIREGUARD_INTERFACES: [&str; 2] = ["husk-wg0", "husk-wg1"];
 
+/// Slot of the WireGuard device of a rotation generation: the parity, so that two generations in a row have one each.
+#[must_use]
+pub fn wireguard_slot(generation: u64) -> u8 {
+    u8::from(generation % 2 == 1)
+}
+
+/// Name of the WireGuard device of a rotation generation.
+#[must_use]
+pub fn wireguard_interface(generation: u64) -> InterfaceName {
+    InterfaceName::new(WIREGUARD_INTERFACES[usize::from(wireguard_slot(generation))])
+        .expect("a constant of letters, digits and a dash")
+}
+
 /// The xfrm interface.
 pub const XFRM_INTERFACE: &str = "husk-ipsec";
 

@@ -29,6 +29,7 @@ use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::Desired;
 use crate::keys::PublicKey;
 use crate::mac::MacAddress;
+use crate::marks;
 use crate::mode::Mode;
 use crate::mtu::{Ledger, ledger};
 use crate::name::NodeName;
@@ -228,7 +229,7 @@ fn record(context: &Context<'_>) -> Option<NodeRecord> {
 }
 
 fn wireguard_record(context: &Context<'_>, generation: u64, public_key: PublicKey) -> WireguardRecord {
-    let slot = wireguard::slot_of(generation);
+    let slot = marks::wireguard_slot(generation);
     WireguardRecord { slot, generation, port: context.config.wireguard.port_of(slot), public_key }
 }
 

@@ -11,7 +11,6 @@ use husk_overlay::facts::{AssociationUse, Facts, SessionUse, WireguardSupport};
 use husk_overlay::kernel::{Desired, WireguardDevice, XfrmStateKey};
 use husk_overlay::keys::PublicKey;
 use husk_overlay::marks;
-use husk_overlay::name::InterfaceName;
 
 use super::quiet::{Measure, Quiet, is_use};
 
@@ -141,11 +140,9 @@ fn devices_of(config: &Config, facts: &Facts) -> Desired {
         WireguardChoice::Kernel => false,
     };
     let device = |(generation, own): (&u64, &husk_overlay::facts::OwnEpoch)| {
-        let slot = u8::from(generation % 2 == 1);
-        let interface = InterfaceName::new(marks::WIREGUARD_INTERFACES[usize::from(slot)]).ok()?;
-        let listen_port = config.wireguard.port_of(slot);
+        let listen_port = config.wireguard.port_of(marks::wireguard_slot(*generation));
         let device = WireguardDevice { userspace, public_key: own.public_key, listen_port, peers: BTreeMap::new() };
-        Some((interface, device))
+        (marks::wireguard_interface(*generation), device)
     };
-    Desired { wireguard: facts.wireguard_epochs.iter().filter_map(device).collect(), ..Desired::default() }
+    Desired { wireguard: facts.wireguard_epochs.iter().map(device).collect(), ..Desired::default() }
 }

@@ -34,7 +34,7 @@ impl Held {
         Self { key: key.to_base64(), own, description, spent }
     }
 
-    /// When it was first handed to the cluster source, as time since boot.
+    /// When it was last handed to the cluster source before that had it, as time since boot.
     pub(super) fn published(&self) -> Option<Duration> {
         self.description.published_milliseconds.map(Duration::from_millis)
     }
@@ -50,7 +50,7 @@ impl Held {
 pub(super) struct Description {
     /// When it was made: milliseconds since boot (`CLOCK_BOOTTIME`).
     pub(super) created_milliseconds: u64,
-    /// When it was first handed to the cluster source, likewise; none while it never was.
+    /// When it was last handed to the cluster source before that had it, likewise; none while it never was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) published_milliseconds: Option<u64>,
     /// What SPIs towards this node are made with.

@@ -72,11 +72,6 @@ use crate::name::NodeName;
 use crate::rotation::Rotation;
 use generations::Generations;
 
-/// Slot of the device of a generation: the parity.
-pub(super) fn slot_of(generation: u64) -> u8 {
-    u8::from(generation % 2 == 1)
-}
-
 /// Renders the devices of all generations held, with peers and routes, and says what to do with the keys.
 pub(super) fn render(
     context: &Context<'_>,

@@ -8,11 +8,10 @@ use super::super::local::{route_key, router_on};
 use super::super::peers::Peer;
 use super::generations::Generations;
 use super::offers::Offer;
-use super::slot_of;
 use crate::issue::{Issue, IssueKind};
 use crate::kernel::{Desired, Link, LinkKind, Route, RouteTarget, WireguardDevice, WireguardPeer};
 use crate::marks;
-use crate::name::{InterfaceName, NodeName};
+use crate::name::NodeName;
 
 /// Longest keepalive in seconds of a peer whose handshake is awaited: `REKEY_TIMEOUT` (WireGuard paper, section 6.1), within
 /// which a device makes no second attempt anyway. A keepalive that is switched on makes a device send at once, and so start
@@ -42,7 +41,7 @@ impl Devices<'_> {
 
     fn device(&self, generation: u64, peers: &BTreeMap<NodeName, Peer>, desired: &mut Desired) {
         let Some(own) = self.context.facts.wireguard_epochs.get(&generation) else { return };
-        let interface = interface_of(generation);
+        let interface = marks::wireguard_interface(generation);
         let kind = if self.userspace { LinkKind::WireguardUserspace } else { LinkKind::Wireguard };
         let threaded_napi = self.context.facts.threaded_napi && !self.userspace;
         desired.links.insert(interface.clone(), Link { kind, mtu: self.mtu, mac: None, threaded_napi });
@@ -60,7 +59,7 @@ impl Devices<'_> {
         let mut device = WireguardDevice {
             userspace: self.userspace,
             public_key: own.public_key,
-            listen_port: self.context.config.wireguard.port_of(slot_of(generation)),
+            listen_port: self.context.config.wireguard.port_of(marks::wireguard_slot(generation)),
             peers: BTreeMap::new(),
         };
         for (name, peer) in peers {
@@ -107,7 +106,7 @@ impl Devices<'_> {
         peer.plan.keys = self.generations.peer_keys(offer);
         peer.plan.public_key = Some(published.public_key);
         peer.plan.port = Some(published.port);
-        let interface = interface_of(*generation);
+        let interface = marks::wireguard_interface(*generation);
         for block in &peer.record.blocks {
             let target = RouteTarget::Interface { interface: interface.clone(), via: None, onlink: false };
             let source = self.context.router.get(block.family());
@@ -115,11 +114,6 @@ impl Devices<'_> {
             desired.routes.insert(route_key(*block), Route { target, source, mtu });
         }
     }
-}
-
-fn interface_of(generation: u64) -> InterfaceName {
-    InterfaceName::new(marks::WIREGUARD_INTERFACES[usize::from(slot_of(generation))])
-        .expect("a constant of eight letters and digits")
 }
 
 /// The userspace device pads packets to 16 bytes, but never to more than this or its own MTU; the kernel's never pads beyond

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::super::Context;
 use super::offers::{LAST_GENERATION, Offer};
-use super::slot_of;
 use crate::facts::SessionUse;
 use crate::keys::PublicKey;
+use crate::marks;
 use crate::name::NodeName;
 use crate::rotation::{Cause, KeyAction, PeerKeys, Rotation};
 
@@ -181,7 +181,7 @@ impl<'a> Generations<'a> {
     fn follow(&self, target: u64, rotation: &mut Rotation) {
         let retired = |it: &u64| rotation.actions.contains(&KeyAction::Retire { epoch: *it });
         let staying: Vec<u64> = self.held().filter(|it| !retired(it)).collect();
-        let occupant = staying.iter().find(|it| slot_of(**it) == slot_of(target)).copied();
+        let occupant = staying.iter().find(|it| marks::wireguard_slot(**it) == marks::wireguard_slot(target)).copied();
         let epoch = match occupant {
             None => target,
             // Nobody else is in it, so that nobody misses it.

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::Context;
 use super::super::peers::Peer;
-use super::slot_of;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::keys::PublicKey;
+use crate::marks;
 use crate::name::NodeName;
 use crate::record::WireguardRecord;
 
@@ -82,11 +82,11 @@ fn offer(published: &[WireguardRecord], horizon: u64, doubts: &mut Vec<String>) 
             doubts.push(format!(
                 "the node publishes WireGuard generation {generation}; nothing above {horizon} can be right"
             ));
-        } else if record.slot != slot_of(generation) {
+        } else if record.slot != marks::wireguard_slot(generation) {
             doubts.push(format!(
                 "the node publishes WireGuard generation {generation} for device {}; its place is device {}",
                 record.slot,
-                slot_of(generation)
+                marks::wireguard_slot(generation)
             ));
         } else if slots.contains(&record.slot) || keys.contains(&record.public_key) {
             doubts.push(format!(

@@ -49,7 +49,7 @@ fn key(index: u8, generation: u64) -> PublicKey {
 }
 
 fn published(index: u8, generation: u64) -> WireguardRecord {
-    let slot = slot_of(generation);
+    let slot = crate::marks::wireguard_slot(generation);
     WireguardRecord { slot, generation, port: 51820 + u16::from(slot), public_key: key(index, generation) }
 }
 
@@ -186,7 +186,7 @@ fn each_generation_has_a_device_with_the_peers_that_publish_it() {
     for (name, generation, peers) in [("husk-wg0", 4, [1, 2]), ("husk-wg1", 5, [1, 3])] {
         let device = world.device(name);
         assert_eq!(device.public_key, key(0, generation));
-        assert_eq!(device.listen_port, 51820 + u16::from(slot_of(generation)));
+        assert_eq!(device.listen_port, 51820 + u16::from(crate::marks::wireguard_slot(generation)));
         let expected: BTreeMap<PublicKey, BTreeSet<Prefix>> =
             peers.iter().map(|peer| (key(*peer, generation), BTreeSet::from([block(*peer)]))).collect();
         let found: BTreeMap<_, _> = device.peers.iter().map(|(key, peer)| (*key, peer.allowed_ips.clone())).collect();
@@ -236,13 +236,17 @@ fn the_route_leads_into_the_newest_common_generation_whose_handshake_is_done() {
             world = world.session(1, *generation, 0);
         }
         let context = format!("{held:?} {peer:?} {done:?}");
-        let device = expected.map(|generation| format!("husk-wg{}", slot_of(generation)));
+        let device = expected.map(|generation| format!("husk-wg{}", crate::marks::wireguard_slot(generation)));
         assert_eq!(world.route(1), device, "{context}");
         let plan = &world.plan().peers[&node(1)];
         let confirmed = expected.filter(|generation| done.contains(generation));
         assert_eq!(plan.keys, PeerKeys { own: expected, peer: expected, confirmed }, "{context}");
         assert_eq!(plan.public_key, expected.map(|generation| key(1, generation)), "{context}");
-        assert_eq!(plan.port, expected.map(|generation| 51820 + u16::from(slot_of(generation))), "{context}");
+        assert_eq!(
+            plan.port,
+            expected.map(|generation| 51820 + u16::from(crate::marks::wireguard_slot(generation))),
+            "{context}"
+        );
         assert_eq!(plan.refused.is_some(), expected.is_none(), "{context}");
     }
 }
@@ -509,7 +513,7 @@ fn a_record_that_contradicts_itself_is_used_as_far_as_it_makes_sense() {
         let plan = world.plan();
         assert_eq!(plan.issues.len(), 1, "{left}");
         assert_eq!((plan.issues[0].kind, plan.issues[0].severity), (IssueKind::IncompletePeer, Severity::Warning));
-        assert_eq!(world.route(1), Some(format!("husk-wg{}", slot_of(left))));
+        assert_eq!(world.route(1), Some(format!("husk-wg{}", crate::marks::wireguard_slot(left))));
         let devices = plan.desired.wireguard.values().flat_map(|device| device.peers.keys()).collect::<Vec<_>>();
         assert_eq!(devices, [&key(1, left)]);
     }
