@@ -18,13 +18,13 @@ use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, napi, nft, sysctl, xfrm};
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
-use husk_overlay::facts::{EspFacts, Facts};
+use husk_overlay::esp::AssociationId;
+use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
-use husk_overlay::rotation::Spending;
 
 use self::support::Support;
 use crate::companion::{Job, Keeper};
@@ -289,7 +289,7 @@ impl Node for Host {
         self.keys.retire(epoch)
     }
 
-    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> Result<()> {
+    fn spend(&mut self, associations: &BTreeMap<AssociationId, SpentAssociation>) -> Result<()> {
         self.keys.spend(associations)
     }
 

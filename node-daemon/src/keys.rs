@@ -23,12 +23,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::config::Config;
+use husk_overlay::esp::AssociationId;
 use husk_overlay::esp::PresharedKey;
-use husk_overlay::facts::{OwnEpoch, SpentAssociation};
+use husk_overlay::facts::{AssociationStage, OwnEpoch, SpentAssociation};
 use husk_overlay::kernel::XfrmStateKey;
 use husk_overlay::keys::PrivateKey;
 use husk_overlay::mode::Mode;
-use husk_overlay::rotation::Spending;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -184,20 +184,21 @@ impl KeyStore {
 
     /// What was written down of associations under the epochs held.
     #[must_use]
-    pub fn spent(&self) -> BTreeMap<XfrmStateKey, SpentAssociation> {
-        self.held.values().flat_map(|held| held.spent.all()).map(|(key, spent)| (*key, *spent)).collect()
+    pub fn spent(&self) -> BTreeMap<AssociationId, SpentAssociation> {
+        self.held.values().flat_map(|held| held.spent.all()).map(|(id, spent)| (*id, *spent)).collect()
     }
 
-    /// Writes down associations before they are installed, or before a policy names them.
+    /// Writes down associations before they are installed, or before a policy names them. Those that have ended come first:
+    /// of two with one place in the kernel, one always counts as ended.
     ///
     /// # Errors
     /// When one of them could not be written down, or belongs to no epoch held: then nothing may be done with any of them.
-    pub fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> Result<()> {
-        let mut sorted: BTreeMap<u64, BTreeMap<XfrmStateKey, SpentAssociation>> = BTreeMap::new();
-        for (key, spending) in associations {
-            sorted.entry(spending.epoch).or_default().insert(*key, spending.spent);
+    pub fn spend(&mut self, associations: &BTreeMap<AssociationId, SpentAssociation>) -> Result<()> {
+        let mut sorted: BTreeMap<(bool, u64), BTreeMap<AssociationId, SpentAssociation>> = BTreeMap::new();
+        for (id, spent) in associations {
+            sorted.entry((spent.stage != AssociationStage::Ended, spent.epoch)).or_default().insert(*id, *spent);
         }
-        for (epoch, more) in sorted {
+        for ((_, epoch), more) in sorted {
             let path = self.path(epoch, "spent");
             let held = self.held.get_mut(&epoch).with_context(|| format!("there is no key of epoch {epoch}"))?;
             held.spent.add(&path, &more)?;
@@ -205,17 +206,18 @@ impl KeyStore {
         Ok(())
     }
 
-    /// Takes back what was written down of associations that the kernel refused, so that they were never used.
+    /// Takes back what was written down of associations at these places in the kernel, which it refused, so that they were
+    /// never used.
     ///
     /// # Errors
     /// When that could not be written; then they stay spent, which is safe.
-    pub fn take_back(&mut self, associations: &BTreeSet<XfrmStateKey>) -> Result<()> {
+    pub fn take_back(&mut self, places: &BTreeSet<XfrmStateKey>) -> Result<()> {
         let epochs: Vec<u64> = self.held.keys().copied().collect();
         for epoch in epochs {
             let path = self.path(epoch, "spent");
             let Some(held) = self.held.get_mut(&epoch) else { continue };
-            if associations.iter().any(|key| held.spent.all().contains_key(key)) {
-                held.spent.remove(&path, associations)?;
+            if held.spent.holds(places) {
+                held.spent.remove(&path, places)?;
             }
         }
         Ok(())
@@ -278,7 +280,7 @@ impl KeyStore {
         if description.esp.as_ref() != Some(&expected.with_preshared(self.preshared.as_deref(), &key)) {
             return Ok(Err("it was made for another configuration of mode, ipsec or preshared key".into()));
         }
-        match SpentFile::read(&self.path(epoch, "spent"))? {
+        match SpentFile::read(&self.path(epoch, "spent"), epoch)? {
             Some(spent) => Ok(Ok(Held::new(&key, description, spent))),
             None => Ok(Err("it is not known which associations were installed under it".into())),
         }

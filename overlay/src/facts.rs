@@ -82,23 +82,36 @@ pub struct EspFacts {
     pub installed: BTreeMap<XfrmStateKey, AssociationUse>,
     /// What was written down of associations under the epochs held, see [`SpentAssociation`]. The entries of an epoch go with
     /// its key.
-    #[serde(with = "crate::kernel::entries")]
-    pub spent: BTreeMap<XfrmStateKey, SpentAssociation>,
+    pub spent: BTreeMap<AssociationId, SpentAssociation>,
 }
 
 /// What is written down of an association before it is installed.
 ///
 /// None is ever installed a second time, since its sequence numbers (RFC 4303, section 2.2), and with them the nonces of
 /// AES-GCM, and its replay window would start anew. And only this tells which association an entry of the kernel is: two of
-/// them can have one SPI.
+/// them can have one SPI, one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SpentAssociation {
-    /// Which one it is.
-    pub association: AssociationId,
-    /// A packet may have been protected by it: always true for receiving; for sending once a policy named it. One that is
-    /// unused can be installed again, so that a daemon killed just before the first time leaves nothing behind.
-    pub used: bool,
+    /// Own epoch it belongs to.
+    pub epoch: u64,
+    /// Where it is in the kernel, or was.
+    pub key: XfrmStateKey,
+    /// What was done with it.
+    pub stage: AssociationStage,
+}
+
+/// How far an association has come. It never goes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum AssociationStage {
+    /// It may have been installed, for sending, but no policy named it, so that no packet was protected by it: it can be
+    /// installed again, and a daemon killed just before the first time leaves nothing behind.
+    Unused,
+    /// A packet may have been protected by it: it was installed for receiving, or a policy named it.
+    Used,
+    /// It is gone from the kernel, and another one has its SPI.
+    Ended,
 }
 
 /// An association as the kernel has it, and the use that was made of it. Durations are of what this daemon has watched: they

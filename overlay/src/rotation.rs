@@ -45,8 +45,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::esp::AssociationId;
 use crate::facts::SpentAssociation;
-use crate::kernel::XfrmStateKey;
 use crate::name::NodeName;
 
 /// Why a node makes a new key.
@@ -104,16 +104,6 @@ pub enum KeyAction {
     },
 }
 
-/// What to write down of an association before it is installed, or before a policy names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Spending {
-    /// Own epoch it belongs to.
-    pub epoch: u64,
-    /// What to write down.
-    pub spent: SpentAssociation,
-}
-
 /// The own keys, as `huskctl keys status` shows them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -124,9 +114,8 @@ pub struct Rotation {
     /// the record goes out, with the time for those that are new: [`crate::facts::EspFacts::published`].
     pub published: BTreeSet<u64>,
     /// What has to be written down before xfrm is changed, in place of what was written down of the same association:
-    /// [`crate::facts::EspFacts::spent`]. Only what is new.
-    #[serde(with = "crate::kernel::entries")]
-    pub spend: BTreeMap<XfrmStateKey, Spending>,
+    /// [`crate::facts::EspFacts::spent`]. Only what is new, and what has ended before everything else.
+    pub spend: BTreeMap<AssociationId, SpentAssociation>,
     /// Peers that have not confirmed an epoch yet, by epoch. A rotation is over when the newest epoch is the only one.
     pub unconfirmed: BTreeMap<u64, BTreeSet<NodeName>>,
     /// Why a requested rotation has to wait, if it has to.

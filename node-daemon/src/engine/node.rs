@@ -8,11 +8,11 @@ use husk_dataplane::Error;
 use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
-use husk_overlay::facts::Facts;
+use husk_overlay::esp::AssociationId;
+use husk_overlay::facts::{Facts, SpentAssociation};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::InterfaceName;
 use husk_overlay::record::Snapshot;
-use husk_overlay::rotation::Spending;
 
 use crate::report::Counter;
 
@@ -88,7 +88,7 @@ pub trait Node {
     ///
     /// # Errors
     /// When they could not all be written down: then nothing may be done with any of them.
-    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> anyhow::Result<()>;
+    fn spend(&mut self, associations: &BTreeMap<AssociationId, SpentAssociation>) -> anyhow::Result<()>;
 
     /// Takes that back for associations that were provably never installed.
     ///

@@ -13,7 +13,7 @@ use husk_dataplane::Error;
 use husk_dataplane::kernel::{Actual, Change, Kernel, Table};
 use husk_dataplane::reconcile::Outcome;
 use husk_dataplane::xfrm::XfrmStateChange;
-use husk_overlay::facts::{AssociationUse, Facts, SessionUse};
+use husk_overlay::facts::{AssociationStage, AssociationUse, Facts, SessionUse};
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::kernel::{XfrmAction, XfrmPolicy, XfrmStateKey, XfrmTemplate};
 use husk_overlay::keys::PublicKey;
@@ -155,10 +155,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     pub(super) fn hold_back(plan: &mut Plan) {
         let spend = &plan.rotation.spend;
         let desired = &mut plan.desired;
-        desired.xfrm_states.retain(|key, state| !(state.fresh && spend.contains_key(key)));
+        desired.xfrm_states.retain(|_, state| !(state.fresh && spend.contains_key(&state.association.id())));
+        let used = spend.values().filter(|spent| spent.stage == AssociationStage::Used);
+        let used: BTreeSet<XfrmStateKey> = used.map(|spent| spent.key).collect();
         let names = |template: &XfrmTemplate| {
             let key = |spi| XfrmStateKey { destination: template.destination, spi };
-            template.spi.is_some_and(|spi| spend.get(&key(spi)).is_some_and(|spending| spending.spent.used))
+            template.spi.is_some_and(|spi| used.contains(&key(spi)))
         };
         let unwritten = |policy: &XfrmPolicy| matches!(&policy.action, XfrmAction::Protect(it) if names(it));
         desired.xfrm_policies.retain(|_, policy| !unwritten(policy));

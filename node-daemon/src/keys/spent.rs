@@ -4,8 +4,8 @@
 //! An association is written down *before* it is installed, and once more before a policy names one for sending: only then is
 //! it used. A daemon that dies in between leaves one that is taken for what it never became, which costs a new epoch at most.
 //!
-//! The file has lines of the form `DESTINATION SPI ASSOCIATION used|unused`, numbers in hexadecimal; a later line about the
-//! same destination and SPI replaces an earlier one. Lines are appended, so that one more association among thousands costs
+//! The file has lines of the form `DESTINATION SPI ASSOCIATION unused|used|ended`, numbers in hexadecimal; a later line about
+//! the same association replaces an earlier one. Lines are appended, so that one more association among thousands costs
 //! one line. A last line without its end is that of a write that never came to its end, and after which nothing was
 //! installed. A file that is missing or not understood makes the epoch useless: nobody knows what its key was used for.
 
@@ -16,7 +16,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use husk_overlay::esp::AssociationId;
-use husk_overlay::facts::SpentAssociation;
+use husk_overlay::facts::{AssociationStage, SpentAssociation};
 use husk_overlay::kernel::XfrmStateKey;
 
 use crate::files;
@@ -27,7 +27,7 @@ const LARGEST: u64 = 64 << 20;
 /// What was written down of an epoch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpentFile {
-    all: BTreeMap<XfrmStateKey, SpentAssociation>,
+    all: BTreeMap<AssociationId, SpentAssociation>,
     /// The end of the file is not known: the next write is one of the whole.
     torn: bool,
 }
@@ -41,11 +41,11 @@ impl SpentFile {
         files::replace(path, b"", 0o600)
     }
 
-    /// Reads a file; none if it is missing or not understood.
+    /// Reads the file of an epoch; none if it is missing or not understood.
     ///
     /// # Errors
     /// Of the file system.
-    pub fn read(path: &Path) -> io::Result<Option<Self>> {
+    pub fn read(path: &Path, epoch: u64) -> io::Result<Option<Self>> {
         let text = match files::read_text(path, LARGEST) {
             Ok(Some(text)) => text,
             Ok(None) => return Ok(None),
@@ -54,23 +54,23 @@ impl SpentFile {
         };
         let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
         let torn = whole.len() < text.len();
-        let all: Option<BTreeMap<_, _>> = whole.lines().map(parse).collect();
+        let all: Option<BTreeMap<_, _>> = whole.lines().map(|line| parse(line, epoch)).collect();
         Ok(all.map(|all| Self { all, torn }))
     }
 
     /// What was written down.
     #[must_use]
-    pub fn all(&self) -> &BTreeMap<XfrmStateKey, SpentAssociation> {
+    pub fn all(&self) -> &BTreeMap<AssociationId, SpentAssociation> {
         &self.all
     }
 
-    /// Writes down more, in place of what was written down under the same keys.
+    /// Writes down more, in place of what was written down of the same associations.
     ///
     /// # Errors
     /// Of the file system, with the path; then what these are for may not be done.
-    pub fn add(&mut self, path: &Path, more: &BTreeMap<XfrmStateKey, SpentAssociation>) -> io::Result<()> {
-        let is_new = |(key, spent): &(&XfrmStateKey, &SpentAssociation)| self.all.get(key) != Some(spent);
-        let new: BTreeMap<_, _> = more.iter().filter(is_new).map(|(key, spent)| (*key, *spent)).collect();
+    pub fn add(&mut self, path: &Path, more: &BTreeMap<AssociationId, SpentAssociation>) -> io::Result<()> {
+        let is_new = |(id, spent): &(&AssociationId, &SpentAssociation)| self.all.get(id) != Some(spent);
+        let new: BTreeMap<_, _> = more.iter().filter(is_new).map(|(id, spent)| (*id, *spent)).collect();
         if new.is_empty() {
             return Ok(());
         }
@@ -84,21 +84,32 @@ impl SpentFile {
         Ok(())
     }
 
-    /// Takes back what was never installed.
+    /// True if it was written down that one of these places in the kernel has an association of this epoch.
+    #[must_use]
+    pub fn holds(&self, places: &BTreeSet<XfrmStateKey>) -> bool {
+        self.all.values().any(|spent| is_in(spent, places))
+    }
+
+    /// Takes back what was never installed, at these places in the kernel.
     ///
     /// # Errors
     /// Of the file system, with the path; then nothing was taken back.
-    pub fn remove(&mut self, path: &Path, less: &BTreeSet<XfrmStateKey>) -> io::Result<()> {
+    pub fn remove(&mut self, path: &Path, places: &BTreeSet<XfrmStateKey>) -> io::Result<()> {
         let mut left = self.all.clone();
-        left.retain(|key, _| !less.contains(key));
+        left.retain(|_, spent| !is_in(spent, places));
         files::replace(path, lines(&left).as_bytes(), 0o600)?;
         (self.all, self.torn) = (left, false);
         Ok(())
     }
 }
 
+/// The association is at one of these places, and not only was there once.
+fn is_in(spent: &SpentAssociation, places: &BTreeSet<XfrmStateKey>) -> bool {
+    spent.stage != AssociationStage::Ended && places.contains(&spent.key)
+}
+
 /// False if there is no file any more.
-fn append(path: &Path, all: &BTreeMap<XfrmStateKey, SpentAssociation>) -> io::Result<bool> {
+fn append(path: &Path, all: &BTreeMap<AssociationId, SpentAssociation>) -> io::Result<bool> {
     let mut file = match OpenOptions::new().append(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         file => file.map_err(|error| named(path, &error))?,
@@ -111,29 +122,36 @@ fn named(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
 }
 
-fn lines(all: &BTreeMap<XfrmStateKey, SpentAssociation>) -> String {
-    all.iter().fold(String::new(), |mut text, (key, spent)| {
-        let used = if spent.used { USED } else { UNUSED };
-        let _ = writeln!(text, "{} {:08x} {:016x} {used}", key.destination, key.spi, spent.association.0);
+fn lines(all: &BTreeMap<AssociationId, SpentAssociation>) -> String {
+    all.iter().fold(String::new(), |mut text, (id, SpentAssociation { key, stage, .. })| {
+        let stage = match stage {
+            AssociationStage::Unused => UNUSED,
+            AssociationStage::Used => USED,
+            AssociationStage::Ended => ENDED,
+        };
+        let _ = writeln!(text, "{} {:08x} {:016x} {stage}", key.destination, key.spi, id.0);
         text
     })
 }
 
-fn parse(line: &str) -> Option<(XfrmStateKey, SpentAssociation)> {
+fn parse(line: &str, epoch: u64) -> Option<(AssociationId, SpentAssociation)> {
     let mut words = line.split(' ');
     let destination = words.next()?.parse().ok()?;
     let spi = u32::from_str_radix(words.next()?, 16).ok()?;
-    let association = AssociationId(u64::from_str_radix(words.next()?, 16).ok()?);
-    let used = match words.next()? {
-        USED => true,
-        UNUSED => false,
+    let id = AssociationId(u64::from_str_radix(words.next()?, 16).ok()?);
+    let stage = match words.next()? {
+        UNUSED => AssociationStage::Unused,
+        USED => AssociationStage::Used,
+        ENDED => AssociationStage::Ended,
         _ => return None,
     };
-    words.next().is_none().then_some((XfrmStateKey { destination, spi }, SpentAssociation { association, used }))
+    let key = XfrmStateKey { destination, spi };
+    words.next().is_none().then_some((id, SpentAssociation { epoch, key, stage }))
 }
 
-const USED: &str = "used";
 const UNUSED: &str = "unused";
+const USED: &str = "used";
+const ENDED: &str = "ended";
 
 #[cfg(test)]
 mod tests {
@@ -145,23 +163,26 @@ mod tests {
         XfrmStateKey { destination: "2001:db8::7".parse().unwrap(), spi }
     }
 
-    fn of(spis: impl IntoIterator<Item = u32>) -> BTreeMap<XfrmStateKey, SpentAssociation> {
-        let spent =
-            |spi| SpentAssociation { association: AssociationId(u64::MAX - u64::from(spi)), used: spi % 2 == 0 };
-        spis.into_iter().map(|spi| (key(spi), spent(spi))).collect()
+    fn id(spi: u32) -> AssociationId {
+        AssociationId(u64::MAX - u64::from(spi))
     }
 
-    fn read(path: &Path) -> BTreeMap<XfrmStateKey, SpentAssociation> {
-        SpentFile::read(path).unwrap().unwrap().all
+    fn of(spis: impl IntoIterator<Item = u32>) -> BTreeMap<AssociationId, SpentAssociation> {
+        let stage = |spi| [AssociationStage::Used, AssociationStage::Unused][spi as usize % 2];
+        spis.into_iter().map(|spi| (id(spi), SpentAssociation { epoch: 1, key: key(spi), stage: stage(spi) })).collect()
+    }
+
+    fn read(path: &Path) -> BTreeMap<AssociationId, SpentAssociation> {
+        SpentFile::read(path, 1).unwrap().unwrap().all
     }
 
     #[test]
     fn what_is_written_down_is_read_back_by_the_next_daemon() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("esp-1.spent");
-        assert_eq!(SpentFile::read(&path).unwrap(), None, "nobody knows what was used");
+        assert_eq!(SpentFile::read(&path, 1).unwrap(), None, "nobody knows what was used");
         SpentFile::create(&path).unwrap();
-        let mut spent = SpentFile::read(&path).unwrap().unwrap();
+        let mut spent = SpentFile::read(&path, 1).unwrap().unwrap();
         for spi in [256, 257, u32::MAX] {
             spent.add(&path, &of([spi])).unwrap();
         }
@@ -179,13 +200,28 @@ mod tests {
         SpentFile::create(&path).unwrap();
         let mut spent = SpentFile::default();
         spent.add(&path, &of([257])).unwrap();
-        assert!(!read(&path)[&key(257)].used);
-        let used = SpentAssociation { used: true, ..of([257])[&key(257)] };
-        spent.add(&path, &[(key(257), used)].into()).unwrap();
-        assert_eq!(read(&path), [(key(257), used)].into());
-        let length = path.metadata().unwrap().len();
-        spent.add(&path, &[(key(257), used)].into()).unwrap();
-        assert_eq!(path.metadata().unwrap().len(), length, "what is known is not written again");
+        for stage in [AssociationStage::Unused, AssociationStage::Used, AssociationStage::Ended] {
+            let now = BTreeMap::from([(id(257), SpentAssociation { stage, ..of([257])[&id(257)] })]);
+            spent.add(&path, &now).unwrap();
+            assert_eq!(read(&path), now);
+            let length = path.metadata().unwrap().len();
+            spent.add(&path, &now).unwrap();
+            assert_eq!(path.metadata().unwrap().len(), length, "what is known is not written again");
+        }
+    }
+
+    #[test]
+    fn taking_back_an_association_keeps_what_is_known_of_the_one_that_had_its_place_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("esp-1.spent");
+        SpentFile::create(&path).unwrap();
+        let mut spent = SpentFile::default();
+        let ended = (id(1), SpentAssociation { epoch: 1, key: key(256), stage: AssociationStage::Ended });
+        spent.add(&path, &[ended].into_iter().chain(of([256])).collect()).unwrap();
+        assert!(spent.holds(&[key(256)].into()) && !spent.holds(&[key(257)].into()));
+        spent.remove(&path, &[key(256)].into()).unwrap();
+        assert_eq!(read(&path), [ended].into());
+        assert!(!spent.holds(&[key(256)].into()));
     }
 
     #[test]
@@ -196,7 +232,7 @@ mod tests {
         let last = lines(&of([258]));
         for cut in 0..last.len() {
             std::fs::write(&path, before.clone() + &last[..cut]).unwrap();
-            let mut spent = SpentFile::read(&path).unwrap().unwrap();
+            let mut spent = SpentFile::read(&path, 1).unwrap().unwrap();
             assert_eq!(spent.all(), &of([256, 257]), "cut after {cut} bytes");
             spent.add(&path, &of([259])).unwrap();
             assert_eq!(read(&path), of([256, 257, 259]), "cut after {cut} bytes");
@@ -214,10 +250,10 @@ mod tests {
             ["", "{}", "192.0.2.1", "192.0.2.1 00000100", &format!("{good} "), &good.replace("used", "abused")]
         {
             std::fs::write(&path, format!("{good}\n{garbage}\n")).unwrap();
-            assert_eq!(SpentFile::read(&path).unwrap(), None, "{garbage:?}");
+            assert_eq!(SpentFile::read(&path, 1).unwrap(), None, "{garbage:?}");
         }
         std::fs::write(&path, b"\xff\n").unwrap();
-        assert_eq!(SpentFile::read(&path).unwrap(), None);
+        assert_eq!(SpentFile::read(&path, 1).unwrap(), None);
     }
 
     #[test]

@@ -41,9 +41,12 @@ fn public(store: &mut KeyStore, epoch: u64) -> Option<PublicKey> {
     store.epochs(NOW).unwrap().get(&epoch).map(|own| own.public_key)
 }
 
-fn spending(spi: u32, epoch: u64) -> (XfrmStateKey, Spending) {
-    let key = XfrmStateKey { destination: "192.0.2.1".parse().unwrap(), spi };
-    (key, Spending { epoch, spent: SpentAssociation { association: AssociationId(spi.into()), used: true } })
+fn place(spi: u32) -> XfrmStateKey {
+    XfrmStateKey { destination: "192.0.2.1".parse().unwrap(), spi }
+}
+
+fn spending(spi: u32, epoch: u64) -> (AssociationId, SpentAssociation) {
+    (AssociationId(spi.into()), SpentAssociation { epoch, key: place(spi), stage: AssociationStage::Used })
 }
 
 fn begun(mode: Mode, epochs: &[u64]) -> (Store, KeyStore) {
@@ -199,10 +202,10 @@ fn what_was_spent_goes_with_its_epoch() {
     store.spend(&[spending(256, 1), spending(257, 2), spending(258, 2)].into()).unwrap();
     let again = |store: &mut KeyStore| {
         store.epochs(NOW).unwrap();
-        store.spent().into_keys().map(|key| key.spi).collect::<Vec<_>>()
+        store.spent().into_values().map(|spent| spent.key.spi).collect::<Vec<_>>()
     };
     assert_eq!(again(&mut folder.open()), [256, 257, 258]);
-    store.take_back(&[spending(258, 2).0].into()).unwrap();
+    store.take_back(&[place(258)].into()).unwrap();
     assert_eq!(again(&mut folder.open()), [256, 257]);
     store.retire(1).unwrap();
     assert_eq!((again(&mut store), again(&mut folder.open())), (vec![257], vec![257]));
@@ -222,6 +225,23 @@ fn when_an_epoch_was_last_handed_out_is_remembered() {
     assert_eq!((store.published(), next.published()), (expected.clone(), expected));
     store.retire(1).unwrap();
     assert_eq!(store.published(), BTreeMap::from([(2, NOW * 3)]));
+}
+
+#[test]
+fn an_end_is_written_down_before_what_takes_the_place() {
+    let (folder, mut store) = begun(Mode::Ipsec, &[1, 2]);
+    store.spend(&[spending(256, 2)].into()).unwrap();
+    let (id, spent) = spending(256, 2);
+    let ended = (id, SpentAssociation { stage: AssociationStage::Ended, ..spent });
+    let heir = (AssociationId(1), SpentAssociation { epoch: 1, ..spent });
+    // The file of the later epoch is the one that cannot be written.
+    std::fs::remove_file(folder.path("esp-2.spent")).unwrap();
+    std::fs::create_dir(folder.path("esp-2.spent")).unwrap();
+    store.spend(&[ended, heir].into()).unwrap_err();
+    assert_eq!(store.spent(), [spending(256, 2)].into(), "nothing has two associations");
+    std::fs::remove_dir(folder.path("esp-2.spent")).unwrap();
+    store.spend(&[ended, heir].into()).unwrap();
+    assert_eq!(store.spent(), [ended, heir].into());
 }
 
 #[test]

@@ -16,7 +16,7 @@
 mod epochs;
 mod pair;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use self::epochs::{Epochs, published};
@@ -24,11 +24,12 @@ use self::pair::{Choice, Own, Pair, Slot, claim};
 use super::local::{route_key, router_on};
 use super::peers::Peer;
 use super::{Context, vxlan};
-use crate::facts::{EspFacts, SpentAssociation};
+use crate::esp::AssociationId;
+use crate::facts::{AssociationStage, EspFacts, SpentAssociation};
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{
     Desired, Link, LinkKind, Route, RouteTarget, XfrmAction, XfrmDirection, XfrmParameters, XfrmPolicy, XfrmPolicyKey,
-    XfrmState, XfrmTemplate,
+    XfrmState, XfrmStateKey, XfrmTemplate,
 };
 use crate::marks;
 use crate::mode::Mode;
@@ -36,7 +37,7 @@ use crate::mtu::EspMode;
 use crate::name::{InterfaceName, NodeName};
 use crate::prefix::{Family, Prefix};
 use crate::record::{EspEpochRecord, EspRecord};
-use crate::rotation::{Rotation, Spending};
+use crate::rotation::Rotation;
 
 /// Priority of the policies that protect: before those that block.
 pub const PROTECT_PRIORITY: u32 = 1000;
@@ -60,7 +61,7 @@ pub(super) fn render(
         cipher: context.config.ipsec.cipher,
         spi_bits: context.config.ipsec.spi_bits,
         esp,
-        spent: esp.spent.iter().map(|(key, spent)| (spent.association, *key)).collect(),
+        holders: holders(esp),
     };
     let mut pairs = pairs(context, &own, peers, issues);
     let numbers: Vec<u64> = esp.epochs.keys().copied().collect();
@@ -176,6 +177,15 @@ fn disagreement(context: &Context<'_>, record: Option<&EspRecord>) -> Option<(St
     }
 }
 
+/// Which association has, or had last, a place in the kernel.
+fn holders(esp: &EspFacts) -> HashMap<XfrmStateKey, AssociationId> {
+    esp.spent
+        .iter()
+        .filter(|(_, spent)| spent.stage != AssociationStage::Ended)
+        .map(|(id, spent)| (spent.key, *id))
+        .collect()
+}
+
 /// The associations, and what has to be written down of them.
 fn install(
     context: &Context<'_>,
@@ -183,7 +193,7 @@ fn install(
     pairs: &[Pair],
     choices: &[Choice],
     desired: &mut Desired,
-) -> BTreeMap<crate::kernel::XfrmStateKey, Spending> {
+) -> BTreeMap<AssociationId, SpentAssociation> {
     let ours = context.config.ipsec.udp_port;
     let mut spend = BTreeMap::new();
     for (pair, choice) in pairs.iter().zip(choices) {
@@ -191,10 +201,17 @@ fn install(
         let inbound = pair.inbound.iter().map(|slot| (slot, pair.udp_port.zip(ours), true));
         let outbound = pair.outbound.iter().map(|slot| (slot, ours.zip(pair.udp_port), Some(slot.id) == named));
         for (slot, udp, used) in inbound.chain(outbound).filter(|(slot, ..)| slot.desired) {
-            let known = own.esp.spent.get(&slot.key);
-            if known.is_none_or(|known| known.association != slot.id || (used && !known.used)) {
-                let spent = SpentAssociation { association: slot.id, used };
-                spend.insert(slot.key, Spending { epoch: slot.own, spent });
+            let stage = if used { AssociationStage::Used } else { AssociationStage::Unused };
+            if own.esp.spent.get(&slot.id).is_none_or(|known| known.stage < stage) {
+                spend.insert(slot.id, SpentAssociation { epoch: slot.own, key: slot.key, stage });
+            }
+            if let Some(holder) = own.holders.get(&slot.key).filter(|holder| **holder != slot.id) {
+                let ended = own
+                    .esp
+                    .spent
+                    .get(holder)
+                    .map(|spent| SpentAssociation { stage: AssociationStage::Ended, ..*spent });
+                spend.extend(ended.map(|ended| (*holder, ended)));
             }
             desired.xfrm_states.insert(slot.key, state(context, slot, udp));
         }

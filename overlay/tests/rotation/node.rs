@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoints;
-use husk_overlay::esp::Association;
+use husk_overlay::esp::{Association, AssociationId};
 use husk_overlay::facts::{AssociationUse, EspFacts, Facts, OwnEpoch, SpentAssociation, UnderlayRoute};
 use husk_overlay::kernel::{XfrmAction, XfrmDirection, XfrmPolicy, XfrmPolicyKey, XfrmStateKey};
 use husk_overlay::keys::PublicKey;
@@ -45,7 +45,7 @@ pub(crate) struct Kernel {
 struct Disk {
     epochs: BTreeMap<u64, OwnEpoch>,
     published: BTreeMap<u64, Duration>,
-    spent: BTreeMap<XfrmStateKey, (u64, SpentAssociation)>,
+    spent: BTreeMap<AssociationId, SpentAssociation>,
 }
 
 /// What a daemon has seen of an association.
@@ -178,7 +178,7 @@ impl Node {
                 epochs: self.disk.epochs.clone(),
                 published: self.disk.published.clone(),
                 installed,
-                spent: self.disk.spent.iter().map(|(key, (_, spent))| (*key, *spent)).collect(),
+                spent: self.disk.spent.clone(),
             }),
             uptime: now - self.boot,
             rotation_requested: self.requested,
@@ -239,9 +239,7 @@ impl Node {
         let mut snapshot = Snapshot { nodes: self.view.clone(), ..Snapshot::default() };
         snapshot.blocks = (0..count).map(|index| (block(index), name(index))).collect();
         let plan = plan(config, &snapshot, &facts, &Endpoints::new());
-        for (key, spending) in &plan.rotation.spend {
-            self.disk.spent.insert(*key, (spending.epoch, spending.spent));
-        }
+        self.disk.spent.extend(&plan.rotation.spend);
         let fresh = plan.rotation.published.iter().filter(|epoch| !self.disk.published.contains_key(epoch)).count();
         for epoch in &plan.rotation.published {
             self.disk.published.entry(*epoch).or_insert(facts.uptime);
@@ -259,7 +257,7 @@ impl Node {
             }
             if self.refusing {
                 // It was never installed.
-                self.disk.spent.remove(key);
+                self.disk.spent.remove(&state.association.id());
                 continue;
             }
             let association = state.association.clone();
@@ -269,7 +267,7 @@ impl Node {
                 "node{} uses a key again: {association:?}",
                 self.index
             );
-            assert!(self.disk.spent.contains_key(key), "written down before it is installed");
+            assert!(self.disk.spent.contains_key(&state.association.id()), "written down before it is installed");
             self.history.insert(association.clone(), association.receiver.node == name(self.index));
             self.kernel.states.insert(*key, Installed { association, packets: 0 });
             if let Some(daemon) = &mut self.daemon {
@@ -308,7 +306,7 @@ impl Node {
                 KeyAction::Retire { epoch } => {
                     self.disk.epochs.remove(epoch);
                     self.disk.published.remove(epoch);
-                    self.disk.spent.retain(|_, (of, _)| of != epoch);
+                    self.disk.spent.retain(|_, spent| spent.epoch != *epoch);
                 }
             }
             assert!(self.disk.epochs.len() <= 2, "node{} holds more than two epochs", self.index);

@@ -15,8 +15,8 @@ use husk_dataplane::wireguard::KeyRing;
 use husk_ipam::lease::{BootTime, Demand, Lease, LeaseStore, Supply};
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
-use husk_overlay::esp::Aead;
-use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, UnderlayRoute, WireguardSupport};
+use husk_overlay::esp::{Aead, AssociationId};
+use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, SpentAssociation, UnderlayRoute, WireguardSupport};
 use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE, NodeFile, Request, Response};
 use husk_overlay::issue::IssueKind;
 use husk_overlay::kernel::{Desired, LinkKind, XfrmStateKey};
@@ -27,7 +27,6 @@ use husk_overlay::name::{ContainerId, InstanceId, InterfaceName, NetworkName, No
 use husk_overlay::plan::{router_addresses, vxlan_mac};
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
-use husk_overlay::rotation::Spending;
 
 use nix::errno::Errno;
 
@@ -402,7 +401,7 @@ impl Node for FakeNode {
         state.keys.retire(epoch)
     }
 
-    fn spend(&mut self, associations: &BTreeMap<XfrmStateKey, Spending>) -> anyhow::Result<()> {
+    fn spend(&mut self, associations: &BTreeMap<AssociationId, SpentAssociation>) -> anyhow::Result<()> {
         let mut state = self.state();
         anyhow::ensure!(!state.notes_fail, "no space left");
         state.keys.spend(associations)

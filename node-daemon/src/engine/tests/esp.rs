@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use husk_dataplane::fake::Fault;
 use husk_dataplane::kernel::Table;
+use husk_overlay::facts::AssociationStage;
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::issue::{IssueKind, Severity};
 use husk_overlay::kernel::{RouteTarget, XfrmStateKey};
@@ -102,9 +103,10 @@ fn the_first_key_is_made_installed_and_published_in_that_order() {
         });
         assert!(first.is_some_and(|installed| installed >= 2), "{mode}: {first:?}");
         let spent = bed.node.state().keys.spent();
+        let spent: BTreeSet<XfrmStateKey> = spent.values().map(|spent| spent.key).collect();
         let installed: BTreeSet<XfrmStateKey> = bed.kernel.state().own.xfrm_states.keys().copied().collect();
         assert_eq!(installed.len(), 4, "{mode}: one in and one out for each of two peers");
-        assert!(installed.iter().all(|key| spent.contains_key(key)), "{mode}");
+        assert!(installed.iter().all(|key| spent.contains(key)), "{mode}");
         assert!(bed.issues().is_empty(), "{mode}: {:?}", bed.state.borrow().issues);
         assert!(routes(&bed) >= 4, "{mode}");
         assert_eq!(bed.changes_of_a_pass(), 0, "{mode}");
@@ -214,7 +216,7 @@ fn a_daemon_that_died_between_writing_and_installing_leaves_nothing_that_is_used
     assert!(!plan.rotation.spend.is_empty());
     bed.engine.write_ahead(&facts, &plan).unwrap();
     let written: BTreeSet<XfrmStateKey> =
-        plan.rotation.spend.iter().filter(|(_, it)| it.spent.used).map(|(key, _)| *key).collect();
+        plan.rotation.spend.values().filter(|it| it.stage == AssociationStage::Used).map(|it| it.key).collect();
     bed.restart();
     for _ in 0..4 {
         settle(&mut bed);

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use crate::esp::{Aead, Association, AssociationId, EspEnd, spi};
-use crate::facts::{AssociationUse, EspFacts, OwnEpoch};
+use crate::facts::{AssociationStage, AssociationUse, EspFacts, OwnEpoch};
 use crate::kernel::XfrmStateKey;
 use crate::name::NodeName;
 use crate::record::{EspEpochRecord, EspRecord};
@@ -16,11 +16,11 @@ use crate::rotation::PeerKeys;
 pub(super) enum Standing {
     /// It is there.
     Installed(AssociationUse),
-    /// It was never in use and its SPI is free.
+    /// It was never in use, and nothing in the kernel has its SPI.
     Free,
     /// It was in use and was removed: it never comes back.
     Gone,
-    /// Another association has, or had, its SPI.
+    /// Another association has its SPI.
     Collision,
     /// Something that nobody knows carries our mark and has its SPI; it is swept, and then the SPI is free.
     Obstructed,
@@ -61,8 +61,8 @@ pub(super) struct Own<'a> {
     pub(super) cipher: Aead,
     pub(super) spi_bits: u8,
     pub(super) esp: &'a EspFacts,
-    /// What was written down, the other way round: an association that got another SPI has the same key all the same.
-    pub(super) spent: HashMap<AssociationId, XfrmStateKey>,
+    /// Which association has, or had last, a place in the kernel.
+    pub(super) holders: HashMap<XfrmStateKey, AssociationId>,
 }
 
 impl<'a> Own<'a> {
@@ -75,16 +75,15 @@ impl<'a> Own<'a> {
             XfrmStateKey { destination: association.receiver.address, spi: spi(&association, salt, self.spi_bits) };
         let id = association.id();
         let installed = self.esp.installed.get(&key);
-        let standing = match (self.esp.spent.get(&key), installed) {
-            (Some(spent), Some(usage)) if spent.association == id && usage.source == association.sender.address => {
-                Standing::Installed(*usage)
-            }
-            (Some(spent), None) if spent.association == id && !spent.used => Standing::Free,
-            (Some(spent), _) if spent.association == id => Standing::Gone,
-            (Some(_), _) => Standing::Collision,
-            (None, _) if self.spent.contains_key(&id) => Standing::Gone,
-            (None, Some(_)) => Standing::Obstructed,
+        let standing = match (self.esp.spent.get(&id), installed) {
+            // With another salt it has another SPI and the same key all the same.
+            (Some(spent), _) if spent.key != key || spent.stage == AssociationStage::Ended => Standing::Gone,
+            (Some(_), Some(usage)) if usage.source == association.sender.address => Standing::Installed(*usage),
+            (Some(spent), None) if spent.stage == AssociationStage::Unused => Standing::Free,
+            (Some(_), _) => Standing::Gone,
             (None, None) => Standing::Free,
+            (None, Some(_)) if self.holders.contains_key(&key) => Standing::Collision,
+            (None, Some(_)) => Standing::Obstructed,
         };
         Slot { own, peer, key, id, association, standing, desired: false }
     }

@@ -131,7 +131,7 @@ impl Bed {
     /// Does with the kernel and the disk what the plan says, but nothing with the keys.
     fn carry_out(&mut self, plan: &Plan) {
         let esp = self.esp();
-        esp.spent.extend(plan.rotation.spend.iter().map(|(key, spending)| (*key, spending.spent)));
+        esp.spent.extend(&plan.rotation.spend);
         esp.installed.retain(|key, _| plan.desired.xfrm_states.contains_key(key));
         for (key, state) in &plan.desired.xfrm_states {
             let source = state.parameters.source;
@@ -175,6 +175,11 @@ impl Bed {
     fn hear(&mut self, from: (u8, u64), own: u64) {
         self.usage(from, (0, own)).packets = 1;
     }
+}
+
+/// What was written down of what has a place in the kernel.
+fn stage(bed: &mut Bed, key: XfrmStateKey) -> Option<AssociationStage> {
+    bed.esp().spent.values().find(|spent| spent.key == key).map(|spent| spent.stage)
 }
 
 /// What happens to a bed.
@@ -431,11 +436,11 @@ fn a_new_epoch_is_published_once_it_can_be_received_from_everybody() {
     // A peer nothing was ever installed for keeps nobody waiting.
     let late = bed.slot((2, 1), (0, 2)).0;
     bed.esp().installed.remove(&late);
-    bed.esp().spent.remove(&late);
+    bed.esp().spent.retain(|_, spent| spent.key != late);
     assert_eq!(published(&bed.plan()), [1]);
     for other in [bed.slot((2, 1), (0, 1)).0, bed.slot((0, 1), (2, 1)).0] {
         bed.esp().installed.remove(&other);
-        bed.esp().spent.remove(&other);
+        bed.esp().spent.retain(|_, spent| spent.key != other);
     }
     assert_eq!(published(&bed.plan()), [1, 2]);
 }
@@ -628,11 +633,32 @@ fn an_association_for_sending_that_no_policy_named_can_be_installed_again() {
         bed.carry_out(&plan);
     }
     let key = bed.slot((0, 1), (1, 1)).0;
-    assert!(!bed.esp().spent[&key].used);
+    assert_eq!(stage(&mut bed, key), Some(AssociationStage::Unused));
     bed.esp().installed.remove(&key);
     assert!(has(&bed.plan(), (0, 1), (1, 1)), "the daemon was killed before it was installed");
     let plan = bed.converge();
-    assert!(bed.esp().spent[&key].used && sends(&plan, &bed, 1).is_some());
+    assert!(stage(&mut bed, key) == Some(AssociationStage::Used) && sends(&plan, &bed, 1).is_some());
+}
+
+#[test]
+fn the_spi_of_an_association_that_is_gone_can_be_used_again_but_the_association_cannot() {
+    let mut bed = Bed::new(Mode::Ipsec, 1, &[1]);
+    // All SPIs are one.
+    bed.config.ipsec.spi_bits = 0;
+    bed.converge();
+    bed.hear((1, 1), 1);
+    assert_eq!(sends(&bed.converge(), &bed, 1), Some((1, 1)));
+    let first = bed.slot((0, 1), (1, 1)).1.id();
+    bed.peer(1, &[2]);
+    assert!(!has(&bed.plan(), (0, 1), (1, 2)), "the other one is in its place");
+    let plan = bed.converge();
+    assert_eq!(sends(&plan, &bed, 1), Some((1, 2)));
+    assert_eq!(plan.rotation.actions, []);
+    assert_eq!(bed.esp().spent[&first].stage, AssociationStage::Ended);
+    // The record of old, from wherever it comes.
+    bed.peer(1, &[1]);
+    let plan = bed.converge();
+    assert!(!has(&plan, (0, 1), (1, 1)) && !has(&plan, (1, 1), (0, 1)) && sends(&plan, &bed, 1).is_none());
 }
 
 #[test]
@@ -775,9 +801,18 @@ proptest! {
         for round in 0..4 {
             let plan = bed.plan();
             for (key, state) in &plan.desired.xfrm_states {
-                let known = bed.esp().spent.get(key).copied();
+                let known = bed.esp().spent.get(&state.association.id()).copied();
                 let there = bed.esp().installed.contains_key(key);
-                prop_assert!(known.is_none_or(|spent| spent.association == state.association.id() && (there || !spent.used)));
+                let stage = |spent: SpentAssociation| match spent.stage {
+                    AssociationStage::Unused => true,
+                    AssociationStage::Used => there,
+                    AssociationStage::Ended => false,
+                };
+                prop_assert!(known.is_none_or(|spent| spent.key == *key && stage(spent)));
+                let holds = |spent: &SpentAssociation| spent.key == *key && spent.stage != AssociationStage::Ended;
+                let holders = bed.esp().spent.iter().filter(|(id, spent)| holds(spent) && **id != state.association.id());
+                let ended = |id| plan.rotation.spend.get(id).is_some_and(|it| it.stage == AssociationStage::Ended);
+                prop_assert!(holders.map(|(id, _)| id).all(ended));
             }
             let protects = |policy: &XfrmPolicy| match &policy.action {
                 XfrmAction::Protect(template) => template.spi.map(|spi| XfrmStateKey { destination: template.destination, spi }),
