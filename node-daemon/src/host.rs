@@ -318,15 +318,20 @@ impl Node for Host {
         }
     }
 
-    fn greet(&mut self, routers: &[IpAddr]) {
-        for router in routers {
-            let from: IpAddr = match router {
-                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            if let Err(error) = UdpSocket::bind((from, 0)).and_then(|socket| socket.send_to(&[], (*router, DISCARD))) {
-                tracing::debug!(%router, %error, "the session with this peer starts with its first packet");
-            }
+    fn greet(&mut self, routers: &[IpAddr], after: Duration) {
+        if routers.is_empty() {
+            return;
+        }
+        if after.is_zero() {
+            return send_greetings(routers);
+        }
+        let routers = routers.to_vec();
+        let later = move || {
+            std::thread::sleep(after);
+            send_greetings(&routers);
+        };
+        if let Err(error) = std::thread::Builder::new().name("greeting".into()).spawn(later) {
+            tracing::debug!(%error, "sessions with some peers start with their first packets");
         }
     }
 
@@ -347,6 +352,18 @@ impl Node for Host {
         let text = serde_json::to_vec_pretty(&all).unwrap_or_default();
         if let Err(error) = files::replace(&self.sysctl_file, &text, 0o600) {
             tracing::warn!(%error, "kernel parameters as found cannot be kept; cleanup will not bring them back");
+        }
+    }
+}
+
+fn send_greetings(routers: &[IpAddr]) {
+    for router in routers {
+        let from: IpAddr = match router {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        if let Err(error) = UdpSocket::bind((from, 0)).and_then(|socket| socket.send_to(&[], (*router, DISCARD))) {
+            tracing::debug!(%router, %error, "the session with this peer starts with its first packet");
         }
     }
 }

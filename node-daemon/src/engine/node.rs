@@ -111,6 +111,7 @@ pub trait Node {
     /// Keeps the values of kernel parameters as they are before Husk changes them for the first time.
     fn remember(&mut self, desired: &Desired);
 
-    /// Sends a packet to each of these addresses of other nodes, through the tunnels; nobody waits for an answer.
-    fn greet(&mut self, _routers: &[IpAddr]) {}
+    /// Sends a packet to each of these addresses of other nodes, through the tunnels, after some time; nobody waits for it, nor
+    /// for an answer.
+    fn greet(&mut self, _routers: &[IpAddr], _after: Duration) {}
 }

@@ -1,6 +1,6 @@
 //! Answers to `huskctl`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use husk_overlay::facts::Facts;
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::kernel::Desired;
 use husk_overlay::mode::Mode;
+use husk_overlay::prefix::Prefix;
 use serde::Serialize;
 
 use super::{Ask, Engine, Node, Pass, blocks};
@@ -63,7 +64,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let state = self.state.borrow().clone();
         let config = &self.parts.config;
         let device = last.plan.desired.wireguard.values().next();
-        let routed = last.plan.peers.values().filter(|peer| peer.refused.is_none()).count();
+        let destinations: BTreeSet<Prefix> = last.plan.desired.routes.keys().map(|route| route.destination).collect();
+        let peers = last.plan.peers.values().filter(|peer| peer.refused.is_none());
+        // One that has been accepted may have to wait for keys before it can be sent to.
+        let routed = peers.filter(|peer| peer.blocks.iter().all(|block| destinations.contains(block))).count();
         let router = last.plan.record.as_ref().map(|record| record.router).unwrap_or_default();
         let blocks = last.plan.record.as_ref().map(|record| record.blocks.clone()).unwrap_or_default();
         Status {

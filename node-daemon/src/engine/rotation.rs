@@ -5,7 +5,6 @@
 //! passes again at once as long as a pass gets the rotation on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -261,8 +260,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let before = |name| self.last.as_ref().and_then(|last| complete(name, &last.plan));
         let changed =
             plan.peers.keys().filter(|name| complete(name, plan).is_some_and(|now| before(name) != Some(now)));
-        let routers: Vec<IpAddr> = changed.filter_map(|name| router_of(plan, name)).collect();
-        self.parts.node.greet(&routers);
+        let changed: Vec<&NodeName> = changed.collect();
+        self.greet(plan, changed);
         self.probe_unconfirmed(plan);
     }
 
@@ -272,9 +271,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let behind = waiting.iter().filter(|name| last.as_ref().is_some_and(|last| **name > last));
         let before = waiting.iter().filter(|name| last.as_ref().is_none_or(|last| **name <= last));
         let next: Vec<&NodeName> = behind.chain(before).take(PROBES).copied().collect();
-        let routers: Vec<IpAddr> = next.iter().filter_map(|name| router_of(plan, name)).collect();
         self.keeping.probed = next.last().map(|name| (*name).clone());
-        self.parts.node.greet(&routers);
+        self.greet(plan, next);
     }
 
     /// Whether counters that a rotation waits for say something new. Probes those it waits for.
@@ -333,8 +331,4 @@ fn is_first(action: &KeyAction) -> bool {
 /// Epochs whose keys the node holds.
 fn epochs(facts: &Facts) -> usize {
     facts.wireguard_epochs.len() + facts.esp.as_ref().map_or(0, |esp| esp.epochs.len())
-}
-
-fn router_of(plan: &Plan, name: &NodeName) -> Option<IpAddr> {
-    plan.peers.get(name)?.router.iter().next()
 }

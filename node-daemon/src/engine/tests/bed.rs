@@ -244,7 +244,7 @@ pub(super) struct NodeState {
     /// Times somebody tried to make or destroy a key.
     pub(super) key_actions: u32,
     /// Router addresses a packet was sent to.
-    pub(super) greeted: Vec<IpAddr>,
+    pub(super) greeted: Vec<(IpAddr, Duration)>,
     pub(super) xfrm_errors: BTreeMap<String, u64>,
     /// Port of the process that takes ESP in UDP, while it runs.
     pub(super) udp_port: Option<u16>,
@@ -422,8 +422,8 @@ impl Node for FakeNode {
         self.state().xfrm_errors.clone()
     }
 
-    fn greet(&mut self, routers: &[IpAddr]) {
-        self.state().greeted.extend(routers);
+    fn greet(&mut self, routers: &[IpAddr], after: Duration) {
+        self.state().greeted.extend(routers.iter().map(|router| (*router, after)));
     }
 
     fn key_ring(&mut self) -> anyhow::Result<KeyRing> {

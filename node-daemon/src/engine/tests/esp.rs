@@ -116,6 +116,27 @@ fn the_first_key_is_made_installed_and_published_in_that_order() {
 }
 
 #[test]
+fn a_peer_that_cannot_be_sent_to_yet_counts_as_one_without_a_route() {
+    for mode in MODES {
+        let mut bed = Bed::new(mode, 3);
+        let mut counted = BTreeSet::new();
+        for _ in 0..5 {
+            bed.pass();
+            let status: Status = report(&mut bed, Request::Status);
+            assert_eq!(
+                status.peers.0 == 2,
+                routes(&bed) >= 4,
+                "{mode}: {:?} with {} routes",
+                status.peers,
+                routes(&bed)
+            );
+            counted.insert(status.peers.0);
+        }
+        assert_eq!(counted, [0, 2].into(), "{mode}");
+    }
+}
+
+#[test]
 fn a_rotation_that_is_asked_for_ends_with_the_new_key_alone() {
     for mode in MODES {
         let mut bed = Bed::new(mode, 3);

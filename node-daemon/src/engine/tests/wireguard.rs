@@ -1,13 +1,15 @@
 //! Generations of WireGuard: both devices, and who is sent to in which.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use husk_dataplane::wireguard::WireguardPeerStatus;
 use husk_overlay::facts::WireguardSupport;
 use husk_overlay::mode::Mode;
-use husk_overlay::record::WireguardRecord;
+use husk_overlay::name::NodeName;
+use husk_overlay::record::{NodeRecord, WireguardRecord};
 
-use super::bed::{Bed, interface, name, public_key};
+use super::bed::{Bed, interface, name, public_key, record};
 
 fn settle(bed: &mut Bed) {
     for _ in 0..5 {
@@ -48,6 +50,33 @@ fn later(bed: &Bed, seconds: u64) {
 
 fn has(bed: &Bed, device: &str) -> bool {
     bed.kernel.state().own.links.contains_key(&interface(device))
+}
+
+#[test]
+fn of_two_nodes_that_learn_of_each_other_one_leaves_the_first_word_to_the_other() {
+    let mut bed = Bed::new(Mode::Wireguard, 2);
+    // It comes before host0 in the order of names.
+    let early = NodeName::new("alpha").unwrap();
+    bed.allocate(2);
+    bed.join(2);
+    {
+        let mut cluster = bed.source.state();
+        let record = cluster.snapshot.nodes.remove(&name(2)).unwrap();
+        cluster
+            .snapshot
+            .blocks
+            .values_mut()
+            .filter(|owner| **owner == name(2))
+            .for_each(|owner| *owner = early.clone());
+        cluster.snapshot.nodes.insert(early.clone(), NodeRecord { name: early, ..record });
+    }
+    settle(&mut bed);
+    let router = |index| record(index).router.iter().next().unwrap();
+    let greeted = bed.node.state().greeted.clone();
+    let when =
+        |router| greeted.iter().filter(|(to, _)| *to == router).map(|(_, after)| *after).collect::<BTreeSet<_>>();
+    assert_eq!(when(router(1)), [Duration::ZERO].into());
+    assert!(when(router(2)).iter().all(|after| !after.is_zero()) && !when(router(2)).is_empty(), "{greeted:?}");
 }
 
 #[test]
