@@ -57,9 +57,12 @@ fn bridge(arguments: &str) -> String {
 /// An underlay interface with an address of each family, and a veth peer that plays no part.
 fn underlay_interface() {
     ip("link add eth0 type veth peer name peer0");
-    // No link-local addresses, which would come whenever duplicate address detection is through.
-    ip("link set peer0 addrgenmode none up");
-    ip("link set eth0 addrgenmode none up");
+    // No link-local addresses, which would come whenever duplicate address detection is through. In one command with it, older
+    // kernels would set the interface up first (net/core/rtnetlink.c, do_setlink).
+    for interface in ["peer0", "eth0"] {
+        ip(&format!("link set {interface} addrgenmode none"));
+        ip(&format!("link set {interface} up"));
+    }
     ip("addr add 192.168.7.1/24 dev eth0");
     ip("addr add fd00:7::1/64 dev eth0 nodad");
 }

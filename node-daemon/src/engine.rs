@@ -12,6 +12,7 @@ mod forwarding;
 mod handle;
 mod inputs;
 mod keys;
+mod mismatch;
 mod node;
 mod pace;
 mod pods;
@@ -236,6 +237,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.tune_pods(&growing, &mut issues);
         failures::report(&outcome, &mut issues);
         issues.extend(self.parts.node.foreign_chains().iter().filter_map(forwarding::issue));
+        issues.extend(mismatch::issues(&self.parts.config.ipsec, &facts, &plan));
         self.start_sessions(&plan, &outcome);
         let published = self.publish(&plan, &mut issues);
         if unwritten.is_some() {

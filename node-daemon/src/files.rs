@@ -58,6 +58,9 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Bytes that have to be free for the standard library to read into a text directly, rather than by way of its own buffer.
+const READ_AHEAD: usize = 64;
+
 /// Reads a text file of at most `limit` bytes; none if there is no such file.
 ///
 /// # Errors
@@ -69,7 +72,10 @@ pub fn read_text(path: &Path, limit: u64) -> io::Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(named(path, "read", &error)),
     };
-    let mut text = String::new();
+    // Room for all of it and for the last read, which finds the end: a text that grows leaves copies behind, and some files
+    // hold keys.
+    let length = file.metadata().map_err(|error| named(path, "look at", &error))?.len().min(limit);
+    let mut text = String::with_capacity(usize::try_from(length).unwrap_or_default() + READ_AHEAD);
     let read = file.take(limit + 1).read_to_string(&mut text).map_err(|error| named(path, "read", &error))?;
     if read as u64 > limit {
         return Err(io::Error::new(

@@ -389,7 +389,7 @@ fn keys_are_shown_with_who_uses_them() {
     let lines = words(&ran.text);
     assert_eq!(
         lines[0],
-        "Mode ipsec, IPsec (aes-gcm-128). The newest key will be replaced in 12 h to 24 h. A rotation is under way."
+        "Mode ipsec, IPsec (aes-gcm-128). The newest key will be replaced in 12 h to 24 h, or once it has protected as much as it may. A rotation is under way."
     );
     assert_eq!(lines[1], "EPOCH AGE PUBLISHED CONFIRMED BY WAITING FOR PUBLIC KEY");
     assert!(lines[2].starts_with("1 90 s yes beta - "), "{lines:?}");

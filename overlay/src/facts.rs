@@ -125,6 +125,8 @@ pub struct AssociationUse {
     pub packets: u64,
     /// Bytes so far.
     pub bytes: u64,
+    /// Packets that came with its SPI and failed its integrity check; they count nowhere else.
+    pub undecryptable: u32,
     /// How long the packets have been as many as now.
     pub quiet: Duration,
     /// How long it has been installed.

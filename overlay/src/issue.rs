@@ -40,6 +40,8 @@ pub enum IssueKind {
     ForeignBlock,
     /// A peer's record lacks what the mode needs.
     IncompletePeer,
+    /// Nothing that a peer sends can be decrypted.
+    KeyMismatch,
     /// A peer's address cannot be reached by any route.
     NoRouteToPeer,
     /// The MTU left for pods is too small.

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,13 +12,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_overlay::keys::PrivateKey;
 use husk_tests::kernel::{self, Part};
-use husk_tests::load::Rate;
+use husk_tests::load::{Rate, while_knocking};
+use husk_tests::probe::Echo;
 use husk_tests::process::Program;
 use husk_tests::rotation::{newest, published, rotate};
-use husk_tests::{Cluster, ClusterBuilder, Host, Leak, Load, Mode, Pod, Signal, eventually, xfrm};
+use husk_tests::{Cluster, ClusterBuilder, Host, Leak, Load, Mode, Pod, Signal, eventually, patience, xfrm};
 
 /// How long what a daemon does by itself may take.
 const SOON: Duration = Duration::from_secs(8);
+
+/// How long an answer may be under way.
+const ANSWER: Duration = Duration::from_millis(100);
 
 /// A secret of the cluster, which nobody may find again either.
 const SECRET: &str = "correct horse battery staple of the cluster";
@@ -273,6 +278,59 @@ fn a_restart_of_the_daemon_installs_nothing_twice() -> Result<()> {
         load.stop()?.exact().context(mode)?;
     }
     Ok(())
+}
+
+/// What somebody removes on the first host while nobody looks.
+const FLUSHES: [&str; 2] = ["ip xfrm state flush", "ip xfrm state flush; ip xfrm policy flush"];
+
+#[test]
+fn associations_lost_while_the_daemon_was_dead_are_never_keyed_alike_again() -> Result<()> {
+    kernel::require(&[Part::Esp])?;
+    for mode in [Mode::Ipsec, Mode::VxlanIpsec] {
+        let cluster = Cluster::builder().mode(mode).set("keys.grace", 1).set("keys.hardLifetime", 600).build()?;
+        let leak = Leak::watch(&cluster)?;
+        for host in cluster.hosts() {
+            host.install_plugin()?;
+            host.start_daemon()?;
+        }
+        cluster.wait_ready()?;
+        cluster.wait_meshed()?;
+        let pods = pods(&cluster)?;
+        let keys = |number: usize| -> Result<BTreeSet<String>> {
+            Ok(xfrm::states(cluster.host(number).netns())?.into_iter().filter_map(|state| state.key).collect())
+        };
+        let mut seen = keys(1)?;
+        ensure!(seen.len() >= 2, "{mode}: {} keys", seen.len());
+        for flush in FLUSHES {
+            seen.extend(keys(2)?);
+            let first = cluster.host(1);
+            first.stop_daemon(Signal::SIGKILL)?;
+            first.program("sh").args(["-c", flush]).check()?;
+            ensure!(keys(1)?.is_empty(), "{mode}: the kernel has associations after `{flush}`");
+            // What the pods send in the meantime goes nowhere, and not in plaintext either.
+            while_knocking(&[pods[0].netns()], &pods[1].addresses(), || {
+                first.start_daemon()?;
+                // From the first association on: what was there for a moment was there.
+                eventually("traffic to flow again", SOON, || {
+                    let again = keys(1)?.intersection(&seen).count();
+                    ensure!(again == 0, "{mode}: {again} keys are in the kernel again after `{flush}`");
+                    Ok(answers(&pods[0], &pods[1])? && answers(&pods[1], &pods[0])?)
+                })
+            })
+            .with_context(|| format!("{mode}, after `{flush}` under a dead daemon"))?;
+            let new = keys(1)?;
+            ensure!(new.len() >= 2 && new.is_disjoint(&seen), "{mode}: {} keys, some of them old", new.len());
+            eventually("the other host to drop what nobody can use", SOON, || Ok(keys(2)?.is_disjoint(&seen)))?;
+            seen.extend(new);
+        }
+        leak.finish(&cluster)?.with_tunnelled(8).context(mode)?;
+    }
+    Ok(())
+}
+
+fn answers(from: &Pod, to: &Pod) -> Result<bool> {
+    let arrived = |to: &IpAddr| Ok(Echo::to(*to).limit(patience(ANSWER)).run(from.netns())?.arrived());
+    to.addresses().iter().map(arrived).try_fold(true, |all, one: Result<bool>| Ok(all && one?))
 }
 
 /// As few as the configuration allows.

@@ -86,7 +86,7 @@ impl Stage {
 
 fn is_data(packet: &Packet) -> bool {
     // Type 4 of WireGuard is data.
-    let wireguard = || packet.bytes.get(ETHERNET + 20 + 8) == Some(&4);
+    let wireguard = || packet.bytes.get(MESSAGE) == Some(&4);
     packet.kind == Kind::Esp || (packet.kind == Kind::Wireguard && wireguard())
 }
 
@@ -173,12 +173,79 @@ fn a_peer_cannot_speak_for_another_ones_pods() -> Result<()> {
     stage.pods[2].await_answer_of(&stage.pods[0], SOON)
 }
 
+/// Where in a frame of WireGuard over IPv4 its message begins, and the fields of one with data: whose session it is for, and
+/// its number (WireGuard paper, section 5.4.6).
+const MESSAGE: usize = ETHERNET + 20 + 8;
+const RECEIVER: std::ops::Range<usize> = MESSAGE + 4..MESSAGE + 8;
+const COUNTER: std::ops::Range<usize> = MESSAGE + 8..MESSAGE + 16;
+
+/// Length of a WireGuard message without data, which keeps a session up.
+const KEEPALIVE: usize = 32;
+
+impl Stage {
+    /// Packets with data from the first host to the second that have not arrived: its cable was pulled meanwhile.
+    fn held_back(&self) -> Result<Vec<Packet>> {
+        let (from, to) = (&self.pods[0], self.pods[1].address(Family::Ipv4)?);
+        let addresses = Some((self.address(1)?, self.address(2)?));
+        self.cluster.set_cable(2, false)?;
+        let before = self.wire.so_far()?.packets().len();
+        let mut held = Vec::new();
+        let done = eventually("packets to be held back", SOON, || {
+            Echo::to(to).limit(Duration::from_millis(5)).run(from.netns())?;
+            let seen = self.wire.so_far()?;
+            let with_data =
+                |it: &&Packet| it.addresses == addresses && is_data(it) && it.bytes.len() > MESSAGE + KEEPALIVE;
+            held = seen.packets()[before..].iter().filter(with_data).cloned().collect();
+            Ok(held.len() >= PACKETS)
+        });
+        self.cluster.set_cable(2, true)?;
+        done.map(|()| held)
+    }
+
+    /// How many packets from the first pod reach the second one while these frames are delivered to its host, and how many
+    /// bytes its device counts as received. Nobody else sends meanwhile.
+    fn reached(&self, frames: &[Vec<u8>]) -> Result<(usize, u64)> {
+        let (from, to) = (self.pods[0].address(Family::Ipv4)?, self.pods[1].address(Family::Ipv4)?);
+        let arrivals = Capture::on(self.pods[1].netns(), "eth0")?;
+        let before = self.received()?;
+        for frame in frames {
+            self.cluster.deliver(2, frame)?;
+        }
+        // What arrives after them, from the third pod, has overtaken none.
+        std::thread::sleep(Duration::from_millis(500));
+        let counted = self.received()?.saturating_sub(before);
+        let third = self.pods[2].address(Family::Ipv4)?;
+        self.pods[2].await_answer_of(&self.pods[1], SOON)?;
+        arrivals.wait_for("a packet of the third pod", SOON, |packet| packet.addresses == Some((third, to)))?;
+        Ok((arrivals.stop()?.count(|packet| packet.addresses == Some((from, to))), counted))
+    }
+
+    /// Bytes that the second host has received, over all devices and peers: the kernel counts those of packets it accepts.
+    fn received(&self) -> Result<u64> {
+        let text = self.host(2).program("wg").args(["show", "all", "transfer"]).check()?;
+        let of = |line: &str| line.split_whitespace().nth(2)?.parse::<u64>().ok();
+        text.lines().map(|line| of(line).with_context(|| format!("`wg show all transfer` says {line:?}"))).sum()
+    }
+
+    /// Where the second host's device thinks that its peers are.
+    fn endpoints(&self) -> Result<String> {
+        self.host(2).program("wg").args(["show", "all", "endpoints"]).check()
+    }
+}
+
+/// The ciphertext of one session in the name of another, numbered so that it is not taken for an old one.
+fn in_the_name_of(other: &Packet, packet: &Packet) -> Result<Vec<u8>> {
+    let mut frame = packet.bytes.clone();
+    frame[RECEIVER].copy_from_slice(other.bytes.get(RECEIVER).context("a receiver")?);
+    frame[COUNTER].copy_from_slice(&(1_u64 << 40).to_le_bytes());
+    Ok(frame)
+}
+
 #[test]
 fn wireguard_packets_sent_again_do_not_arrive() -> Result<()> {
     let stage = Stage::set(Mode::Wireguard)?;
-    let stream = stage.stream(1, 2)?;
-    let sent = stage.sent(1, 2, PACKETS)?;
-    let other = stage.stream(3, 2)?;
+    let (stream, other) = (stage.stream(1, 2)?, stage.stream(3, 2)?);
+    let (sent, of_the_third) = (stage.sent(1, 2, PACKETS)?, stage.sent(3, 2, PACKETS)?);
     let reversed: Vec<_> = sent.iter().map(|packet| reversed(&packet.bytes)).collect();
     for frame in frames(&sent) {
         stage.cluster.deliver(2, &frame)?;
@@ -190,14 +257,34 @@ fn wireguard_packets_sent_again_do_not_arrive() -> Result<()> {
         let report = stream.stop()?;
         ensure!(report.lossless() && report.duplicated == 0, "{report}");
     }
-    // While nothing else goes on: the kernel counts bytes it has received of a peer only if it has accepted the packet.
-    let received = || stage.host(2).program("wg").args(["show", "all", "transfer"]).check();
-    let before = received()?;
-    for frame in frames(&sent) {
-        stage.cluster.deliver(2, &frame)?;
+    // One packet would count more; what keeps a session up may come at any time.
+    let little = frames(&sent).iter().map(|frame| frame.len() as u64).sum::<u64>() / 2;
+    let nothing = |what: &str, frames: &[Vec<u8>]| -> Result<()> {
+        let (arrived, counted) = stage.reached(frames)?;
+        ensure!(arrived == 0 && counted < little, "{what}: {arrived} packets arrived, {counted} bytes were counted");
+        Ok(())
+    };
+    nothing("sent again", &frames(&sent))?;
+
+    // The control: whoever delivers what has not arrived yet is believed, once.
+    let (fresh, late) = (stage.held_back()?, stage.held_back()?);
+    let (arrived, counted) = stage.reached(&frames(&fresh))?;
+    ensure!(arrived == fresh.len() && counted >= little, "of {} fresh packets {arrived} arrived", fresh.len());
+    nothing("delivered and sent again", &frames(&fresh))?;
+
+    // Each host's ciphertext in the other's name: the key is another, and nobody is thought to have moved.
+    let before = stage.endpoints()?;
+    let forged =
+        |of: &[Packet], name: &Packet| of.iter().map(|it| in_the_name_of(name, it)).collect::<Result<Vec<_>>>();
+    nothing("the third host's key", &forged(&of_the_third, &sent[0])?)?;
+    nothing("in the third host's name", &forged(&late, &of_the_third[0])?)?;
+    assert_eq!(stage.endpoints()?, before);
+
+    // What has never arrived comes too late once the generation is over, and when its device's turn has come again.
+    for generations in ["one generation", "two generations"] {
+        rotate(&stage.cluster, &[1, 2, 3], SOON)?;
+        stage.pods[0].await_answer_of(&stage.pods[1], SOON)?;
+        nothing(&format!("{generations} later"), &frames(&late))?;
     }
-    let arrivals = Capture::on(stage.pods[1].netns(), "eth0")?;
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!((received()?, arrivals.stop()?.count(|packet| packet.kind == Kind::Udp)), (before, 0));
     Ok(())
 }

@@ -9,6 +9,8 @@
 //! The outside has no route to the cluster's addresses: it can answer only what was masqueraded, and a pod's packet
 //! that leaks through a default route shows on the underlay.
 
+mod builder;
+
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -22,6 +24,8 @@ use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::NodeRecord;
 use serde_json::{Value, json};
 
+pub use self::builder::ClusterBuilder;
+use self::builder::MANIFESTS;
 use crate::capture::Capture;
 use crate::eventually;
 use crate::host::{Host, Place, UNDERLAY_INTERFACE, lock};
@@ -40,140 +44,6 @@ pub const MODES: [Mode; 3] = [Mode::Wireguard, Mode::Vxlan, Mode::Direct];
 
 /// The modes that need ESP in the kernel, see [`crate::kernel`].
 pub const ESP_MODES: [Mode; 2] = [Mode::Ipsec, Mode::VxlanIpsec];
-
-/// What a cluster should look like.
-#[derive(Debug, Clone)]
-pub struct ClusterBuilder {
-    mode: Mode,
-    underlay: Family,
-    dual_stack: bool,
-    hosts: u8,
-    mtu: usize,
-    cluster_cidrs: Vec<Prefix>,
-    settings: Vec<(String, Value)>,
-    disk: Option<PathBuf>,
-}
-
-impl ClusterBuilder {
-    /// The mode of every host; WireGuard by default.
-    #[must_use]
-    pub fn mode(mut self, mode: Mode) -> Self {
-        self.mode = mode;
-        self
-    }
-
-    /// The family that carries the tunnels, and the only one of the underlay except in direct mode; IPv4 by default.
-    #[must_use]
-    pub fn underlay(mut self, family: Family) -> Self {
-        self.underlay = family;
-        self
-    }
-
-    /// Gives the underlay both families, whatever the mode.
-    #[must_use]
-    pub fn dual_stack(mut self) -> Self {
-        self.dual_stack = true;
-        self
-    }
-
-    /// The number of hosts; two by default.
-    #[must_use]
-    pub fn hosts(mut self, hosts: u8) -> Self {
-        self.hosts = hosts;
-        self
-    }
-
-    /// The MTU of the underlay; 1500 by default.
-    #[must_use]
-    pub fn mtu(mut self, mtu: usize) -> Self {
-        self.mtu = mtu;
-        self
-    }
-
-    /// The bundled WireGuard device also on a kernel that has its own.
-    #[must_use]
-    pub fn userspace_wireguard(self) -> Self {
-        self.set("wireguard.device", "userspace")
-    }
-
-    /// A value of every host's configuration; the key has dots, `ipsec.cipher`.
-    #[must_use]
-    pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {
-        self.settings.push((key.to_owned(), value.into()));
-        self
-    }
-
-    /// Puts what survives a reboot, the hosts' state directories and the manifests, into this directory, and leaves it there.
-    #[must_use]
-    pub fn disk(mut self, directory: &Path) -> Self {
-        self.disk = Some(directory.to_owned());
-        self
-    }
-
-    /// The pods' address space; `10.42.0.0/16` and `fd42::/48` by default.
-    #[must_use]
-    pub fn cluster_cidrs(mut self, cidrs: impl IntoIterator<Item = Prefix>) -> Self {
-        self.cluster_cidrs = cidrs.into_iter().collect();
-        self
-    }
-
-    /// Lays the underlay and makes the hosts; nothing of Husk runs, and nothing of it has to be built.
-    ///
-    /// # Errors
-    /// When the kernel refuses a part; what was made is removed.
-    pub fn build(self) -> Result<Cluster> {
-        let scope = Arc::new(Scope::new()?);
-        let switch = Netns::create(&scope.name("switch"))?;
-        for name in ["all", "default"] {
-            switch.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
-        }
-        // A switch forwards frames; it neither filters nor reassembles packets.
-        for name in ["iptables", "ip6tables", "arptables"] {
-            let key = format!("net/bridge/bridge-nf-call-{name}");
-            if switch.run(|| Path::new("/proc/sys").join(&key).exists())? {
-                switch.sysctl(&key, "0")?;
-            }
-        }
-        switch.ip_batch("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\nlink set br0 up")?;
-        let manifests = self.disk.as_deref().unwrap_or(scope.directory()).join(MANIFESTS);
-        fs::create_dir_all(&manifests).with_context(|| format!("making {}", manifests.display()))?;
-        let outside = Netns::create(&scope.name("outside"))?;
-        let mut cluster = Cluster { builder: self, hosts: Vec::new(), outside, switch, scope };
-        cluster.connect(&cluster.outside, "outside", GATEWAY)?;
-        cluster.outside.ip_batch(&format!(
-            "addr add {}/32 dev lo\naddr add {}/128 dev lo nodad",
-            Cluster::OUTSIDE_V4,
-            Cluster::OUTSIDE_V6
-        ))?;
-        for _ in 0..cluster.builder.hosts {
-            cluster.plug_in_host()?;
-        }
-        cluster.wait_for_ports()?;
-        Ok(cluster)
-    }
-
-    /// Builds the cluster, starts every daemon and waits until all are ready and know each other.
-    ///
-    /// # Errors
-    /// When a part cannot be made or a daemon does not become ready.
-    pub fn start(self) -> Result<Cluster> {
-        let cluster = self.build()?;
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
-        cluster.wait_ready()?;
-        cluster.wait_meshed()?;
-        Ok(cluster)
-    }
-
-    fn families(&self) -> Vec<Family> {
-        if self.dual_stack || self.mode == Mode::Direct { Family::ALL.to_vec() } else { vec![self.underlay] }
-    }
-}
-
-/// Directory, within the scope's, that the hosts share as their cluster source.
-const MANIFESTS: &str = "cluster";
 
 /// Hosts, switch and outside. Everything goes when it is dropped.
 #[derive(Debug)]
@@ -196,23 +66,7 @@ impl Cluster {
     /// A cluster of two hosts in WireGuard mode over IPv4, to be changed as needed.
     #[must_use]
     pub fn builder() -> ClusterBuilder {
-        let cidr = |address, length| Prefix::containing(address, length).ok();
-        ClusterBuilder {
-            mode: Mode::Wireguard,
-            underlay: Family::Ipv4,
-            dual_stack: false,
-            hosts: 2,
-            mtu: 1500,
-            settings: Vec::new(),
-            disk: None,
-            cluster_cidrs: [
-                cidr(Ipv4Addr::new(10, 42, 0, 0).into(), 16),
-                cidr(Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 0).into(), 48),
-            ]
-            .into_iter()
-            .flatten()
-            .collect(),
-        }
+        ClusterBuilder::new()
     }
 
     /// What owns the names and the directory of this cluster.
@@ -312,18 +166,50 @@ impl Cluster {
         Ok(number)
     }
 
+    /// A host loses its power and comes back: its processes, its namespace with all that the kernel had in it and its run
+    /// directories are gone, and the boot is another. Its disk and its addresses are as they were; its daemon is not started. A
+    /// pod of its may not outlive it.
+    ///
+    /// # Errors
+    /// When there is a pod of the host still, or the kernel refuses a part.
+    pub fn reboot(&mut self, number: usize) -> Result<()> {
+        let name = self.host(number).name().to_owned();
+        ensure!(
+            Arc::strong_count(&self.host(number).place) == 1,
+            "{name} has pods, which end with it: drop them first"
+        );
+        drop(self.hosts.remove(number - 1));
+        // The kernel takes its time to remove a namespace, and this end of the cable with it: it may be gone or not.
+        let removed = self.switch.program("ip").args(["link", "del", &name]).run()?;
+        ensure!(
+            removed.status.success() || removed.stderr.contains("Cannot find device"),
+            "ip link del {name}: {removed:?}"
+        );
+        Place::forget_memory(&self.scope, &name)?;
+        let host = self.make_host(u8::try_from(number).context("too many hosts")?)?;
+        let boot = fs::read_to_string("/proc/sys/kernel/random/uuid").context("asking for a name of the boot")?;
+        host.place.pretend_boot(boot.trim())?;
+        self.hosts.insert(number - 1, host);
+        self.wait_for_ports()
+    }
+
     fn plug_in_host(&mut self) -> Result<usize> {
         let number = u8::try_from(self.hosts.len() + 1).context("too many hosts")?;
         ensure!(number < GATEWAY, "an underlay has room for {} hosts", GATEWAY - 1);
+        let host = self.make_host(number)?;
+        self.hosts.push(host);
+        Ok(self.hosts.len())
+    }
+
+    fn make_host(&self, number: u8) -> Result<Host> {
         let name = format!("host{number}");
         let place = Place::create(&self.scope, &name, self.builder.disk.as_deref())?;
         let addresses = self.connect(&place.netns, &name, number)?;
-        let host = Host::new(place, addresses, self.config(&name));
+        let host = Host::new(place, addresses, self.builder.config(&name, &self.manifests()));
         fs::create_dir_all(host.file("/etc/cni/net.d")).context("making the CNI configuration directory")?;
         fs::create_dir_all(host.file("/opt/cni/bin")).context("making the CNI binary directory")?;
         host.configure(|_| ())?;
-        self.hosts.push(host);
-        Ok(self.hosts.len())
+        Ok(host)
     }
 
     /// Waits until the daemon of every host is ready.
@@ -425,24 +311,6 @@ impl Cluster {
             let mut plugged = ports.as_array().into_iter().flatten().filter(is_up);
             Ok(plugged.all(|port| port["linkinfo"]["info_slave_data"]["state"] == "forwarding"))
         })
-    }
-
-    fn config(&self, name: &str) -> Value {
-        let builder = &self.builder;
-        let mut config = json!({
-            "mode": builder.mode.as_str(),
-            "clusterCIDRs": builder.cluster_cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(),
-            "node": {"name": name},
-            "underlay": {"family": builder.underlay},
-            "source": {"directory": {"path": self.manifests()}},
-            "wireguard": {"device": "auto"},
-            "log": {"format": "text", "level": "info"},
-        });
-        for (key, value) in &builder.settings {
-            let place = key.split('.').fold(&mut config, |place, part| &mut place[part]);
-            *place = value.clone();
-        }
-        config
     }
 
     /// Plugs a namespace into the switch, at the port `port`, and gives it addresses that end in `byte`.

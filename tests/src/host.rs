@@ -30,6 +30,9 @@ pub const UNDERLAY_INTERFACE: &str = "eth0";
 const PRIVATE_DIRECTORIES: [&str; 6] =
     ["/run/husk", "/run/wireguard", "/var/lib/husk", "/etc/husk", "/etc/cni", "/opt/cni"];
 
+/// Where the kernel names the boot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Where a host's programs run; pods hold it too, since their DEL has to work whatever became of the host.
 #[derive(Debug)]
 pub(crate) struct Place {
@@ -52,10 +55,32 @@ impl Place {
             for needed in [&kept, parent] {
                 fs::create_dir_all(needed).with_context(|| format!("creating {}", needed.display()))?;
             }
-            symlink(&kept, &own).with_context(|| format!("pointing {} to {}", own.display(), kept.display()))?;
+            if !own.is_symlink() {
+                symlink(&kept, &own).with_context(|| format!("pointing {} to {}", own.display(), kept.display()))?;
+            }
         }
         let mounts = private_mounts(&netns, &root).with_context(|| format!("making the mount namespace of {name}"))?;
         Ok(Self { name: name.to_owned(), netns, mounts, root, scope: Arc::clone(scope) })
+    }
+
+    /// Takes away what does not survive a reboot, of a host that is gone: what is in memory. What is on its disk stays.
+    pub(crate) fn forget_memory(scope: &Scope, name: &str) -> Result<()> {
+        let root = scope.directory().join(name);
+        for directory in PRIVATE_DIRECTORIES.iter().filter(|directory| directory.starts_with("/run/")) {
+            let own = root.join(directory.trim_start_matches('/'));
+            fs::remove_dir_all(&own).with_context(|| format!("removing {}", own.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the host a boot of its own; the kernel has one for all.
+    pub(crate) fn pretend_boot(&self, id: &str) -> Result<()> {
+        let own = self.root.join("boot_id");
+        fs::write(&own, format!("{id}\n")).with_context(|| format!("writing {}", own.display()))?;
+        netns::enter(self.netns.file(), Some(&self.mounts), || {
+            mount(Some(&own), BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        })?
+        .with_context(|| format!("binding {} to {BOOT_ID} in {}", own.display(), self.name))
     }
 
     pub(crate) fn program(&self, program: &Path) -> Program<'_> {

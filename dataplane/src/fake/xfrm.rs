@@ -26,6 +26,7 @@ impl FakeState {
                     source: state.parameters.source,
                     packets: 0,
                     bytes: 0,
+                    undecryptable: 0,
                 };
                 self.installed_associations.push(*key);
                 self.own.xfrm_states.insert(*key, found);

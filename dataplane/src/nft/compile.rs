@@ -22,6 +22,12 @@ use super::NftChange;
 /// digest and separators take 22 of them.
 const MAX_RULE_NAME: usize = 100;
 
+/// Octets of an ICMP error before the packet that it quotes (RFC 792, RFC 4443 section 3).
+const ICMP_HEADER: u32 = 8;
+
+/// Where in a UDP header the destination port is (RFC 768).
+const UDP_DESTINATION: u32 = 2;
+
 /// The comment that marks a rule as ours: `husk:<name>:<digest>`, the digest being the first 16 hexadecimal digits of
 /// SHA-256 over the compiled statements. A rule whose comment is missing or differs is not the rule we want.
 pub(super) fn rule_comment(rule: &Rule) -> String {
@@ -308,6 +314,10 @@ fn left(it: &Match) -> Value {
         MatchKey::Destination(family) => address_field(family, "daddr"),
         MatchKey::Protocol => meta("l4proto"),
         MatchKey::UdpDestinationPort => payload("udp", "dport"),
+        MatchKey::IcmpType(Family::Ipv4) => payload("icmp", "type"),
+        MatchKey::IcmpType(Family::Ipv6) => payload("icmpv6", "type"),
+        MatchKey::QuotedProtocol(family) => raw(ICMP_HEADER + protocol_offset(family), 1),
+        MatchKey::QuotedUdpDestinationPort(family) => raw(ICMP_HEADER + header_length(family) + UDP_DESTINATION, 2),
         MatchKey::TcpSynRst => json!({ "&": [payload("tcp", "flags"), ["syn", "rst"]] }),
         MatchKey::ReversePathInterface => {
             // An interface is compared by name, since one of that name need not exist yet; a look-up that found nothing is
@@ -327,6 +337,27 @@ fn meta(key: &str) -> Value {
 
 fn payload(protocol: &str, field: &str) -> Value {
     json!({ "payload": { "protocol": protocol, "field": field } })
+}
+
+/// Octets of the layer 4 header, and behind it, from an offset on.
+fn raw(offset: u32, length: u32) -> Value {
+    json!({ "payload": { "base": "th", "offset": offset * 8, "len": length * 8 } })
+}
+
+/// Where an IP header names the next one (RFC 791 section 3.1, RFC 8200 section 3).
+fn protocol_offset(family: Family) -> u32 {
+    match family {
+        Family::Ipv4 => 9,
+        Family::Ipv6 => 6,
+    }
+}
+
+/// Octets of an IP header without options or extensions (same sections).
+fn header_length(family: Family) -> u32 {
+    match family {
+        Family::Ipv4 => 20,
+        Family::Ipv6 => 40,
+    }
 }
 
 fn address_field(family: Family, field: &str) -> Value {

@@ -116,6 +116,15 @@ fn everything() -> NftTable {
             Statement::Masquerade,
         ],
     );
+    let quoting = |family, error: &str| {
+        let quoted = vec![
+            equal(MatchKey::IcmpType(family), any_of(&["destination-unreachable", error])),
+            equal(MatchKey::QuotedProtocol(family), MatchValue::Number(17)),
+            equal(MatchKey::QuotedUdpDestinationPort(family), MatchValue::Number(4789)),
+            Statement::Drop,
+        ];
+        rule(&format!("quoted-{family}"), quoted)
+    };
     let translate = |family, address: &str| {
         let to = Statement::TranslateSource(address.parse().unwrap());
         let foreign = matches(MatchKey::Source(family), MatchOperator::NotEqual, in_set("blocks6"));
@@ -124,6 +133,8 @@ fn everything() -> NftTable {
     let postrouting = vec![
         rule("encrypted", vec![equal(MatchKey::Transformation, MatchValue::Present), Statement::Accept]),
         rule("unencrypted", vec![equal(MatchKey::Transformation, MatchValue::Missing), counter(), Statement::Accept]),
+        quoting(v4, "parameter-problem"),
+        quoting(v6, "packet-too-big"),
     ];
     NftTable {
         counters: ["leaked".to_owned(), "spoofed".to_owned()].into(),
@@ -254,6 +265,8 @@ fn a_table_of_every_feature_round_trips() {
             "rt ipsec exists accept",
             "rt ipsec missing counter name \"spoofed\" accept",
             "ip saddr != @nodes4 udp dport 4789 drop",
+            "icmp type { destination-unreachable, parameter-problem } @th,136,8 0x11 @th,240,16 0x12b5 drop",
+            "icmpv6 type { destination-unreachable, packet-too-big } @th,112,8 0x11 @th,400,16 0x12b5 drop",
             "ip6 daddr { fd42::/48, fd43::/48 } drop",
             "oifname \"husk*\" tcp flags syn / syn,rst tcp option maxseg size set rt mtu",
             "oifname != { \"husk-wg0\", \"husk-wg1\", \"x*\" } ip6 saddr @blocks6 counter name \"spoofed\" drop",
@@ -284,7 +297,7 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         let counted = read_counters().unwrap()["spoofed"];
         assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
         let handles = rule_handles();
-        assert_eq!(handles.len(), 19);
+        assert_eq!(handles.len(), 21);
 
         let nodes = table.sets.get_mut("nodes4").unwrap();
         nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));

@@ -33,7 +33,7 @@ fn state() -> XfrmState {
 }
 
 fn found(parameters: Option<XfrmParameters>) -> ActualXfrmState {
-    ActualXfrmState { parameters, source: "192.0.2.1".parse().unwrap(), packets: 9, bytes: 900 }
+    ActualXfrmState { parameters, source: "192.0.2.1".parse().unwrap(), packets: 9, bytes: 900, undecryptable: 0 }
 }
 
 #[test]

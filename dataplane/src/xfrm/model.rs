@@ -20,6 +20,8 @@ pub struct ActualXfrmState {
     pub packets: u64,
     /// Bytes so far.
     pub bytes: u64,
+    /// Packets that came with its SPI and failed its integrity check; they count nowhere else.
+    pub undecryptable: u32,
 }
 
 /// A policy as the kernel has it; none if it is set up as Husk never does, by somebody else under our marks.

@@ -27,6 +27,8 @@ const SOURCE: usize = 80;
 const LIFETIME: usize = 96;
 const CURRENT_BYTES: usize = 160;
 const CURRENT_PACKETS: usize = 168;
+/// `integrity_failed` of `struct xfrm_stats`.
+const UNDECRYPTABLE: usize = 200;
 const REQID: usize = 208;
 const FAMILY: usize = 212;
 const MODE: usize = 214;
@@ -125,6 +127,7 @@ pub(super) fn parse(payload: &[u8]) -> Option<Option<(XfrmStateKey, ActualXfrmSt
         source: address_at(info, SOURCE, family)?,
         packets: u64_at(info, CURRENT_PACKETS)?,
         bytes: u64_at(info, CURRENT_BYTES)?,
+        undecryptable: u32_at(info, UNDECRYPTABLE)?,
     };
     Some(Some((key, found)))
 }

@@ -79,6 +79,7 @@ fn answer(request: &[u8], mode: EspMode, family: Family) -> Vec<u8> {
     }
     answer[CURRENT_BYTES..CURRENT_BYTES + 8].copy_from_slice(&840_u64.to_ne_bytes());
     answer[CURRENT_PACKETS..CURRENT_PACKETS + 8].copy_from_slice(&10_u64.to_ne_bytes());
+    answer[UNDECRYPTABLE..UNDECRYPTABLE + 4].copy_from_slice(&3_u32.to_ne_bytes());
     answer
 }
 
@@ -98,7 +99,8 @@ fn what_was_written_is_read_back_with_counters_and_without_key() {
         let (found_key, found) = parse(&answer(&hex(text), parameters.mode, family)).unwrap().unwrap();
         assert_eq!(found_key, key);
         let source = parameters.source;
-        assert_eq!(found, ActualXfrmState { parameters: Some(parameters), source, packets: 10, bytes: 840 });
+        let parameters = Some(parameters);
+        assert_eq!(found, ActualXfrmState { parameters, source, packets: 10, bytes: 840, undecryptable: 3 });
     }
 }
 

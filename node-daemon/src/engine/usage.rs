@@ -12,7 +12,7 @@ use husk_overlay::kernel::{Desired, WireguardDevice, XfrmStateKey};
 use husk_overlay::keys::PublicKey;
 use husk_overlay::marks;
 
-use super::quiet::{Measure, Quiet, is_use};
+use super::quiet::{Measure, Quiet, Watched, is_use};
 
 /// Counters seen so far.
 #[derive(Debug, Default)]
@@ -76,9 +76,9 @@ impl Counted {
         let packets = states.iter().map(|(key, state)| (**key, state.packets)).collect();
         let watched = self.associations.observe(now, &packets, |_, _| true);
         let used = |(key, state): (&XfrmStateKey, &ActualXfrmState)| {
-            let (source, packets, bytes) = (state.source, state.packets, state.bytes);
-            let watched = watched.get(key).copied().unwrap_or_default();
-            (*key, AssociationUse { source, packets, bytes, quiet: watched.quiet, age: watched.age })
+            let &ActualXfrmState { source, packets, bytes, undecryptable, .. } = state;
+            let Watched { quiet, age } = watched.get(key).copied().unwrap_or_default();
+            (*key, AssociationUse { source, packets, bytes, undecryptable, quiet, age })
         };
         states.into_iter().map(used).collect()
     }

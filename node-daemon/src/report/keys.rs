@@ -29,7 +29,7 @@ pub struct KeysReport {
     pub requested: bool,
     /// Why a rotation that is due or was asked for has to wait, if it has to.
     pub waiting: Option<String>,
-    /// When the newest key will be replaced for its age; none if keys are only replaced on demand.
+    /// When the newest key will be replaced for its age; none if age does not count.
     pub due: Option<RotationDue>,
     /// Keys in use with every peer.
     pub peers: Vec<PeerKeysReport>,
@@ -37,7 +37,7 @@ pub struct KeysReport {
     pub associations: Vec<AssociationReport>,
 }
 
-/// When a key will be replaced: every node and key has another random moment between these two.
+/// When a key will be replaced for its age: every node and key has another random moment between these two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RotationDue {

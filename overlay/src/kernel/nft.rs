@@ -154,6 +154,14 @@ pub enum MatchKey {
     Protocol,
     /// UDP destination port.
     UdpDestinationPort,
+    /// Type of an ICMP message of the family, by nft's name; implies the family and the protocol.
+    IcmpType(Family),
+    /// Layer 4 protocol of the packet that an ICMP error of the family quotes. Only behind [`MatchKey::IcmpType`], which makes
+    /// sure that there is one.
+    QuotedProtocol(Family),
+    /// UDP destination port of the packet that an ICMP error of the family quotes, if its IP header has neither options nor
+    /// extensions. Only behind [`MatchKey::QuotedProtocol`].
+    QuotedUdpDestinationPort(Family),
     /// TCP flags, masked with SYN|RST.
     TcpSynRst,
     /// Interface that the route back to the source leads to, given the incoming interface (`fib saddr . iif oif`):

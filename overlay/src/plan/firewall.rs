@@ -13,6 +13,7 @@
 //!                   pod to an address outside the cluster      masquerade random,fully-random
 //! postrouting  300  on its way through ESP                     accept
 //!                   VXLAN that ESP should protect              drop, counter plaintext_out
+//!                   ICMP error that quotes VXLAN out of ESP    drop, counter plaintext_out
 //!                   cluster CIDR about to leave untunnelled    drop, counter plaintext_out
 //! ```
 //! The last chain runs after every address translation (priority 100), so that it sees packets as the wire would. With one
@@ -73,6 +74,7 @@ pub(super) fn render(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, de
             let mut statements = to_vtep(context).to_vec();
             statements.extend([Statement::Counter(PLAINTEXT_OUT.into()), Statement::Drop]);
             postrouting.push(rule("plaintext_out-vxlan", statements));
+            postrouting.push(quoting(context));
         }
         postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
         insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
@@ -171,6 +173,27 @@ fn to_vtep(context: &Context<'_>) -> [Statement; 2] {
         equal(MatchKey::Protocol, MatchValue::Number(UDP)),
         equal(MatchKey::UdpDestinationPort, MatchValue::Number(context.config.vxlan.port.into())),
     ]
+}
+
+/// What came out of ESP for a VXLAN device that is not there any more is answered by the kernel with an ICMP error, which no
+/// policy of ours covers and which quotes the pods' packet in plaintext.
+fn quoting(context: &Context<'_>) -> Rule {
+    let family = context.config.underlay.family;
+    let errors: &[&str] = match family {
+        Family::Ipv4 => &["destination-unreachable", "time-exceeded", "parameter-problem"],
+        Family::Ipv6 => &["destination-unreachable", "packet-too-big", "time-exceeded", "parameter-problem"],
+    };
+    let errors = errors.iter().map(|name| (*name).to_owned()).collect();
+    rule(
+        "plaintext_out-quoted",
+        vec![
+            equal(MatchKey::IcmpType(family), MatchValue::AnyOf(errors)),
+            equal(MatchKey::QuotedProtocol(family), MatchValue::Number(UDP)),
+            equal(MatchKey::QuotedUdpDestinationPort(family), MatchValue::Number(context.config.vxlan.port.into())),
+            Statement::Counter(PLAINTEXT_OUT.into()),
+            Statement::Drop,
+        ],
+    )
 }
 
 /// IPv6 link-local addresses (RFC 4291 section 2.4). Every pod's kernel sends listener reports and router solicitations from

@@ -153,6 +153,7 @@ impl Node {
                 source: state.association.sender.address,
                 packets: state.packets,
                 bytes: state.packets * 100,
+                undecryptable: 0,
                 quiet: now - watched.changed,
                 age: now - watched.first,
             };

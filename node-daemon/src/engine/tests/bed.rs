@@ -235,6 +235,8 @@ pub(super) struct NodeState {
     pub(super) generations: BTreeMap<u64, (Option<u16>, Duration)>,
     /// Keys of ESP epochs, in files as on a real node.
     pub(super) keys: KeyStore,
+    /// Those of WireGuard generations are in files too, instead of known from the start.
+    pub(super) generations_in_files: bool,
     pub(super) mode: Mode,
     pub(super) esp_unavailable: Option<String>,
     /// No key can be made or destroyed.
@@ -253,6 +255,24 @@ pub(super) struct NodeState {
 }
 
 impl NodeState {
+    fn keys_in_files(&self) -> bool {
+        self.mode.uses_esp() || self.generations_in_files
+    }
+
+    fn wireguard_epochs(&mut self) -> anyhow::Result<BTreeMap<u64, OwnEpoch>> {
+        if !self.mode.uses_wireguard() {
+            return Ok(BTreeMap::new());
+        }
+        if self.generations_in_files {
+            return self.keys.epochs(self.uptime);
+        }
+        let own = |(generation, (seed, created)): (&u64, &(Option<u16>, Duration))| {
+            let public_key = public_key(seed.unwrap_or(self.key));
+            (*generation, OwnEpoch { public_key, spi_salt: 0, created: *created })
+        };
+        Ok(self.generations.iter().map(own).collect())
+    }
+
     fn esp(&mut self) -> anyhow::Result<EspFacts> {
         Ok(EspFacts {
             unavailable: self.esp_unavailable.clone(),
@@ -286,11 +306,8 @@ impl Node for FakeNode {
         let others = snapshot.nodes.values().filter(|record| record.name != name(0));
         let interfaces = self.kernel.state().interfaces.clone();
         let esp = if state.mode.uses_esp() { Some(state.esp()?) } else { None };
+        let wireguard_epochs = state.wireguard_epochs()?;
         let is_pod = |it: &InterfaceName| marks::is_pod_interface(it.as_str()) && !state.not_seen_yet.contains(it);
-        let own = |(generation, (seed, created)): (&u64, &(Option<u16>, Duration))| {
-            let public_key = public_key(seed.unwrap_or(state.key));
-            (*generation, OwnEpoch { public_key, spi_salt: 0, created: *created })
-        };
         Ok(Facts {
             node: name(0),
             instance: record(0).instance,
@@ -301,7 +318,7 @@ impl Node for FakeNode {
             foreign_prefixes: BTreeSet::new(),
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
-            wireguard_epochs: state.generations.iter().filter(|_| state.mode.uses_wireguard()).map(own).collect(),
+            wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,
             uptime: state.uptime,
@@ -385,7 +402,7 @@ impl Node for FakeNode {
         state.key_actions += 1;
         anyhow::ensure!(!state.keys_fail, "the disk is full");
         let now = state.uptime;
-        if state.mode.uses_esp() {
+        if state.keys_in_files() {
             return state.keys.begin(epoch, now);
         }
         let seed = 30_000 + u16::try_from(epoch).unwrap();
@@ -431,7 +448,7 @@ impl Node for FakeNode {
         if state.keyless {
             anyhow::bail!("the key file is on fire");
         }
-        if state.mode.uses_esp() {
+        if state.keys_in_files() {
             let now = state.uptime;
             return state.keys.ring(now);
         }
@@ -491,6 +508,7 @@ impl Bed {
             uptime: Duration::from_secs(1000),
             generations: BTreeMap::from([(0, (None, Duration::ZERO))]),
             keys: KeyStore::open(directory.path(), &config).unwrap(),
+            generations_in_files: false,
             mode: config.mode,
             esp_unavailable: None,
             keys_fail: false,

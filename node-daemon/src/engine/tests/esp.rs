@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use husk_dataplane::fake::Fault;
 use husk_dataplane::kernel::Table;
+use husk_dataplane::xfrm::ActualXfrmState;
 use husk_overlay::facts::AssociationStage;
 use husk_overlay::ipc::{Request, Response};
-use husk_overlay::issue::{IssueKind, Severity};
+use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::kernel::{RouteTarget, XfrmStateKey};
 use husk_overlay::mode::Mode;
 use nix::errno::Errno;
@@ -442,6 +443,31 @@ fn reports_say_what_is_used_with_whom() {
     assert_eq!((keys.associations[0].source, keys.associations[0].destination), (from, to));
     let due = keys.due.unwrap();
     assert!(due.earliest < due.latest && due.latest <= 24 * 60 * 60, "{due:?}");
+}
+
+#[test]
+fn a_peer_of_which_nothing_can_be_decrypted_is_told_of() {
+    let mut bed = Bed::new(Mode::Ipsec, 3);
+    settle(&mut bed);
+    let of_the_first = |bed: &Bed, change: fn(&mut ActualXfrmState)| {
+        let from = address(1).iter().next().unwrap();
+        bed.kernel.state().own.xfrm_states.values_mut().filter(|state| state.source == from).for_each(change);
+    };
+    let told = |bed: &Bed| -> Vec<Issue> { bed.state.borrow().issues.clone() };
+    of_the_first(&bed, |state| state.undecryptable = 7);
+    bed.pass();
+    let [issue] = &told(&bed)[..] else { panic!("{:?}", told(&bed)) };
+    assert_eq!((issue.kind, issue.severity), (IssueKind::KeyMismatch, Severity::Error));
+    assert_eq!(issue.subject, name(1).to_string());
+    assert!(issue.message.contains("7 failed"), "{issue}");
+    assert!(issue.remedy.contains("ipsec.presharedKeyFile is not set on this node"), "{issue}");
+    bed.engine.parts.config.ipsec.preshared_key_file = Some("/etc/husk/secret".into());
+    bed.pass();
+    assert!(told(&bed)[0].remedy.contains("the same secret into /etc/husk/secret"), "{}", told(&bed)[0]);
+    // One packet that could be decrypted proves that the keys are alike: the others are somebody else's.
+    of_the_first(&bed, |state| state.packets = 1);
+    bed.pass();
+    assert_eq!(told(&bed), []);
 }
 
 #[test]

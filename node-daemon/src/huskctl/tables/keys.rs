@@ -45,15 +45,22 @@ pub(in crate::huskctl) fn keys(keys: &KeysReport, verbose: bool) -> String {
 
 /// What comes next.
 fn outlook(keys: &KeysReport) -> String {
+    // What a key may protect is limited for ESP only: WireGuard's sessions have keys of their own.
+    let (or_full, or_soon) = match keys.technology {
+        Technology::Esp => {
+            (", or once one has protected as much as it may", ", or once it has protected as much as it may")
+        }
+        Technology::Wireguard => (" only", ""),
+    };
     let due = match (keys.due, keys.epochs.is_empty()) {
         (_, true) => "No key has been made yet.".to_owned(),
-        (None, false) => "Keys are replaced on demand only.".to_owned(),
+        (None, false) => format!("Keys are replaced on demand{or_full}."),
         (Some(RotationDue { latest: 0, .. }), false) => "The newest key is due to be replaced.".to_owned(),
         (Some(RotationDue { earliest: 0, latest }), false) => {
-            format!("The newest key will be replaced within {}.", age(latest))
+            format!("The newest key will be replaced within {}{or_soon}.", age(latest))
         }
         (Some(RotationDue { earliest, latest }), false) => {
-            format!("The newest key will be replaced in {} to {}.", age(earliest), age(latest))
+            format!("The newest key will be replaced in {} to {}{or_soon}.", age(earliest), age(latest))
         }
     };
     match (&keys.waiting, keys.requested, keys.settled) {

@@ -135,7 +135,7 @@ impl Bed {
         esp.installed.retain(|key, _| plan.desired.xfrm_states.contains_key(key));
         for (key, state) in &plan.desired.xfrm_states {
             let source = state.parameters.source;
-            let usage = AssociationUse { source, packets: 0, bytes: 0, quiet: GRACE, age: GRACE };
+            let usage = AssociationUse { source, packets: 0, bytes: 0, undecryptable: 0, quiet: GRACE, age: GRACE };
             esp.installed.entry(*key).or_insert(usage);
         }
         for epoch in &plan.rotation.published {
@@ -700,7 +700,7 @@ fn of_two_associations_with_one_spi_one_gets_it_and_a_new_epoch_begins() {
 fn what_nobody_knows_is_swept_before_its_spi_is_used() {
     let mut bed = Bed::new(Mode::Ipsec, 1, &[1]);
     let key = bed.slot((1, 1), (0, 1)).0;
-    let usage = AssociationUse { source: address(1), packets: 9, bytes: 9, quiet: GRACE, age: GRACE };
+    let usage = AssociationUse { source: address(1), packets: 9, bytes: 9, undecryptable: 0, quiet: GRACE, age: GRACE };
     bed.esp().installed.insert(key, usage);
     let plan = bed.plan();
     assert!(plan.desired.xfrm_states.is_empty());

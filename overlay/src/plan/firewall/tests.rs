@@ -22,6 +22,8 @@ struct Packet {
     destination: &'static str,
     /// UDP port it is for; other packets have none.
     port: Option<u16>,
+    /// An ICMP error of this type, and the UDP port of the packet that it quotes.
+    error: Option<(&'static str, u16)>,
     decrypted: bool,
     transformation: bool,
 }
@@ -33,6 +35,7 @@ const UNDERLAY: Packet = Packet {
     source: "192.0.2.1",
     destination: "192.0.2.2",
     port: None,
+    error: None,
     decrypted: false,
     transformation: false,
 };
@@ -92,6 +95,14 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
         MatchKey::Destination(family) => within(address(family, packet.destination)),
         MatchKey::Protocol => packet.port.is_some() && it.value == MatchValue::Number(UDP),
         MatchKey::UdpDestinationPort => packet.port.is_some_and(|port| it.value == MatchValue::Number(port.into())),
+        MatchKey::IcmpType(family) => packet.error.is_some_and(|(name, _)| {
+            let MatchValue::AnyOf(names) = &it.value else { panic!("a type is compared with {:?}", it.value) };
+            address(family, packet.source).is_some() && names.iter().any(|it| it == name)
+        }),
+        MatchKey::QuotedProtocol(_) => it.value == MatchValue::Number(UDP),
+        MatchKey::QuotedUdpDestinationPort(_) => {
+            packet.error.is_some_and(|(_, port)| it.value == MatchValue::Number(port.into()))
+        }
         MatchKey::Decrypted => exists(packet.decrypted),
         MatchKey::Transformation => exists(packet.transformation),
         MatchKey::ReversePathInterface => exists(true),
@@ -125,8 +136,14 @@ fn verdict(table: &NftTable, chain: &str, packet: Packet) -> Verdict {
 
 /// The table of a node without peers.
 fn table(mode: Mode) -> NftTable {
+    table_over(mode, Family::Ipv4)
+}
+
+/// The same with an underlay of this family.
+fn table_over(mode: Mode, family: Family) -> NftTable {
     let mut config = Config::new(["10.42.0.0/16", "fd42::/48"].map(|cidr| cidr.parse().unwrap()).to_vec());
     config.mode = mode;
+    config.underlay.family = family;
     let facts = Facts {
         node: "node-a".parse().unwrap(),
         instance: crate::name::InstanceId::new(&"0".repeat(32)).unwrap(),
@@ -212,6 +229,25 @@ fn vxlan_in_esp_leaves_and_arrives_encrypted_or_not_at_all() {
     known.sets.get_mut("nodes").unwrap().elements.insert(SetElement::Address(TUNNEL.source.parse().unwrap()));
     assert_eq!(verdict(&known, "input-vtep", stranger), Verdict::Pass);
     assert_eq!(verdict(&known, "input-vtep", TUNNEL), counted(PLAINTEXT_IN));
+}
+
+#[test]
+fn what_came_out_of_esp_is_not_quoted_in_plaintext() {
+    for (family, [source, destination]) in
+        [(Family::Ipv4, ["192.0.2.1", "192.0.2.2"]), (Family::Ipv6, ["2001:db8::1", "2001:db8::2"])]
+    {
+        let to_node = Packet { source, destination, ..UNDERLAY };
+        for mode in TUNNELLED {
+            let table = table_over(mode, family);
+            let out = |error| verdict(&table, "postrouting-guard", Packet { error: Some(error), ..to_node });
+            let expected = if mode == Mode::VxlanIpsec { counted(PLAINTEXT_OUT) } else { Verdict::Pass };
+            for error in ["destination-unreachable", "time-exceeded", "parameter-problem"] {
+                assert_eq!(out((error, 4789)), expected, "{mode}, {family}");
+            }
+            assert_eq!(out(("destination-unreachable", 53)), Verdict::Pass, "{mode}, {family}");
+            assert_eq!(out(("echo-reply", 4789)), Verdict::Pass, "{mode}, {family}");
+        }
+    }
 }
 
 #[test]
