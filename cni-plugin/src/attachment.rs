@@ -5,6 +5,7 @@ use husk_ipam::lease::{BootTime, DEFAULT_LOCK_WAIT, LeaseStore};
 use husk_overlay::endpoint::AttachmentId;
 use husk_overlay::ipc::LEASE_DIRECTORY;
 
+use crate::deadline::Deadline;
 use crate::error::Failure;
 use crate::invocation::Container;
 use crate::netconf::NetConf;
@@ -14,9 +15,9 @@ pub(crate) fn id(conf: &NetConf, container: &Container) -> AttachmentId {
     AttachmentId { network: conf.network.clone(), container_id: container.id.clone(), ifname: container.ifname.clone() }
 }
 
-/// The lease store.
-pub(crate) fn leases(conf: &NetConf) -> LeaseStore {
-    LeaseStore::new(conf.run_file(LEASE_DIRECTORY), DEFAULT_LOCK_WAIT)
+/// The lease store, whose lock is waited for no longer than the deadline allows now.
+pub(crate) fn leases(conf: &NetConf, deadline: Deadline) -> LeaseStore {
+    LeaseStore::new(conf.run_file(LEASE_DIRECTORY), deadline.allow(DEFAULT_LOCK_WAIT))
 }
 
 /// The attachment that the alias of a host interface names; none if it names none.
@@ -34,8 +35,13 @@ pub(crate) fn of_alias(alias: &str) -> Option<AttachmentId> {
 /// Takes an attachment down: first the interface, then the addresses, so that no other pod gets an address that still
 /// works. An address stays leased if its interface cannot be deleted.
 pub(crate) fn remove(store: &LeaseStore, id: &AttachmentId) -> Result<(), Failure> {
-    pod::detach(&id.host_interface())?;
-    store.release(id, BootTime::now())?;
+    let detached = pod::detach(&id.host_interface())?;
+    let released = store.release(id, BootTime::now())?;
+    if !detached && released.is_some() {
+        // An ADD was at work, and may have made the interface in between. From now on it finds its lease gone and undoes what
+        // it makes.
+        pod::detach(&id.host_interface())?;
+    }
     Ok(())
 }
 

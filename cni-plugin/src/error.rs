@@ -27,6 +27,8 @@ pub(crate) enum Code {
     TryAgainLater = 11,
     /// STATUS: the plugin cannot service ADD requests.
     NotAvailable = 50,
+    /// STATUS: nor can it, and existing pods may have limited connectivity.
+    LimitedConnectivity = 51,
     /// No pod address is left.
     Exhausted = 100,
     /// The attachment exists already.
@@ -39,6 +41,8 @@ pub(crate) enum Code {
     Residue = 104,
     /// The daemon refuses the pod for good.
     Refused = 105,
+    /// Another pod has the port of the host, or a tunnel of the node.
+    PortClaimed = 106,
 }
 
 /// A failure.
@@ -103,6 +107,7 @@ impl From<LeaseError> for Failure {
             LeaseError::Locked { .. } => Code::TryAgainLater,
             LeaseError::AlreadyLeased { .. } => Code::AlreadyAttached,
             LeaseError::Exhausted(_) => Code::Exhausted,
+            LeaseError::PortClaimed(_) => Code::PortClaimed,
             LeaseError::NoFamily
             | LeaseError::TwoOfAFamily { .. }
             | LeaseError::FamilyNotServed(_)

@@ -1,35 +1,52 @@
 //! GC: removes what belongs to no valid attachment of the network: leases, interfaces and, with these, routes.
 //!
-//! The runtime made its list of valid attachments some time before we run, and an ADD may be under way or may have ended
-//! since. Such an attachment is not in the list and must survive:
-//! - an ADD takes its lease before it makes an interface, and keeps the lease file locked to its end;
-//! - a lease that is locked, or younger than our start, is left alone;
-//! - interfaces are listed before leases are looked at: one without a lease is not that of an ADD under way.
+//! The specification wants GC to have the network to itself: the runtime waits for every ADD before it makes its list of valid
+//! attachments, and begins none before GC has ended (section 3, "Lifecycle & Ordering"). Runtimes are not that strict, so that
+//! an attachment survives whose ADD was under way when we began, or began since, though the list does not have it:
+//! - an ADD takes its lease before it makes an interface, keeps the lease file locked to its end, and notes in it when that was;
+//! - a lease that is locked, or that was made or wired since our start, is left alone;
+//! - interfaces are listed before leases are looked at: one without a lease is not that of an ADD under way;
+//! - what is removed is the lease and the interface that were found, by its index: a container that is deleted and added again
+//!   at that moment keeps what it got.
+//!
+//! An attachment whose ADD ended before our start and that is not in the list is garbage by all that can be known.
+
+use std::time::Duration;
 
 use husk_dataplane::pod;
-use husk_ipam::lease::BootTime;
+use husk_ipam::lease::{BootTime, Garbage, LeaseStore};
 use husk_overlay::ipc::SOCKET_FILE;
 use husk_overlay::issue::Issue;
 
+use crate::deadline::Deadline;
 use crate::error::{Code, Failure};
 use crate::netconf::NetConf;
 use crate::version::Version;
 use crate::{attachment, daemon};
 
-/// Collects garbage. `started` is the time the process began. Goes on past errors, and reports them all.
-pub(crate) fn gc(conf: &NetConf, started: BootTime) -> Result<(), Failure> {
+/// Collects garbage. `started` is when the process began, [since boot](husk_ipam::lease::since_boot). Goes on past errors, and
+/// reports them all; what the deadline leaves no time for is left to the next GC.
+pub(crate) fn gc(conf: &NetConf, started: Duration, deadline: Deadline) -> Result<(), Failure> {
     conf.version.require(Version::V1_1_0, "GC")?;
     let valid = conf.valid_attachments()?;
-    let store = attachment::leases(conf);
+    let store = attachment::leases(conf, deadline);
     let interfaces = pod::host_interfaces()?;
     let mut problems = Vec::new();
     let mut removed = false;
-    if store.directory().exists() {
-        let (endpoints, issues) = store.lock()?.collectable(&conf.network, &valid, started)?;
+    // A store that cannot be looked at may hold what should go, and is no store that is missing.
+    if store.exists()? {
+        let locked = store.lock()?;
+        problems.extend(locked.sweep().err().map(|error| error.to_string()));
+        let (garbage, issues) = locked.collectable(&conf.network, &valid, started)?;
+        drop(locked);
         problems.extend(issues.iter().map(Issue::to_string));
-        for id in endpoints.keys() {
+        for found in &garbage {
+            if deadline.is_over() {
+                return Err(given_up(deadline, problems));
+            }
             removed = true;
-            problems.extend(attachment::remove(&store, id).err().map(|failure| format!("{id}: {failure}")));
+            let store = attachment::leases(conf, deadline);
+            problems.extend(remove(&store, found).err().map(|failure| format!("{}: {failure}", found.endpoint.id)));
         }
     }
     for interface in interfaces {
@@ -47,8 +64,12 @@ pub(crate) fn gc(conf: &NetConf, started: BootTime) -> Result<(), Failure> {
                 continue;
             }
         }
+        if deadline.is_over() {
+            return Err(given_up(deadline, problems));
+        }
         removed = true;
-        problems.extend(pod::detach(&interface.name).err().map(|error| format!("{id}: {error}")));
+        problems
+            .extend(pod::detach_index(&interface.name, interface.index).err().map(|error| format!("{id}: {error}")));
     }
     if removed {
         daemon::notify_released(&conf.run_file(SOCKET_FILE));
@@ -58,4 +79,27 @@ pub(crate) fn gc(conf: &NetConf, started: BootTime) -> Result<(), Failure> {
     }
     Err(Failure::new(Code::Residue, "some of what belongs to no attachment could not be removed")
         .with_details(problems))
+}
+
+/// Takes down what was found to be garbage, in the order of a DEL, and nothing that has been made of the same name since.
+fn remove(store: &LeaseStore, found: &Garbage) -> Result<(), Failure> {
+    let interface = &found.endpoint.host_interface;
+    let locked = store.lock()?;
+    if !locked.is_unchanged(found)? {
+        return Ok(());
+    }
+    let index = pod::host_interface_index(interface)?;
+    drop(locked);
+    if let Some(index) = index {
+        pod::detach_index(interface, index)?;
+    }
+    store.lock()?.collect(found, BootTime::now())?;
+    Ok(())
+}
+
+/// What is left is safe: the next GC finds it, and so does a DEL.
+fn given_up(deadline: Deadline, problems: Vec<String>) -> Failure {
+    let seconds = deadline.seconds();
+    Failure::new(Code::Residue, format!("what belongs to no attachment could not all be removed within {seconds} s"))
+        .with_details(problems)
 }

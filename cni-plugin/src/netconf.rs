@@ -1,5 +1,8 @@
 //! The network configuration on standard input (CNI specification 1.1, section 1).
 
+mod bandwidth;
+pub(crate) mod port_mappings;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,10 +22,13 @@ const KNOWN_KEYS: [&str; 9] =
     ["cniVersion", "name", "type", "capabilities", "args", "runtimeConfig", "dns", "prevResult", "runDirectory"];
 
 /// Keys of `runtimeConfig` that are understood (CNI conventions, "Dynamic Plugin specific fields").
-const KNOWN_RUNTIME_KEYS: [&str; 3] = ["ips", "mac", "dns"];
+const KNOWN_RUNTIME_KEYS: [&str; 5] = ["bandwidth", "portMappings", "ips", "mac", "dns"];
 
 /// Key of the list of attachments that garbage collection must keep.
 const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
+
+/// What libcni 1.2.0 to 1.2.2 called it, by a mistake in the specification; later ones write both keys.
+const ATTACHMENTS: &str = "cni.dev/attachments";
 
 /// The configuration, as far as every command needs it; the rest is looked at by those who want it, so that a DEL never
 /// fails over something it does not need.
@@ -99,8 +105,7 @@ impl NetConf {
 
     /// Addresses that are asked for: `runtimeConfig.ips`, else `args.cni.ips`, else `IP` of `CNI_ARGS`.
     pub(crate) fn requested_addresses(&self, argument: Option<&str>) -> Result<Vec<IpAddr>, Failure> {
-        let runtime = self.object("runtimeConfig")?.and_then(|it| it.get("ips"));
-        let args = self.object("args")?.and_then(|it| it.get("cni")).and_then(|it| it.get("ips"));
+        let (runtime, args) = self.requested("ips")?;
         let (key, list) = match (runtime, args, argument) {
             (Some(list), _, _) => ("runtimeConfig.ips", texts("runtimeConfig.ips", list)?),
             (None, Some(list), _) => ("args.cni.ips", texts("args.cni.ips", list)?),
@@ -110,14 +115,14 @@ impl NetConf {
         list.into_iter().map(|text| address(key, text)).collect()
     }
 
-    /// Ethernet address that is asked for: `runtimeConfig.mac`, else `MAC` of `CNI_ARGS`.
+    /// Ethernet address that is asked for: `runtimeConfig.mac`, else `args.cni.mac`, else `MAC` of `CNI_ARGS`.
     pub(crate) fn requested_mac(&self, argument: Option<&str>) -> Result<Option<MacAddress>, Failure> {
-        let runtime = self.object("runtimeConfig")?.and_then(|it| it.get("mac"));
-        let (key, text) = match (runtime, argument) {
-            (Some(Value::String(text)), _) => ("runtimeConfig.mac", text.as_str()),
-            (Some(other), _) => return Err(invalid("runtimeConfig.mac", &format!("{other} is not a text"))),
-            (None, Some(text)) => ("MAC of CNI_ARGS", text),
-            (None, None) => return Ok(None),
+        let (runtime, args) = self.requested("mac")?;
+        let (key, text) = match (runtime, args, argument) {
+            (Some(value), _, _) => ("runtimeConfig.mac", text("runtimeConfig.mac", value)?),
+            (None, Some(value), _) => ("args.cni.mac", text("args.cni.mac", value)?),
+            (None, None, Some(text)) => ("MAC of CNI_ARGS", text),
+            (None, None, None) => return Ok(None),
         };
         let mac: MacAddress = text.parse().map_err(|error| invalid(key, &format!("{error}")))?;
         if mac.is_unicast() { Ok(Some(mac)) } else { Err(invalid(key, "an interface needs a unicast address")) }
@@ -127,7 +132,11 @@ impl NetConf {
     pub(crate) fn dns(&self) -> Result<Dns, Failure> {
         let mut dns: Dns = self.decode("dns", self.fields.get("dns"))?;
         let runtime = self.object("runtimeConfig")?.and_then(|it| it.get("dns"));
-        let RuntimeDns { servers, searches, options } = self.decode("runtimeConfig.dns", runtime)?;
+        let runtime = runtime.map(|it| match it.as_object() {
+            Some(fields) => conventional(fields, &["servers", "searches", "options"]).into(),
+            None => it.clone(),
+        });
+        let RuntimeDns { servers, searches, options } = self.decode("runtimeConfig.dns", runtime.as_ref())?;
         for (part, wins) in [(&mut dns.nameservers, servers), (&mut dns.search, searches), (&mut dns.options, options)]
         {
             if !wins.is_empty() {
@@ -142,7 +151,8 @@ impl NetConf {
         self.object("prevResult")
     }
 
-    /// Attachments that garbage collection must keep. A missing list is an error: it does not mean "none".
+    /// Attachments that garbage collection must keep. A missing list is an error: it does not mean "none", as `null` does.
+    /// libcni, being written in Go, says so when it has been given none, and has then deleted all it knew of by itself.
     pub(crate) fn valid_attachments(&self) -> Result<BTreeSet<AttachmentId>, Failure> {
         #[derive(Deserialize)]
         struct Attachment {
@@ -150,12 +160,13 @@ impl NetConf {
             container_id: ContainerId,
             ifname: InterfaceName,
         }
-        let list = self.fields.get(VALID_ATTACHMENTS).ok_or_else(|| {
+        let list = self.fields.get(VALID_ATTACHMENTS).or_else(|| self.fields.get(ATTACHMENTS)).ok_or_else(|| {
             invalid(VALID_ATTACHMENTS, "it is missing, and without it everything would have to be removed")
         })?;
-        let list: Vec<Attachment> = Deserialize::deserialize(list)
+        let list: Option<Vec<Attachment>> = Deserialize::deserialize(list)
             .map_err(|error: serde_json::Error| invalid(VALID_ATTACHMENTS, &error.to_string()))?;
         Ok(list
+            .unwrap_or_default()
             .into_iter()
             .map(|it| AttachmentId { network: self.network.clone(), container_id: it.container_id, ifname: it.ifname })
             .collect())
@@ -164,6 +175,13 @@ impl NetConf {
     /// A file below the run directory.
     pub(crate) fn run_file(&self, name: &str) -> PathBuf {
         Path::new(&self.run_directory).join(name)
+    }
+
+    /// What `runtimeConfig` and `args.cni` have under a key. A `null` is what runtimes written in Go send for what nobody set.
+    fn requested(&self, key: &str) -> Result<(Option<&Value>, Option<&Value>), Failure> {
+        let runtime = self.object("runtimeConfig")?.and_then(|it| it.get(key));
+        let args = self.object("args")?.and_then(|it| it.get("cni")).and_then(|it| it.get(key));
+        Ok((runtime.filter(|it| !it.is_null()), args.filter(|it| !it.is_null())))
     }
 
     fn object(&self, key: &str) -> Result<Option<&Map<String, Value>>, Failure> {
@@ -202,9 +220,24 @@ fn text_of<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<Option<&'a s
     }
 }
 
+/// An object of `runtimeConfig` with its known keys as the conventions write them. Go's decoder, which the reference plugins
+/// use, takes them in any case, and containerd relies on it: it sends `HostPort` and `IngressRate`. A `null` is what nobody set.
+fn conventional(fields: &Map<String, Value>, known: &[&str]) -> Map<String, Value> {
+    let name = |key: &String| {
+        let meant = known.iter().find(|name| name.eq_ignore_ascii_case(key));
+        // Of two spellings of one key the other one means nothing, and is refused as such.
+        meant.filter(|name| !fields.contains_key(**name)).map_or_else(|| key.clone(), |name| (*name).to_owned())
+    };
+    fields.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (name(key), value.clone())).collect()
+}
+
+fn text<'a>(key: &str, value: &'a Value) -> Result<&'a str, Failure> {
+    value.as_str().ok_or_else(|| invalid(key, &format!("{value} is not a text")))
+}
+
 fn texts<'a>(key: &str, list: &'a Value) -> Result<Vec<&'a str>, Failure> {
     let list = list.as_array().ok_or_else(|| invalid(key, &format!("{list} is not a list")))?;
-    list.iter().map(|it| it.as_str().ok_or_else(|| invalid(key, &format!("{it} is not a text")))).collect()
+    list.iter().map(|it| text(key, it)).collect()
 }
 
 /// An address, also with a prefix length behind it, as the convention allows; the length means nothing to us.
@@ -248,8 +281,8 @@ mod tests {
         let failure = with(json!({"mtu": 1400})).refuse_unknown_fields().unwrap_err();
         assert_eq!(failure.code, Code::UnsupportedField);
         assert!(failure.message.contains("mtu = 1400"), "{failure}");
-        let failure = with(json!({"runtimeConfig": {"bandwidth": {}}})).refuse_unknown_fields().unwrap_err();
-        assert!(failure.message.contains("runtimeConfig.bandwidth = {}"), "{failure}");
+        let failure = with(json!({"runtimeConfig": {"infinibandGUID": {}}})).refuse_unknown_fields().unwrap_err();
+        assert!(failure.message.contains("runtimeConfig.infinibandGUID = {}"), "{failure}");
         assert!(with(json!({"cni.dev/future": 1, "runtimeConfig": {"ips": []}})).refuse_unknown_fields().is_ok());
     }
 
@@ -264,6 +297,7 @@ mod tests {
         assert_eq!(texts(with(both), Some("10.42.0.6")), ["10.42.0.8", "fd42::8"]);
         assert_eq!(texts(with(args), Some("10.42.0.6")), ["10.42.0.7"]);
         assert_eq!(texts(with(json!({})), Some("10.42.0.6")), ["10.42.0.6"]);
+        assert_eq!(texts(with(json!({"runtimeConfig": {"ips": null}})), Some("10.42.0.6")), ["10.42.0.6"]);
         for bad in [json!({"runtimeConfig": {"ips": ["x"]}}), json!({"runtimeConfig": {"ips": "10.0.0.1"}})] {
             assert_eq!(with(bad).requested_addresses(None).unwrap_err().code, Code::InvalidConfig);
         }
@@ -276,6 +310,10 @@ mod tests {
         assert_eq!(mac("01:00:5e:00:00:01").unwrap_err().code, Code::InvalidConfig);
         assert_eq!(mac("nonsense").unwrap_err().code, Code::InvalidConfig);
         assert_eq!(with(json!({})).requested_mac(Some("02:00:5e:10:00:02")).unwrap().unwrap().0[5], 2);
+        let args = with(json!({"args": {"cni": {"mac": "02:00:5e:10:00:03"}}}));
+        assert_eq!(args.requested_mac(Some("02:00:5e:10:00:02")).unwrap().unwrap().0[5], 3);
+        let bad = with(json!({"args": {"cni": {"mac": 7}}})).requested_mac(None).unwrap_err();
+        assert!(bad.message.contains("args.cni.mac"), "{bad}");
     }
 
     #[test]
@@ -288,12 +326,16 @@ mod tests {
         .unwrap();
         assert_eq!((dns.nameservers, dns.search), (vec!["10.0.0.2".to_owned()], vec!["a".to_owned()]));
         assert_eq!(with(json!({"dns": []})).dns().unwrap_err().code, Code::InvalidConfig);
+        assert_eq!(with(json!({"runtimeConfig": {"dns": 7}})).dns().unwrap_err().code, Code::InvalidConfig);
+        let of_containerd = with(json!({"runtimeConfig": {"dns": {"Servers": ["10.0.0.3"], "Searches": null}}}));
+        assert_eq!(of_containerd.dns().unwrap().nameservers, ["10.0.0.3"]);
     }
 
     #[test]
     fn a_missing_list_of_valid_attachments_is_not_an_empty_one() {
         assert_eq!(with(json!({})).valid_attachments().unwrap_err().code, Code::InvalidConfig);
         assert!(with(json!({VALID_ATTACHMENTS: []})).valid_attachments().unwrap().is_empty());
+        assert!(with(json!({VALID_ATTACHMENTS: null, ATTACHMENTS: null})).valid_attachments().unwrap().is_empty());
         let one = with(json!({VALID_ATTACHMENTS: [{"containerID": "abc", "ifname": "eth0"}]}));
         assert_eq!(one.valid_attachments().unwrap().first().unwrap().to_string(), "husk/abc/eth0");
         let bad = with(json!({VALID_ATTACHMENTS: [{"containerID": "/", "ifname": "eth0"}]}));

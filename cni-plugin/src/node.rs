@@ -38,7 +38,8 @@ fn not_ready(path: &Path, reason: &str) -> Failure {
     Failure::new(Code::TryAgainLater, format!("no pod can be connected by {}: {reason}", path.display()))
 }
 
-fn parse(text: &[u8], boot_id: &str) -> Result<NodeFile, String> {
+/// Reads the content, which has to be of this boot; else the reason why no pod can be connected.
+pub(crate) fn parse(text: &[u8], boot_id: &str) -> Result<NodeFile, String> {
     #[derive(Deserialize)]
     struct Versioned {
         version: u32,

@@ -1,5 +1,6 @@
 //! Results of ADD in the form of each version of the specification (section 5, "Success").
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_dataplane::pod::PodSpec;
@@ -11,14 +12,25 @@ use crate::error::{Code, Failure};
 use crate::netconf::Dns;
 use crate::version::Version;
 
+/// What we made.
+#[derive(Debug)]
+pub(crate) struct Made<'a> {
+    /// The wired pod.
+    pub(crate) spec: &'a PodSpec,
+    /// `CNI_NETNS`
+    pub(crate) sandbox: &'a str,
+    /// Families whose default route in the pod leads to us.
+    pub(crate) default_routes: BTreeSet<Family>,
+}
+
 /// The result of ADD: what plugins before us reported, extended by what we made.
 pub(crate) fn render(
     version: Version,
     previous: Option<&Map<String, Value>>,
-    spec: &PodSpec,
-    sandbox: &str,
+    made: &Made<'_>,
     dns: &Dns,
 ) -> Result<Value, Failure> {
+    let Made { spec, sandbox, default_routes } = made;
     let mut result = previous.cloned().unwrap_or_default();
     result.insert("cniVersion".to_owned(), version.as_str().into());
     let interfaces = list(&mut result, "interfaces")?;
@@ -32,7 +44,8 @@ pub(crate) fn render(
         Some(sandbox),
     ));
     list(&mut result, "ips")?.extend(spec.addresses.iter().map(|address| ip(version, address, pod_index)));
-    list(&mut result, "routes")?.extend(spec.addresses.iter().map(default_route));
+    let routed = spec.addresses.iter().filter(|address| default_routes.contains(&Family::of(*address)));
+    list(&mut result, "routes")?.extend(routed.map(default_route));
     let silent = result.get("dns").and_then(Value::as_object).is_none_or(Map::is_empty);
     if silent || *dns != Dns::default() {
         result.insert("dns".to_owned(), render_dns(dns));
@@ -137,11 +150,27 @@ mod tests {
             pod_mac: MacAddress([2, 0, 0, 0, 0, 2]),
             addresses: ["10.42.0.1".parse().unwrap(), "fd42::1".parse::<IpAddr>().unwrap()].into_iter().collect(),
             mtu: 1420,
+            bandwidth: None,
         }
     }
 
     fn rendered(version: Version, previous: Option<Value>) -> Result<Value, Failure> {
-        render(version, previous.as_ref().and_then(Value::as_object), &spec(), "/run/netns/x", &Dns::default())
+        rendered_with(version, previous, Family::ALL.into_iter().collect())
+    }
+
+    fn rendered_with(
+        version: Version,
+        previous: Option<Value>,
+        default_routes: BTreeSet<Family>,
+    ) -> Result<Value, Failure> {
+        let made = Made { spec: &spec(), sandbox: "/run/netns/x", default_routes };
+        render(version, previous.as_ref().and_then(Value::as_object), &made, &Dns::default())
+    }
+
+    #[test]
+    fn a_default_route_of_somebody_else_is_not_reported_as_ours() {
+        let result = rendered_with(Version::V1_1_0, None, BTreeSet::from([Family::Ipv6])).unwrap();
+        assert_eq!(result["routes"], json!([{"dst": "::/0", "gw": "fe80::1"}]));
     }
 
     #[test]

@@ -34,14 +34,13 @@ impl Version {
         }
     }
 
-    /// The version of that text.
+    /// The version of that text. A text that is no version at all could not be decoded; an empty one, or none, means 0.1.0
+    /// (libcni), which is a version we do not know.
     pub(crate) fn parse(text: &str) -> Result<Self, Failure> {
         Self::ALL.into_iter().find(|version| version.as_str() == text).ok_or_else(|| {
             let known = Self::ALL.map(Self::as_str).join(", ");
-            Failure::new(
-                Code::IncompatibleVersion,
-                format!("the network configuration has cniVersion {text:?}; this plugin knows {known}"),
-            )
+            let code = if text.is_empty() || is_semantic(text) { Code::IncompatibleVersion } else { Code::Decode };
+            Failure::new(code, format!("the network configuration has cniVersion {text:?}; this plugin knows {known}"))
         })
     }
 
@@ -56,6 +55,13 @@ impl Version {
             format!("{command} exists since cniVersion {since}, but the network configuration has {own}"),
         ))
     }
+}
+
+/// True for three numbers with dots between them, whatever follows after `-` or `+` (Semantic Versioning 2.0).
+fn is_semantic(text: &str) -> bool {
+    let core = text.split(['-', '+']).next().unwrap_or_default();
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    core.split('.').count() == 3 && core.split('.').all(is_number)
 }
 
 /// The answer to VERSION.
@@ -78,6 +84,20 @@ mod tests {
         assert_eq!(answer["cniVersion"], "9.9.9");
         assert_eq!(answer["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
         assert_eq!(super::answer(b"")["cniVersion"], "1.1.0");
+    }
+
+    #[test]
+    fn a_version_nobody_wrote_is_told_from_one_we_do_not_know() {
+        for (text, code) in [
+            ("1.2.0", Code::IncompatibleVersion),
+            ("0.3.0-rc.1", Code::IncompatibleVersion),
+            ("", Code::IncompatibleVersion),
+            ("1.1", Code::Decode),
+            ("newest", Code::Decode),
+            ("1..0", Code::Decode),
+        ] {
+            assert_eq!(Version::parse(text).unwrap_err().code, code, "{text}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use husk_dataplane::netns::Netns;
 use husk_ipam::lease::{BootTime, Demand, Supply};
 use husk_overlay::endpoint::AttachmentId;
 use husk_overlay::ipc::{NODE_FILE, Request, Response};
@@ -47,6 +48,8 @@ fn lease_only(host: &Host, pod: &Pod) {
         pod_name: None,
         addresses: Vec::new(),
         allow_cooling: false,
+        port_mappings: Vec::new(),
+        bandwidth: None,
     };
     host.store().lock().unwrap().allocate(&supply, &demand, BootTime::now()).unwrap();
 }
@@ -148,6 +151,20 @@ fn without_a_daemon_add_says_try_again_and_leaves_nothing() {
 }
 
 #[test]
+fn a_daemon_that_becomes_ready_between_two_looks_is_no_failure() {
+    let (host, pod) = (Host::new(), Pod::new("abc"));
+    let (path, aside) = (host.file(NODE_FILE), host.file("aside"));
+    fs::rename(&path, &aside).unwrap();
+    host.serve(move |request| {
+        if matches!(request, Request::Ready) {
+            fs::rename(&aside, &path).unwrap();
+        }
+        Some(Response::Done)
+    });
+    host.add(&pod).ok();
+}
+
+#[test]
 fn a_pod_that_is_not_admitted_is_undone() {
     for (answer, code, word) in [
         (Some(not_ready("no route to any peer")), 11, "no route to any peer"),
@@ -170,9 +187,13 @@ fn a_failure_in_the_middle_is_undone() {
     pod.run("ip link add other type bridge");
     pod.run("ip link set other up");
     pod.run("ip route add default dev other");
+    // And in every table that would be for an interface that is not the first.
+    for index in 2..9 {
+        pod.run(&format!("ip route add default dev other table {}", 7200 + index));
+    }
     let failed = host.add(&pod);
     assert_eq!(failed.code(), 102);
-    assert!(failed.message().contains("default via 169.254.1.1 dev eth0"), "{failed:?}");
+    assert!(failed.message().contains("default via 169.254.1.1 dev eth0 table 720"), "{failed:?}");
     host.assert_empty();
     pod.run("ip link del other");
     assert!(host.add(&pod).success);
@@ -265,6 +286,54 @@ fn del_needs_nothing() {
     fs::remove_file(host.file(NODE_FILE)).unwrap();
     assert_eq!(host.call(&variables, stdin.as_bytes()).ok(), Value::Null);
     host.assert_empty();
+}
+
+#[test]
+fn a_daemon_deletes_the_interface_by_name_and_index() {
+    let (host, pod) = (Host::new(), Pod::new("one"));
+    let netns = Arc::new(host.netns.run_in(|| Netns::current().unwrap()).unwrap());
+    let done = Arc::new(std::sync::Mutex::new(Vec::new()));
+    host.serve({
+        let done = Arc::clone(&done);
+        move |request| {
+            if let Request::Detach { interface, index } = request {
+                let vacated = netns.run_in(|| husk_dataplane::pod::vacate(interface, *index, ())).unwrap().unwrap();
+                done.lock().unwrap().push((interface.clone(), vacated));
+            }
+            Some(Response::Done)
+        }
+    });
+    host.add(&pod).ok();
+    assert!(host.del(&pod).success);
+    assert_eq!(*done.lock().unwrap(), [(id(&pod).host_interface(), true)]);
+    host.assert_empty();
+    // There is nothing to ask for any more.
+    assert!(host.del(&pod).success);
+    assert_eq!(done.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn del_does_without_a_daemon_that_lies_refuses_vanishes_or_hangs() {
+    type Answer = fn() -> Option<Response>;
+    let hang: Answer = || loop {
+        std::thread::park();
+    };
+    let refuse: Answer = || Some(Response::Refused { reason: "the request is not understood".to_owned() });
+    for (name, answer) in
+        [("lies", (|| Some(Response::Done)) as Answer), ("refuses", refuse), ("vanishes", || None), ("hangs", hang)]
+    {
+        let (host, pod) = (Host::new(), Pod::new("one"));
+        host.serve(move |request| match request {
+            Request::Detach { .. } => answer(),
+            _ => Some(Response::Done),
+        });
+        host.add(&pod).ok();
+        let started = Instant::now();
+        assert!(host.del(&pod).success, "{name}");
+        assert!(started.elapsed() < Duration::from_secs(5), "{name}");
+        host.assert_empty();
+        assert!(host.asked.lock().unwrap().iter().any(|it| matches!(it, Request::Detach { .. })), "{name}");
+    }
 }
 
 #[test]

@@ -44,6 +44,13 @@ impl Interfaces {
         self.names.get(&index).cloned().unwrap_or_else(unknown)
     }
 
+    /// The same, but interfaces of pods that were made anew under the name of an older one have no name: what hangs on them is
+    /// not what hung on the older one.
+    pub(crate) fn without_successors(mut self, known: &BTreeMap<InterfaceName, u32>) -> Self {
+        self.names.retain(|index, name| known.get(name).is_none_or(|known| known == index));
+        self
+    }
+
     /// The name of an interface of ours, none for all others.
     pub(crate) fn own(&self, index: u32) -> Option<&InterfaceName> {
         self.names

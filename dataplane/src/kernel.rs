@@ -280,6 +280,7 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
             let mut changes = nft::diff(desired.nft.as_ref(), actual.nft.as_ref());
             if sweep == Sweep::Withheld {
                 changes.retain(|change| !matches!(change, NftChange::DeleteTable | NftChange::DeleteElements { .. }));
+                changes = nft::without_removed_mappings(changes);
             }
             wrap(changes, Change::Nft)
         }
@@ -329,7 +330,8 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
 /// on it is not what the plan left out on purpose.
 fn is_younger_than_plan(interface: &InterfaceName, desired: &Desired) -> bool {
     let name = interface.as_str();
-    name.starts_with(interfaces::UNKNOWN) || marks::is_pod_interface(name) && !desired.known_pods.contains(interface)
+    name.starts_with(interfaces::UNKNOWN)
+        || marks::is_pod_interface(name) && !desired.known_pods.contains_key(interface)
 }
 
 fn wrap<T>(changes: Vec<T>, make: impl Fn(T) -> Change) -> Vec<Change> {

@@ -3,9 +3,10 @@
 //! Reading order: [`netlink`] is the wire and [`netns`] says in which namespace; each kernel table has a module of its own
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
-//! wakes, [`pod`] wires pods.
+//! wakes, [`pod`] wires pods; [`conntrack`] ends connections that a change of port mappings leaves behind.
 
 pub mod addresses;
+pub mod conntrack;
 pub mod error;
 pub mod events;
 pub mod fake;
@@ -16,6 +17,7 @@ pub mod links;
 pub mod linux;
 pub mod napi;
 pub mod neighbours;
+mod netfilter;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -16,7 +16,7 @@ use crate::step::{Step, perform};
 use crate::sysfs::Sysfs;
 use crate::wireguard::{KeyRing, Wireguard, WireguardChange};
 use crate::xfrm::{self, Xfrm};
-use crate::{addresses, fdb, links, napi, neighbours, nft, routes, sysctl};
+use crate::{addresses, conntrack, fdb, links, napi, neighbours, nft, routes, sysctl};
 
 /// The kernel's tables in one network namespace.
 ///
@@ -205,7 +205,7 @@ impl Kernel for Linux {
                 actual.addresses = addresses::read(&mut self.route, &interfaces)?;
             }
             Table::Neighbours => {
-                let interfaces = self.known_interfaces()?;
+                let interfaces = self.known_interfaces()?.without_successors(&desired.known_pods);
                 actual.neighbours = neighbours::read(&mut self.route, &interfaces)?;
             }
             Table::Fdb => {
@@ -213,7 +213,7 @@ impl Kernel for Linux {
                 actual.fdb = fdb::read(&mut self.route, &interfaces)?;
             }
             Table::Routes => {
-                let interfaces = self.known_interfaces()?;
+                let interfaces = self.known_interfaces()?.without_successors(&desired.known_pods);
                 actual.routes = routes::read(&mut self.route, &interfaces)?;
             }
         }
@@ -267,8 +267,23 @@ fn apply_nft(changes: &[Change]) -> Vec<Result<(), Error>> {
         })
         .collect();
     match nft::apply(&transaction) {
-        Ok(()) => changes.iter().map(|_| Ok(())).collect(),
+        Ok(()) => {
+            forget_connections(&transaction);
+            changes.iter().map(|_| Ok(())).collect()
+        }
         Err(error) => fail_all(changes.len(), error),
+    }
+}
+
+/// After the change, so that no packet begins a connection of the old kind again. The mappings are as they should be whether
+/// this succeeds or not.
+fn forget_connections(changes: &[nft::NftChange]) {
+    match conntrack::forget(changes) {
+        Ok(0) => {}
+        Ok(count) => tracing::info!(count, "ended connections through port mappings that have changed"),
+        Err(error) => {
+            tracing::warn!(%error, remedy = error.remedy(), "connections through port mappings that are gone may go on");
+        }
     }
 }
 

@@ -16,6 +16,7 @@
 mod compile;
 mod diff;
 mod foreign;
+mod maps;
 mod model;
 mod nfnetlink;
 mod parse;
@@ -24,13 +25,14 @@ mod program;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use husk_overlay::kernel::{Chain, CounterName, ElementType, NftTable, SetElement};
+use husk_overlay::kernel::{Addressee, Chain, CounterName, ElementType, Map, MapValue, NftTable, SetElement};
 use husk_overlay::marks;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 pub use diff::{NftChange, diff, without_removals};
 pub use foreign::{ForeignChain, foreign_forward_drops};
+pub use maps::without_removed_mappings;
 
 use crate::error::Error;
 use crate::netlink::Socket;
@@ -45,6 +47,8 @@ pub struct NftState {
     pub counters: BTreeSet<CounterName>,
     /// Named sets.
     pub sets: BTreeMap<String, ActualSet>,
+    /// Named maps.
+    pub maps: BTreeMap<String, ActualMap>,
     /// Chains.
     pub chains: BTreeMap<String, ActualChain>,
     /// Objects of kinds that Husk never makes, as kind and name.
@@ -73,11 +77,41 @@ pub struct SetSpec {
     flags: BTreeSet<String>,
 }
 
+/// A map in the kernel.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ActualMap {
+    /// What cannot be changed in place.
+    pub spec: MapSpec,
+    /// Elements of the forms Husk writes.
+    #[serde(serialize_with = "maps::serialize_elements")]
+    pub elements: BTreeMap<Addressee, MapValue>,
+    /// Elements of other forms, as nft prints them.
+    pub foreign: Vec<Value>,
+}
+
+/// What cannot be changed of a map once it exists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MapSpec {
+    /// Type of its keys, and its flags.
+    #[serde(flatten)]
+    key: SetSpec,
+    /// Type of its values as nft prints it.
+    value: Value,
+}
+
+impl MapSpec {
+    fn of(map: &Map) -> Self {
+        let key = SetSpec { kind: maps::key_type(map.key), flags: BTreeSet::new() };
+        Self { key, value: json!(maps::value_type(map.value)) }
+    }
+}
+
 impl SetSpec {
     fn of(element_type: ElementType) -> Self {
         let interval = matches!(element_type, ElementType::Prefix(_));
         Self {
-            kind: json!(compile::element_type_name(element_type)),
+            kind: compile::element_type(element_type),
             flags: interval.then(|| "interval".to_owned()).into_iter().collect(),
         }
     }
@@ -133,6 +167,7 @@ impl NftState {
             elements: compile::canonical_elements(set),
             foreign: Vec::new(),
         };
+        let map = |map: &Map| ActualMap { spec: MapSpec::of(map), elements: map.elements.clone(), foreign: Vec::new() };
         let chain = |chain: &Chain| ActualChain {
             spec: ChainSpec::of(chain),
             rules: chain.rules.iter().map(|rule| Some(compile::rule_comment(rule))).collect(),
@@ -141,6 +176,7 @@ impl NftState {
             dormant: false,
             counters: table.counters.clone(),
             sets: table.sets.iter().map(|(name, it)| (name.clone(), set(it))).collect(),
+            maps: table.maps.iter().map(|(name, it)| (name.clone(), map(it))).collect(),
             chains: table.chains.iter().map(|(name, it)| (name.clone(), chain(it))).collect(),
             foreign: Vec::new(),
         }

@@ -15,15 +15,20 @@
 //! moving an interface costs several times as much. Whatever fails, the host end is deleted, and with it the pod's end,
 //! its addresses, routes and neighbours.
 
+mod bandwidth;
+mod by_source;
 mod inspect;
 mod request;
 mod sysctl;
 #[cfg(test)]
 mod tests;
+mod vacate;
 
+use std::collections::BTreeSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use husk_overlay::bandwidth::{Bandwidth, Limit};
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::mac::MacAddress;
 use husk_overlay::name::InterfaceName;
@@ -33,6 +38,8 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage, State};
 use netlink_packet_route::route::RouteType;
 use nix::errno::Errno;
+
+pub use vacate::{detach_index, vacate};
 
 use crate::error::{Error, Refusal};
 use crate::netlink::{Protocol, Request, Socket};
@@ -46,6 +53,10 @@ const ALIAS_LENGTH: usize = 254;
 /// carriers once a second (`linkwatch_schedule_work` in net/core/link_watch.c).
 const READY_LIMIT: Duration = Duration::from_secs(3);
 const READY_POLL: Duration = Duration::from_millis(1);
+
+/// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX` in include/net/flow.h; the kernel stops if
+/// it is not, net/core/dev.c).
+const LOOPBACK_INDEX: u32 = 1;
 
 /// How a pod is wired.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +75,8 @@ pub struct PodSpec {
     pub addresses: DualStack,
     /// MTU of both ends in bytes.
     pub mtu: u32,
+    /// How much the pod may receive and send.
+    pub bandwidth: Option<Bandwidth>,
 }
 
 impl PodSpec {
@@ -78,7 +91,18 @@ impl PodSpec {
             pod_mac: endpoint.pod_mac,
             addresses: endpoint.addresses,
             mtu,
+            bandwidth: endpoint.bandwidth,
         }
+    }
+
+    /// Limit of what the host end sends.
+    fn ingress(&self) -> Option<Limit> {
+        self.bandwidth.and_then(|bandwidth| bandwidth.ingress)
+    }
+
+    /// Limit of what the pod end sends.
+    fn egress(&self) -> Option<Limit> {
+        self.bandwidth.and_then(|bandwidth| bandwidth.egress)
     }
 
     fn families(&self) -> impl Iterator<Item = Family> + use<> {
@@ -100,6 +124,8 @@ pub struct HostInterface {
     pub name: InterfaceName,
     /// Alias; empty if it has none.
     pub alias: String,
+    /// Index, which no other interface gets.
+    pub index: u32,
 }
 
 /// Wires a pod. The calling thread's network namespace is the host's.
@@ -107,23 +133,29 @@ pub struct HostInterface {
 /// A host end that exists already is residue of an attachment that was not undone, as its name belongs to this attachment
 /// alone: it is replaced, unless the pod's interface exists.
 ///
+/// Returns the families whose default route in the pod leads here. Where the pod had a default route before, of another
+/// network, that one stays, and only what the pod sends from the new addresses goes here.
+///
 /// # Errors
 /// [`Error::Refused`] with [`Errno::EEXIST`] when the namespace has an interface of that name; the other errors of
 /// netlink, of the namespace and of kernel parameters. Nothing is left behind then.
-pub fn attach(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
+pub fn attach(spec: &PodSpec, netns: &Netns) -> Result<BTreeSet<Family>, Error> {
     let mut host = Socket::open(Protocol::Route)?;
     create(&mut host, spec, netns)?;
-    let wired =
-        wire_pod(spec, netns).and_then(|()| wire_host(&mut host, spec)).and_then(|()| wait_until_ready(spec, netns));
-    if let Err(error) = wired {
+    let index = index_of(&mut host, &spec.host_interface)?;
+    let wired = wire_pod(spec, netns).and_then(|(mut pod, defaults)| {
+        wire_host(&mut host, index, spec)?;
+        wait_until_ready(&mut pod, spec)?;
+        Ok(defaults)
+    });
+    if wired.is_err() {
         // The error that stopped us is the one to report. A host end that stays is found by its name: by DEL, which a
-        // runtime sends after a failed ADD, and by garbage collection.
-        if let Err(left) = delete(&mut host, &spec.host_interface) {
+        // runtime sends after a failed ADD, and by garbage collection. One of the name that was made since is not ours.
+        if let Err(left) = detach_index(&spec.host_interface, index) {
             tracing::warn!(error = %left, "a failed attachment could not be undone");
         }
-        return Err(error);
     }
-    Ok(())
+    wired
 }
 
 /// Unwires a pod: deletes the host end, with which the pod end, its addresses, routes and neighbours go. True if there
@@ -168,6 +200,14 @@ pub fn interface_exists(netns: &Netns, name: &InterfaceName) -> Result<bool, Err
     Ok(netns.run_in(|| find(&mut Socket::open(Protocol::Route)?, name))??.is_some())
 }
 
+/// Index of an interface in the calling thread's namespace; none if there is none of that name.
+///
+/// # Errors
+/// Those of netlink.
+pub fn host_interface_index(name: &InterfaceName) -> Result<Option<u32>, Error> {
+    Ok(find(&mut Socket::open(Protocol::Route)?, name)?.map(|link| link.header.index))
+}
+
 /// The host ends of pods in the calling thread's namespace, sorted.
 ///
 /// # Errors
@@ -196,7 +236,7 @@ fn host_interface(message: &RouteNetlinkMessage) -> Option<HostInterface> {
         _ => None,
     });
     let name = InterfaceName::new(name).ok().filter(|name| husk_overlay::marks::is_pod_interface(name.as_str()))?;
-    Some(HostInterface { name, alias: alias.unwrap_or_default() })
+    Some(HostInterface { name, alias: alias.unwrap_or_default(), index: link.header.index })
 }
 
 fn create(host: &mut Socket, spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
@@ -216,43 +256,67 @@ fn create(host: &mut Socket, spec: &PodSpec, netns: &Netns) -> Result<(), Error>
     if delete(host, &spec.host_interface)? { attempt(host) } else { Err(error) }
 }
 
-/// Configures the pod end, in the pod's namespace.
-fn wire_pod(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
+/// Configures the pod end, and returns a socket in the pod's namespace and the families whose default route leads there.
+fn wire_pod(spec: &PodSpec, netns: &Netns) -> Result<(Socket, BTreeSet<Family>), Error> {
     netns.run_in(|| {
         let mut socket = Socket::open(Protocol::Route)?;
         let index = index_of(&mut socket, &spec.pod_interface)?;
         let loopback = InterfaceName::new("lo").expect("lo is a valid name");
-        let loopback_index = index_of(&mut socket, &loopback)?;
         sysctl::tune_pod(spec, &loopback)?;
-        let mut requests = vec![request::set_up(loopback_index, &loopback, None)];
+        let mut requests = vec![request::set_up(LOOPBACK_INDEX, &loopback, None)];
+        if let Some(limit) = spec.egress() {
+            requests.push(bandwidth::add(index, &spec.pod_interface, limit)?);
+        }
         requests.extend(spec.addresses.iter().map(|address| request::add_address(index, &spec.pod_interface, address)));
         requests.push(request::set_up(index, &spec.pod_interface, None));
-        for family in spec.families() {
-            let gateway = request::gateway(family);
-            requests.push(request::add_neighbour(index, &spec.pod_interface, gateway, spec.host_mac));
-            requests.push(request::add_default_route(index, &spec.pod_interface, gateway));
+        let gateways = || spec.families().map(request::gateway);
+        requests.extend(gateways().map(|it| request::add_neighbour(index, &spec.pod_interface, it, spec.host_mac)));
+        requests.extend(gateways().map(|it| request::add_default_route(index, &spec.pod_interface, it)));
+        let mut results = socket.batch(requests);
+        let default_routes = results.split_off(results.len().saturating_sub(spec.families().count()));
+        results.into_iter().collect::<Result<(), Error>>()?;
+        let mut defaults = BTreeSet::new();
+        for (address, added) in spec.addresses.iter().zip(default_routes) {
+            match added {
+                Ok(()) => {
+                    defaults.insert(Family::of(address));
+                }
+                Err(error) if error.errno() == Some(Errno::EEXIST) => {
+                    by_source::route(&mut socket, index, &spec.pod_interface, address)?;
+                }
+                Err(error) => return Err(error),
+            }
         }
-        batch(&mut socket, requests)
+        Ok((socket, defaults))
     })?
 }
 
 /// Configures the host end.
-fn wire_host(socket: &mut Socket, spec: &PodSpec) -> Result<(), Error> {
-    let index = index_of(socket, &spec.host_interface)?;
+fn wire_host(socket: &mut Socket, index: u32, spec: &PodSpec) -> Result<(), Error> {
     sysctl::tune_host(spec)?;
-    let mut requests = vec![request::set_up(index, &spec.host_interface, Some(spec.alias()))];
+    let mut requests = Vec::new();
+    if let Some(limit) = spec.ingress() {
+        requests.push(bandwidth::add(index, &spec.host_interface, limit)?);
+    }
+    requests.push(request::set_up(index, &spec.host_interface, Some(spec.alias())));
     for address in spec.addresses.iter() {
         requests.push(request::add_neighbour(index, &spec.host_interface, address, spec.pod_mac));
         requests.push(request::add_host_route(index, &spec.host_interface, address));
     }
-    match batch(socket, requests) {
+    let errors = socket.batch(requests).into_iter().filter_map(Result::err);
+    let (existing, mut others): (Vec<Error>, Vec<Error>) =
+        errors.partition(|error| error.errno() == Some(Errno::EEXIST));
+    if !others.is_empty() {
+        return Err(others.swap_remove(0));
+    }
+    match existing.into_iter().next() {
+        None => Ok(()),
         // The daemon knows the lease since before the interface was there, and may have been faster: then what exists is
         // what we wanted. A route of somebody else's is not replaced.
-        Err(error) if error.errno() == Some(Errno::EEXIST) => match inspect::host(spec)?.as_slice() {
+        Some(error) => match inspect::host(spec)?.as_slice() {
             [] => Ok(()),
             _ => Err(error),
         },
-        other => other,
     }
 }
 
@@ -263,10 +327,9 @@ fn wire_host(socket: &mut Socket, spec: &PodSpec) -> Result<(), Error> {
 ///   kernels bring it up to date when they are asked for the interface (`rtnl_getlink`).
 /// - An IPv6 address takes packets once it has its local route, which a work item adds, without duplicate address detection
 ///   too (`addrconf_dad_work` in net/ipv6/addrconf.c).
-fn wait_until_ready(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
-    let mut socket = Socket::open_in(Protocol::Route, netns)?;
+fn wait_until_ready(socket: &mut Socket, spec: &PodSpec) -> Result<(), Error> {
     let deadline = Instant::now() + READY_LIMIT;
-    while !is_ready(&mut socket, spec)? {
+    while !is_ready(socket, spec)? {
         if Instant::now() >= deadline {
             tracing::warn!(interface = %spec.pod_interface, "the pod's interface is not ready yet; its first packets may be lost");
             break;
@@ -278,7 +341,8 @@ fn wait_until_ready(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
 
 fn is_ready(socket: &mut Socket, spec: &PodSpec) -> Result<bool, Error> {
     let is_up = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::OperState(State::Up));
-    if !find(socket, &spec.pod_interface)?.is_some_and(|link| link.attributes.iter().any(is_up)) {
+    // One that somebody deleted meanwhile will never be, which is an error.
+    if !existing(socket, &spec.pod_interface)?.attributes.iter().any(is_up) {
         return Ok(false);
     }
     let Some(address) = spec.addresses.get(Family::Ipv6) else { return Ok(true) };
@@ -313,13 +377,17 @@ fn find(socket: &mut Socket, interface: &InterfaceName) -> Result<Option<LinkMes
 }
 
 fn index_of(socket: &mut Socket, interface: &InterfaceName) -> Result<u32, Error> {
-    match find(socket, interface)? {
-        Some(link) => Ok(link.header.index),
-        None => Err(Error::Refused(Refusal {
+    Ok(existing(socket, interface)?.header.index)
+}
+
+/// An interface of the socket's namespace that was made before.
+fn existing(socket: &mut Socket, interface: &InterfaceName) -> Result<LinkMessage, Error> {
+    find(socket, interface)?.ok_or_else(|| {
+        Error::Refused(Refusal {
             operation: "find",
             object: interface.to_string(),
             errno: Errno::ENODEV,
             explanation: Some("it was deleted while it was being set up".to_owned()),
-        })),
-    }
+        })
+    })
 }

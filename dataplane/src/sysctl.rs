@@ -13,6 +13,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use husk_overlay::marks;
 use serde::Serialize;
 
 use crate::error::Error;
@@ -79,7 +80,15 @@ pub fn diff(desired: &BTreeMap<String, String>, actual: &BTreeMap<String, String
 /// # Errors
 /// As [`write()`].
 pub fn apply(change: &SysctlChange) -> Result<(), Error> {
-    write(&change.path, &change.to)
+    match write(&change.path, &change.to) {
+        // The pod has just gone, and its parameters with it.
+        Err(Error::Unsupported { .. }) if marks::is_pod_parameter(&change.path) && !exists(&change.path) => Ok(()),
+        other => other,
+    }
+}
+
+fn exists(path: &str) -> bool {
+    Path::new(ROOT).join(path).exists()
 }
 
 impl SysctlChange {

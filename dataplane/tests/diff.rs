@@ -210,6 +210,6 @@ fn a_pod_that_is_younger_than_the_plan_keeps_its_route_and_neighbour() {
     };
     let younger = Desired::default();
     assert_eq!(diff(&younger, &actual, Sweep::Allowed), []);
-    let older = Desired { known_pods: [pod].into(), ..Desired::default() };
+    let older = Desired { known_pods: [(pod, 7)].into(), ..Desired::default() };
     assert_eq!(diff(&older, &actual, Sweep::Allowed).len(), 2, "a pod that was known and has no lease is gone");
 }

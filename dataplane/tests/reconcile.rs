@@ -97,7 +97,7 @@ fn knobs() -> impl Strategy<Value = Knobs> {
 
 /// A state such as the plan makes.
 fn desired(knobs: &Knobs) -> Desired {
-    let mut desired = Desired { known_pods: [name(POD)].into(), ..Desired::default() };
+    let mut desired = Desired { known_pods: [(name(POD), 7)].into(), ..Desired::default() };
     if knobs.mode == Mode::Nothing {
         return desired;
     }
@@ -154,6 +154,7 @@ fn nft_table(knobs: &Knobs) -> NftTable {
         counters: ["dropped".to_owned()].into(),
         sets: [("nodes".to_owned(), Set { element_type: ElementType::Address(Family::Ipv4), elements })].into(),
         chains: [("forward".to_owned(), chain)].into(),
+        ..NftTable::default()
     }
 }
 

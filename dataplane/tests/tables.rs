@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "functions that tests share are test code too")]
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -17,6 +18,7 @@ use husk_dataplane::kernel::{Actual, Change, Kernel, Table, diff, diff_table};
 use husk_dataplane::linux::Linux;
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
+use husk_dataplane::pod::host_interface_index;
 use husk_dataplane::reconcile::{Outcome, reconcile};
 use husk_dataplane::routes::RouteChange;
 use husk_dataplane::underlay;
@@ -46,6 +48,11 @@ fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split_whitespace()).output().expect("iproute2 is installed");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// The interface of a pod as it is when a plan is made.
+fn known(pod: &InterfaceName) -> BTreeMap<InterfaceName, u32> {
+    [(pod.clone(), host_interface_index(pod).unwrap().unwrap())].into()
 }
 
 fn bridge(arguments: &str) -> String {
@@ -254,7 +261,7 @@ fn neighbours_round_trip() {
         ip("link set husk0123456789a up");
         let mut linux = linux();
         let mut desired = with_vxlan();
-        desired.known_pods = [name("husk0123456789a")].into();
+        desired.known_pods = known(&name("husk0123456789a"));
         for (interface, text, last) in [
             ("husk-vx", "10.42.1.0", 3),
             ("husk-vx", "fd42:1::", 3),
@@ -346,6 +353,29 @@ fn routes_of_every_form() -> Desired {
 }
 
 #[test]
+fn what_hangs_on_a_pod_made_anew_since_the_plan_stays() {
+    in_a_namespace(|| {
+        let pod = name("husk0123456789a");
+        let make = || {
+            ip("link add husk0123456789a type veth peer name pod0");
+            ip("link set husk0123456789a addrgenmode none up");
+        };
+        make();
+        let plan = Desired { known_pods: known(&pod), ..Desired::default() };
+        ip("link del husk0123456789a");
+        make();
+        ip("route add 10.42.0.5 dev husk0123456789a proto 72");
+        ip("neigh add 10.42.0.5 lladdr 02:00:00:00:00:05 dev husk0123456789a nud permanent");
+        let outcome = reconcile(&mut linux(), &plan, &KeyRing::default(), Sweep::Allowed);
+        assert!(outcome.is_clean() && outcome.changes() == 0, "{outcome:?}");
+        // A plan that knows this one, and of no pod, takes it away.
+        let plan = Desired { known_pods: known(&pod), ..Desired::default() };
+        let outcome = reconcile(&mut linux(), &plan, &KeyRing::default(), Sweep::Allowed);
+        assert_eq!(outcome.applied, [(Table::Neighbours, 1), (Table::Routes, 1)].into());
+    });
+}
+
+#[test]
 fn routes_of_every_form_round_trip() {
     in_a_namespace(|| {
         underlay_interface();
@@ -372,7 +402,7 @@ fn routes_of_every_form_round_trip() {
         assert_eq!(settle(&mut linux, &desired).applied, [(Table::Routes, count)].into());
 
         // Not desired any more, but the cluster source has not delivered yet.
-        let pods = [name("husk0123456789a")].into();
+        let pods = known(&name("husk0123456789a"));
         let none = Desired {
             known_pods: pods,
             links: desired.links.clone(),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_overlay::endpoint::AttachmentId;
+use husk_overlay::port_mapping::PortMapping;
 use husk_overlay::prefix::{Family, Prefix};
 
 /// A family of which no address is left.
@@ -112,6 +113,28 @@ pub enum Error {
         /// The lease that has it.
         file: PathBuf,
     },
+    /// A port of the host that another pod has.
+    #[error(transparent)]
+    PortClaimed(Box<PortClash>),
+}
+
+/// Two pods that want the same port of the host.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "attachment {id} wants the host port {mapping}, which clashes with {held} of {pod} (attachment {holder}); delete that \
+     pod or choose another host port"
+)]
+pub struct PortClash {
+    /// The mapping that is refused.
+    pub mapping: PortMapping,
+    /// Who wanted it.
+    pub id: AttachmentId,
+    /// The mapping that it clashes with.
+    pub held: PortMapping,
+    /// The pod that has it, for people.
+    pub pod: String,
+    /// Its attachment.
+    pub holder: AttachmentId,
 }
 
 impl Error {

@@ -6,7 +6,7 @@
 //!
 //! - A lease appears by `rename` from a temporary file and is released by `rename` to a tombstone: each is one step, so
 //!   that a crash at any instruction leaves the store valid. What a crash can leave is a temporary file, which the next
-//!   holder of the lock removes.
+//!   ADD, DEL, GC or pass of the daemon removes.
 //! - Whoever changes the store holds an exclusive `flock` on its file `lock`; the kernel drops it with its holder.
 //! - The plugin also holds an `flock` on the lease file itself until its ADD is done. Whoever collects abandoned leases
 //!   (CNI GC, the daemon) can so tell one whose wiring is under way from one whose maker died.
@@ -16,33 +16,43 @@
 //! Times are those of `CLOCK_BOOTTIME`: the store does not outlive the boot, and the wall clock may jump.
 
 mod choose;
+mod collect;
 mod evidence;
 mod file_name;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod load;
 mod lock;
+mod locked;
+mod ports;
 mod record;
+mod unfinished;
+mod wired;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write as _};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_overlay::endpoint::{AttachmentId, Endpoint, Endpoints, NetnsIdentity};
-use husk_overlay::issue::Issue;
+use husk_overlay::bandwidth::Bandwidth;
+use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
 use husk_overlay::mac::MacAddress;
-use husk_overlay::name::NetworkName;
+use husk_overlay::port_mapping::PortMapping;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::DualStack;
 
+pub use collect::Garbage;
 pub use evidence::{Evidence, NetnsEvidence, stale};
 pub use load::Leases;
+pub use locked::LockedStore;
 pub use record::VERSION;
 
 use crate::Error;
 use file_name::Entry;
+use wired::Wiring;
 
 /// How long a process waits for the store's lock unless told otherwise. A holder needs it for about a millisecond.
 pub const DEFAULT_LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -55,11 +65,16 @@ impl BootTime {
     /// Reads the clock.
     #[must_use]
     pub fn now() -> Self {
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-            .map(Duration::from)
-            .expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
-        Self(u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+        Self(u64::try_from(since_boot().as_millis()).unwrap_or(u64::MAX))
     }
+}
+
+/// The clock of [`BootTime`], exactly: for what is compared with the end of a wiring, which may be some microseconds ago.
+#[must_use]
+pub fn since_boot() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(Duration::from)
+        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39")
 }
 
 /// What a node has to give.
@@ -92,6 +107,10 @@ pub struct Demand {
     pub addresses: Vec<IpAddr>,
     /// Take the address that has rested longest when all that are free still rest.
     pub allow_cooling: bool,
+    /// Ports of the host that shall lead to the pod; they must not clash with one another.
+    pub port_mappings: Vec<PortMapping>,
+    /// How much it may receive and send.
+    pub bandwidth: Option<Bandwidth>,
 }
 
 /// A lease just made. While this value lives, the attachment counts as being wired; nobody collects the lease.
@@ -100,7 +119,18 @@ pub struct Lease {
     /// The endpoint as recorded.
     pub endpoint: Endpoint,
     /// Holds the lock on the lease file.
-    _wiring: File,
+    wiring: Wiring,
+}
+
+/// What became of a lease that this process made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It stands.
+    Held,
+    /// It was released.
+    Released,
+    /// It was released, and the attachment has another one.
+    Replaced,
 }
 
 /// The lease store of a node.
@@ -121,6 +151,14 @@ impl LeaseStore {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// True if there is a store, be it empty.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when that cannot be found out.
+    pub fn exists(&self) -> Result<bool, Error> {
+        self.directory.try_exists().map_err(Error::io("look for", &self.directory))
     }
 
     /// Creates the directory if need be (mode 0700; its parent must exist) and locks the store.
@@ -145,7 +183,12 @@ impl LeaseStore {
     pub fn release(&self, id: &AttachmentId, now: BootTime) -> Result<Option<DualStack>, Error> {
         // No lock is needed to see that there is nothing to do: a runtime does not run ADD and DEL of one attachment
         // at once.
-        if self.lease_file(id)?.is_none() { Ok(None) } else { self.lock()?.release(id, now) }
+        if self.lease_file(id)?.is_some() {
+            return self.lock()?.release(id, now);
+        }
+        // Killed before it had a lease, the attachment's ADD may have left half of one.
+        self.sweep()?;
+        Ok(None)
     }
 
     /// The lease of an attachment, read without the lock; none if it has no lease.
@@ -181,6 +224,20 @@ impl LeaseStore {
         }
     }
 
+    /// What became of a lease that this process made and still holds.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn standing(&self, lease: &Lease) -> Result<Standing, Error> {
+        Ok(match self.lease_file(&lease.endpoint.id)? {
+            None => Standing::Released,
+            Some((path, _)) if lock::is_file_at(lease.wiring.file(), &path)? => Standing::Held,
+            // It may also have been released between the two looks.
+            Some(_) if self.has_lease(&lease.endpoint.id)? => Standing::Replaced,
+            Some(_) => Standing::Released,
+        })
+    }
+
     /// Every lease, read without the lock, and what is wrong with the store. A lease that is released meanwhile may be
     /// missing or present, others are not affected.
     ///
@@ -210,205 +267,6 @@ impl LeaseStore {
             Entry::Lease { key: it, addresses } if it == key => Some((path, addresses)),
             _ => None,
         }))
-    }
-}
-
-/// The store while this process alone may change it. Dropping it unlocks.
-#[derive(Debug)]
-pub struct LockedStore<'a> {
-    store: &'a LeaseStore,
-    _lock: File,
-}
-
-impl LockedStore<'_> {
-    /// Makes a lease: one address of every family, or nothing.
-    ///
-    /// # Errors
-    /// [`Error::Exhausted`] when a family has nothing left, also when all that is left still rests and
-    /// [`Demand::allow_cooling`] is false; [`Error::AlreadyLeased`]; the errors about requested addresses;
-    /// [`Error::Io`].
-    pub fn allocate(&self, supply: &Supply<'_>, demand: &Demand, now: BootTime) -> Result<Lease, Error> {
-        let key = file_name::key(&demand.id);
-        let mut stock = choose::Stock::default();
-        for (entry, path) in self.store.entries()? {
-            match entry {
-                Entry::Lease { key: it, .. } if it == key => {
-                    return Err(Error::AlreadyLeased { id: demand.id.clone(), file: path });
-                }
-                Entry::Lease { addresses, .. } => {
-                    stock.leased.extend(addresses.iter().map(|address| (address, path.clone())));
-                }
-                Entry::Released { addresses, at, .. } if rests(at, now, supply.cool_down) => {
-                    for address in addresses.iter() {
-                        let released = stock.cooling.entry(address).or_insert(at);
-                        *released = at.max(*released);
-                    }
-                }
-                Entry::Released { .. } | Entry::Temporary => remove_if_there(&path)?,
-                Entry::Own | Entry::Unknown => {}
-            }
-        }
-        stock.cursors = self.read_cursors();
-        let addresses = choose::choose(supply, demand, &stock)?;
-        let lease = self.write_lease(&key, addresses, demand, now)?;
-        stock.cursors.retain(|block, _| supply.blocks.contains(block));
-        for address in addresses.iter() {
-            if let Some(block) = supply.blocks.iter().find(|block| block.contains(address)) {
-                stock.cursors.insert(*block, address);
-            }
-        }
-        self.write_cursors(&stock.cursors);
-        Ok(lease)
-    }
-
-    /// Releases the lease of an attachment and returns its addresses; none if it has no lease.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn release(&self, id: &AttachmentId, now: BootTime) -> Result<Option<DualStack>, Error> {
-        let Some((path, addresses)) = self.store.lease_file(id)? else { return Ok(None) };
-        let tombstone = self.store.directory.join(file_name::released(&file_name::key(id), &addresses, now));
-        fs::rename(&path, tombstone).map_err(Error::io("release lease", &path))?;
-        Ok(Some(addresses))
-    }
-
-    /// Releases the lease of an endpoint that [`LeaseStore::load`] returned, if it is provably [`stale`]; true if it
-    /// was. The evidence is gathered under the lock, the host interface being the caller's to look for, after which
-    /// nothing can change it: a lease that is being wired or was made anew stays.
-    ///
-    /// # Errors
-    /// [`Error::Io`], also when the lease cannot be read.
-    pub fn reclaim(&self, endpoint: &Endpoint, host_interface_exists: bool, now: BootTime) -> Result<bool, Error> {
-        let Some((path, _)) = self.store.lease_file(&endpoint.id)? else { return Ok(false) };
-        let evidence = Evidence {
-            netns: NetnsEvidence::observe(&endpoint.netns),
-            host_interface_exists,
-            being_wired: lock::is_held(&path)?,
-        };
-        let gone = record::read(&path)?.endpoint == *endpoint && stale(&evidence);
-        Ok(gone && self.release(&endpoint.id, now)?.is_some())
-    }
-
-    /// Forgets all leases and releases: those of an earlier boot, whose pods ended with it. Files that Husk did not make stay.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; the store is valid then, and holds what could not be removed.
-    pub fn clear(&self) -> Result<(), Error> {
-        for (entry, path) in self.store.entries()? {
-            match entry {
-                Entry::Lease { .. } | Entry::Released { .. } | Entry::Temporary => remove_if_there(&path)?,
-                Entry::Own | Entry::Unknown => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Endpoints of a network that garbage collection may remove: those not in `valid`, whose lease was made before
-    /// `started` and whose wiring is not under way. Also returns what is wrong with the store; a damaged lease is left
-    /// alone, as it does not tell its network.
-    ///
-    /// A pod that came up after the runtime made its list of valid attachments is not in the list. Its lease is either
-    /// still locked by its ADD or, if the caller took `started` before it did anything else, younger than that.
-    ///
-    /// # Errors
-    /// [`Error::Io`]
-    pub fn collectable(
-        &self,
-        network: &NetworkName,
-        valid: &BTreeSet<AttachmentId>,
-        started: BootTime,
-    ) -> Result<(Endpoints, Vec<Issue>), Error> {
-        let keep: BTreeSet<String> = valid.iter().map(file_name::key).collect();
-        let Leases { mut endpoints, created, issues, .. } =
-            load::load_where(&self.store.directory, |key, path| Ok(!keep.contains(key) && !lock::is_held(path)?))?;
-        endpoints.retain(|id, _| id.network == *network && created.get(id).is_some_and(|created| *created < started));
-        Ok((endpoints, issues))
-    }
-
-    /// Addresses that are leased or cooling down, damaged leases included: what keeps a block in use.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn addresses(&self, cool_down: Duration, now: BootTime) -> Result<BTreeSet<IpAddr>, Error> {
-        Ok(self
-            .store
-            .entries()?
-            .into_iter()
-            .filter_map(|(entry, _)| match entry {
-                Entry::Lease { addresses, .. } => Some(addresses),
-                Entry::Released { addresses, at, .. } if rests(at, now, cool_down) => Some(addresses),
-                _ => None,
-            })
-            .flat_map(|addresses| addresses.iter())
-            .collect())
-    }
-
-    fn write_lease(&self, key: &str, addresses: DualStack, demand: &Demand, now: BootTime) -> Result<Lease, Error> {
-        let endpoint = Endpoint {
-            id: demand.id.clone(),
-            addresses,
-            pod_mac: demand.pod_mac,
-            host_interface: demand.id.host_interface(),
-            netns: demand.netns.clone(),
-            pod_namespace: demand.pod_namespace.clone(),
-            pod_name: demand.pod_name.clone(),
-        };
-        let content = record::Record { version: VERSION, created: now.0, endpoint: endpoint.clone() };
-        let path = self.store.directory.join(file_name::lease(key, &addresses));
-        let file = self.replace(
-            &path,
-            &serde_json::to_vec(&content).map_err(|error| Error::io("encode lease", &path)(error.into()))?,
-        )?;
-        Ok(Lease { endpoint, _wiring: file })
-    }
-
-    /// Writes a file in one step, and returns it locked: from the moment it is visible, others see it locked.
-    fn replace(&self, path: &Path, content: &[u8]) -> Result<File, Error> {
-        let temporary = self.store.directory.join(file_name::temporary());
-        let written = (|| {
-            // A temporary file that lies there is left from a crash: nobody else writes while we hold the lock.
-            let mut file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.try_lock().map_err(|error| match error {
-                fs::TryLockError::Error(error) => error,
-                fs::TryLockError::WouldBlock => ErrorKind::WouldBlock.into(),
-            })?;
-            file.write_all(content)?;
-            fs::rename(&temporary, path)?;
-            Ok(file)
-        })();
-        written.map_err(|error| {
-            // The first error is the one to report; a temporary file that stays is removed by the next allocation.
-            let _ = fs::remove_file(&temporary);
-            Error::io("write", path)(error)
-        })
-    }
-
-    /// Where the search for an address went on from. Cursors only spread addresses over time, so that lost or damaged
-    /// ones are begun anew.
-    fn read_cursors(&self) -> BTreeMap<Prefix, IpAddr> {
-        let path = self.store.directory.join(file_name::CURSORS);
-        fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
-    }
-
-    fn write_cursors(&self, cursors: &BTreeMap<Prefix, IpAddr>) {
-        // The lease is made by now, and failing for the sake of a cursor would be worse than an address used again
-        // somewhat earlier; the cool-down is kept in any case.
-        if let Ok(text) = serde_json::to_vec(cursors) {
-            let _ = self.replace(&self.store.directory.join(file_name::CURSORS), &text);
-        }
-    }
-}
-
-/// True while an address released at `at` rests. A release in the future is one of an earlier boot.
-fn rests(at: BootTime, now: BootTime, cool_down: Duration) -> bool {
-    now.0.checked_sub(at.0).is_some_and(|elapsed| u128::from(elapsed) < cool_down.as_millis())
-}
-
-fn remove_if_there(path: &Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
-        _ => Ok(()),
     }
 }
 

@@ -12,4 +12,4 @@ pub mod block;
 mod error;
 pub mod lease;
 
-pub use error::{Error, Shortage};
+pub use error::{Error, PortClash, Shortage};

@@ -54,6 +54,11 @@ const TICK: Duration = Duration::from_secs(5);
 /// Least time from the end of a pass to the next one, so that a storm of events costs bounded work.
 const GAP: Duration = Duration::from_millis(20);
 
+/// How long the loop lets pass from an event to the pass that it causes. Events come in company, as those of a pod that is
+/// being connected do: one pass does for all of them, and does not contend with their cause for the kernel's locks. Who waits
+/// for a pass, though, gets it at once, whatever the time since the last one.
+const SETTLE: Duration = Duration::from_millis(10);
+
 /// What the engine is made of.
 pub struct Parts<K, S, N> {
     /// Validated configuration.
@@ -115,6 +120,11 @@ struct Pass {
     /// Problems found after planning.
     issues: Vec<Issue>,
     took: Duration,
+}
+
+/// When the pass comes that an event at `now` causes, if the last one leaves room for another from `earliest` on.
+fn soonest(now: Instant, earliest: Instant, urgent: bool) -> Instant {
+    if urgent { now } else { earliest.max(now + SETTLE) }
 }
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
@@ -179,7 +189,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             let wait = next_pass.min(next_look).saturating_duration_since(Instant::now());
             match inbox.recv_timeout(wait) {
                 Ok(Message::Wake) => {
-                    next_pass = next_pass.min(earliest);
+                    next_pass = next_pass.min(soonest(Instant::now(), earliest, waker.is_urgent()));
                     cause = Cause::Event;
                 }
                 Ok(Message::Ask(ask)) => {
@@ -217,7 +227,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.retire_blocks();
         let mut plan = self.plan(&facts);
         if self.make_first_key(&plan, &mut issues) {
-            facts = self.facts()?;
+            // The interfaces stay those from before the leases were read.
+            facts = Facts { pod_interfaces: facts.pod_interfaces, ..self.facts()? };
             plan = self.plan(&facts);
         }
         let unwritten = self.write_ahead(&facts, &plan).err();
@@ -277,7 +288,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let (issues, passes) = (self.all_issues(), self.passes);
         self.state.send_modify(|state| {
-            *state = State { ready: false, reason: Some(reason), node_file: None, issues, passes };
+            *state = State { reason: Some(reason), issues, passes, ..State::default() };
         });
     }
 

@@ -204,7 +204,7 @@ impl Node for Host {
             pod_interfaces: interfaces
                 .iter()
                 .filter(|interface| marks::is_pod_interface(interface.name.as_str()))
-                .map(|interface| interface.name.clone())
+                .map(|interface| (interface.name.clone(), interface.index))
                 .collect(),
             threaded_napi: self.threaded_napi,
             ipv6: Path::new("/proc/sys/net/ipv6").exists(),
@@ -337,7 +337,9 @@ impl Node for Host {
 
     fn remember(&mut self, desired: &Desired) {
         let known = load_sysctls(&self.sysctl_file);
-        let new: Vec<&String> = desired.sysctls.keys().filter(|path| !known.contains_key(*path)).collect();
+        // Those of pods go with the pods.
+        let lasting = desired.sysctls.keys().filter(|path| !marks::is_pod_parameter(path));
+        let new: Vec<&String> = lasting.filter(|path| !known.contains_key(*path)).collect();
         if new.is_empty() {
             return;
         }

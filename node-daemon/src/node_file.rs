@@ -13,7 +13,10 @@ use crate::files;
 /// version it knows from `cniVersions`.
 #[must_use]
 pub fn conflist(config: &Config, run_directory: &Path) -> String {
-    let mut plugin = serde_json::json!({ "type": marks::CNI_TYPE, "capabilities": { "ips": true } });
+    // What a runtime passes on of what pods want; it leaves out what is not declared.
+    let capabilities =
+        serde_json::json!({ "bandwidth": true, "dns": true, "ips": true, "mac": true, "portMappings": true });
+    let mut plugin = serde_json::json!({ "type": marks::CNI_TYPE, "capabilities": capabilities });
     if run_directory != Path::new(marks::RUN_DIRECTORY) {
         plugin["runDirectory"] = run_directory.display().to_string().into();
     }

@@ -7,6 +7,7 @@ mod error;
 mod parse;
 pub(crate) mod reader;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -328,6 +329,22 @@ impl Config {
     /// Families pods have addresses of, IPv4 first.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         self.cluster_cidrs.iter().map(Prefix::family)
+    }
+
+    /// UDP ports at which this node's tunnels listen: no pod can have them on the host.
+    #[must_use]
+    pub fn tunnel_ports(&self) -> BTreeSet<u16> {
+        let mut ports = BTreeSet::new();
+        if self.mode.uses_vxlan() {
+            ports.insert(self.vxlan.port);
+        }
+        if self.mode.uses_wireguard() {
+            ports.extend([0, 1].map(|slot| self.wireguard.port_of(slot)));
+        }
+        if self.mode.uses_esp() {
+            ports.extend(self.ipsec.udp_port);
+        }
+        ports
     }
 }
 

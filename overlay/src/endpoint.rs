@@ -5,8 +5,10 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Bandwidth;
 use crate::mac::MacAddress;
 use crate::name::{ContainerId, InterfaceName, NetworkName};
+use crate::port_mapping::PortMapping;
 use crate::record::DualStack;
 
 /// What names an attachment (CNI specification 1.1: network name, container id and interface name).
@@ -85,6 +87,12 @@ pub struct Endpoint {
     /// Kubernetes name of the pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_name: Option<String>,
+    /// Ports of the host that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_mappings: Vec<PortMapping>,
+    /// How much it may receive and send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
 }
 
 impl Endpoint {

@@ -177,8 +177,9 @@ pub struct Facts {
     pub uptime: Duration,
     /// Somebody asked for new keys.
     pub rotation_requested: bool,
-    /// Host ends of pod veth pairs that exist: a lease whose interface is gone gets no route.
-    pub pod_interfaces: BTreeSet<InterfaceName>,
+    /// Host ends of pod veth pairs that exist, with their indices: a lease whose interface is gone gets no route. To be read
+    /// before the leases, which the plugin makes first.
+    pub pod_interfaces: BTreeMap<InterfaceName, u32>,
     /// The kernel knows threaded NAPI.
     pub threaded_napi: bool,
     /// The kernel has IPv6.

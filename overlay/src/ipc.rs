@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::endpoint::AttachmentId;
 use crate::issue::Issue;
+use crate::name::InterfaceName;
 use crate::prefix::{Family, Prefix};
 use crate::record::DualStack;
 
@@ -47,6 +48,9 @@ pub struct NodeFile {
     pub cluster_cidrs: Vec<Prefix>,
     /// Seconds an address rests before it is used again.
     pub cool_down: u32,
+    /// UDP ports of the host that no pod may have: the node's tunnels listen there.
+    #[serde(default)]
+    pub tunnel_ports: BTreeSet<u16>,
 }
 
 /// What the plugin or `huskctl` asks.
@@ -57,6 +61,13 @@ pub enum Request {
     Admit {
         /// Which one.
         id: AttachmentId,
+    },
+    /// A pod is to be deleted: answer when its interface is gone, and go on waiting for the kernel to forget it.
+    Detach {
+        /// Name of its host interface.
+        interface: InterfaceName,
+        /// Index of that interface: another one that gets its name later is not meant.
+        index: u32,
     },
     /// A pod's addresses were released: a wake-up, nothing is waited for.
     Released,

@@ -13,8 +13,8 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 pub use nft::{
-    Chain, ChainKind, CounterName, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
-    SetElement, Statement,
+    Addressee, Chain, ChainKind, CounterName, ElementType, Hook, Map, MapKeyType, MapValue, MapValueType, Match,
+    MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set, SetElement, Statement,
 };
 pub use xfrm::{
     XfrmAction, XfrmDirection, XfrmParameters, XfrmPolicy, XfrmPolicyKey, XfrmState, XfrmStateKey, XfrmTemplate,
@@ -189,9 +189,10 @@ pub struct Desired {
     /// Routes.
     #[serde(with = "entries")]
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Host ends of pods that there were when the plan was made. A pod interface that is not among them is younger than
-    /// the plan: its routes and neighbours are the plugin's work of this moment and are not swept.
-    pub known_pods: BTreeSet<InterfaceName>,
+    /// Host ends of pods that there were when the plan was made, with their indices. A pod interface that is not among them,
+    /// or that has another index since it was made anew, is younger than the plan: its routes and neighbours are the plugin's
+    /// work of this moment and are not swept.
+    pub known_pods: BTreeMap<InterfaceName, u32>,
 }
 
 /// Maps whose keys are structures, as lists of pairs: JSON objects have text keys only.

@@ -1,10 +1,11 @@
 //! What every node of a Husk overlay should look like: types, MTU, keys and [`plan`]. No I/O happens here.
 //!
 //! Reading order: [`name`], [`prefix`], [`mac`], [`keys`] and [`esp`] are the vocabulary; [`config`] what people say;
-//! [`record`] what nodes tell each other, [`manifest`] its text form; [`facts`] and [`endpoint`] what a node finds on
-//! itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`plan`]
+//! [`record`] what nodes tell each other, [`manifest`] its text form; [`facts`], [`endpoint`], [`port_mapping`] and [`bandwidth`] what a node
+//! finds on itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`plan`]
 //! puts it all together.
 
+pub mod bandwidth;
 pub mod config;
 pub mod digest;
 pub mod endpoint;
@@ -21,6 +22,7 @@ pub mod mode;
 pub mod mtu;
 pub mod name;
 pub mod plan;
+pub mod port_mapping;
 pub mod prefix;
 pub mod record;
 pub mod rotation;

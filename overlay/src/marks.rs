@@ -83,6 +83,12 @@ pub fn is_pod_interface(name: &str) -> bool {
         .is_some_and(|rest| rest.len() == POD_INTERFACE_HASH && rest.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
+/// True for a kernel parameter of the host end of a pod, named by its path: it comes and goes with the pod.
+#[must_use]
+pub fn is_pod_parameter(path: &str) -> bool {
+    path.split('/').any(is_pod_interface)
+}
+
 /// Hexadecimal digits behind the prefix in the name of a pod's host interface (`IFNAMSIZ` leaves 15 bytes in all).
 pub const POD_INTERFACE_HASH: usize = 11;
 

@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 pub use esp::PROTECT_PRIORITY;
+pub use firewall::port_mappings::{HostPorts, are_mapped, host_ports, loopback_parameter};
 pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, SPOOFED, UNKNOWN_VTEP};
 pub use peers::PeerPlan;
 
@@ -118,7 +119,7 @@ pub fn plan(config: &Config, snapshot: &Snapshot, facts: &Facts, endpoints: &End
     if !serviceable::underlay_is_inside_cluster(&context) {
         peers = peers::admit(&context, &mut issues);
         local::render(&context, endpoints, &mut desired, &mut issues);
-        firewall::render(&context, &peers, &mut desired);
+        firewall::render(&context, &peers, endpoints, &mut desired, &mut issues);
         match config.mode {
             Mode::Direct => direct::render(&context, &mut peers, &mut desired, &mut issues),
             Mode::Vxlan => vxlan::render(&context, &mut peers, |_| true, &mut desired, &mut issues),

@@ -220,7 +220,7 @@ impl World {
             esp: None,
             uptime: Duration::from_secs(now - node.booted),
             rotation_requested: daemon.requested,
-            pod_interfaces: BTreeSet::new(),
+            pod_interfaces: BTreeMap::new(),
             threaded_napi: false,
             ipv6: false,
             router_advertisements: BTreeSet::new(),

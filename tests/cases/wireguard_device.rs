@@ -100,7 +100,7 @@ fn both_kinds_of_device_meet_and_change_places() -> Result<()> {
         eventually("the daemon to say what is missing", PATIENCE, || {
             Ok(changing.huskctl(["status"])?.stdout.contains("the kernel has no WireGuard"))
         })?;
-        assert_eq!(changing.cni_status()?.error_code(), Some(50));
+        assert_eq!(changing.cni_status()?.error_code(), Some(51));
         to("auto", Signal::SIGTERM)?;
         changing.wait_ready()?;
         uses(changing, "userspace")?;

@@ -102,6 +102,12 @@ impl Cluster {
         }
     }
 
+    /// The underlay address of the outside, which is the hosts' default gateway: what it sends to a host comes from there.
+    #[must_use]
+    pub fn gateway(family: Family) -> IpAddr {
+        underlay_address(family, GATEWAY)
+    }
+
     /// The families of the underlay.
     #[must_use]
     pub fn families(&self) -> Vec<Family> {

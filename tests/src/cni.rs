@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 use crate::host::Place;
 use crate::patience;
+use crate::process::Output;
+use crate::syscalls::{Interference, Traced};
 
 /// How long a plugin may take, error 11 after waiting for the daemon included.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -87,6 +89,16 @@ pub struct CniOutcome {
 }
 
 impl CniOutcome {
+    fn new(output: Output, elapsed: Duration) -> Self {
+        Self {
+            status: output.status.code(),
+            json: serde_json::from_str(&output.stdout).unwrap_or_default(),
+            stdout: output.stdout,
+            stderr: output.stderr,
+            elapsed,
+        }
+    }
+
     /// True when the exit status is 0.
     #[must_use]
     pub fn success(&self) -> bool {
@@ -137,23 +149,45 @@ impl Place {
         Ok(config)
     }
 
+    /// The configuration of a GC that keeps these attachments.
+    pub(crate) fn gc_config(&self, valid: &[&PodSpec]) -> Result<Value> {
+        let mut config = self.plugin_config(None)?;
+        config["cni.dev/valid-attachments"] = valid.iter().map(|spec| spec.attachment()).collect();
+        Ok(config)
+    }
+
     pub(crate) fn cni(&self, command: &str, spec: Option<&PodSpec>, config: Value) -> Result<CniOutcome> {
-        let mut variables = spec.map(PodSpec::environment).unwrap_or_default();
-        variables.extend([
-            ("CNI_COMMAND".to_owned(), command.into()),
-            ("CNI_PATH".to_owned(), "/opt/cni/bin".into()),
-            ("PATH".to_owned(), std::env::var_os("PATH").unwrap_or_default()),
-        ]);
         let started = Instant::now();
         let plugin = self.program(&Path::new("/opt/cni/bin").join(marks::CNI_TYPE));
-        let output = plugin.environment(variables).stdin(config.to_string()).limit(patience(TIME_LIMIT)).run();
+        let plugin = plugin.environment(environment(command, spec)).stdin(config.to_string());
+        let output = plugin.limit(patience(TIME_LIMIT)).run();
         let output = output.with_context(|| format!("calling the CNI plugin on {} for {command}", self.name))?;
-        Ok(CniOutcome {
-            status: output.status.code(),
-            json: serde_json::from_str(&output.stdout).unwrap_or_default(),
-            stdout: output.stdout,
-            stderr: output.stderr,
-            elapsed: started.elapsed(),
-        })
+        Ok(CniOutcome::new(output, started.elapsed()))
     }
+
+    /// As [`Place::cni`], under ptrace; also returns which system calls were made.
+    pub(crate) fn cni_traced(
+        &self,
+        command: &str,
+        spec: Option<&PodSpec>,
+        config: &Value,
+        interference: Option<Interference>,
+    ) -> Result<(CniOutcome, Traced)> {
+        let started = Instant::now();
+        let plugin = self.stopped_program(&Path::new("/opt/cni/bin").join(marks::CNI_TYPE));
+        let plugin = plugin.environment(environment(command, spec)).stdin(config.to_string());
+        let traced = plugin.limit(patience(TIME_LIMIT)).trace(interference);
+        let traced = traced.with_context(|| format!("tracing the CNI plugin on {} for {command}", self.name))?;
+        Ok((CniOutcome::new(traced.output.clone(), started.elapsed()), traced))
+    }
+}
+
+fn environment(command: &str, spec: Option<&PodSpec>) -> Vec<(String, OsString)> {
+    let mut variables = spec.map(PodSpec::environment).unwrap_or_default();
+    variables.extend([
+        ("CNI_COMMAND".to_owned(), command.into()),
+        ("CNI_PATH".to_owned(), "/opt/cni/bin".into()),
+        ("PATH".to_owned(), std::env::var_os("PATH").unwrap_or_default()),
+    ]);
+    variables
 }

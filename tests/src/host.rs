@@ -22,6 +22,7 @@ use crate::netns::{self, Netns};
 use crate::pod::Pod;
 use crate::process::{self, Output, Process, Program};
 use crate::scope::Scope;
+use crate::syscalls::{Interference, Traced};
 
 /// The underlay interface of every host.
 pub const UNDERLAY_INTERFACE: &str = "eth0";
@@ -85,6 +86,10 @@ impl Place {
 
     pub(crate) fn program(&self, program: &Path) -> Program<'_> {
         self.netns.program(program).in_mounts(&self.mounts)
+    }
+
+    pub(crate) fn stopped_program(&self, program: &Path) -> Program<'_> {
+        Program::stopped(program).in_netns(self.netns.file()).in_mounts(&self.mounts)
     }
 
     /// Path, from outside, of a file that the host sees as `path` in one of its private directories.
@@ -247,14 +252,45 @@ impl Host {
         self.place.cni("STATUS", None, self.place.plugin_config(None)?)
     }
 
+    /// Calls the plugin for an attachment, interfered with at a system call; also returns which ones it made.
+    ///
+    /// # Errors
+    /// As [`Host::cni`], and when the plugin cannot be traced.
+    pub fn cni_traced(
+        &self,
+        command: &str,
+        spec: &PodSpec,
+        interference: Option<Interference>,
+    ) -> Result<(CniOutcome, Traced)> {
+        self.place.cni_traced(command, Some(spec), &self.place.plugin_config(Some(spec))?, interference)
+    }
+
+    /// Runs `work` on a thread in the host's namespaces, where it sees the host's private directories.
+    ///
+    /// # Errors
+    /// When the namespaces cannot be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        netns::enter(self.netns().file(), Some(&self.place.mounts), work)
+    }
+
     /// Calls GC; the attachments of `valid` are those that stay.
     ///
     /// # Errors
     /// As [`Host::cni`].
     pub fn cni_gc(&self, valid: &[&PodSpec]) -> Result<CniOutcome> {
-        let mut config = self.place.plugin_config(None)?;
-        config["cni.dev/valid-attachments"] = valid.iter().map(|spec| spec.attachment()).collect();
-        self.place.cni("GC", None, config)
+        self.place.cni("GC", None, self.place.gc_config(valid)?)
+    }
+
+    /// Calls GC as [`Host::cni_gc`] does, interfered with at a system call; also returns which ones it made.
+    ///
+    /// # Errors
+    /// As [`Host::cni_traced`].
+    pub fn cni_gc_traced(
+        &self,
+        valid: &[&PodSpec],
+        interference: Option<Interference>,
+    ) -> Result<(CniOutcome, Traced)> {
+        self.place.cni_traced("GC", None, &self.place.gc_config(valid)?, interference)
     }
 
     /// Captures what the host's underlay interface sends and receives.

@@ -16,15 +16,20 @@
 //!
 //! Reading order: [`scope`] names everything a run makes, so that a later run can sweep what a killed one left;
 //! [`process`] runs programs with a time limit; [`netns`] is a network namespace; [`host`] a machine in the test and
-//! [`cluster`] several of them on one underlay; [`cni`] and [`pod`] play the container runtime; [`probe`] are the
-//! questions asked from inside a namespace, [`load`] many of them all the time; [`capture`] is what was seen on the wire,
+//! [`cluster`] several of them on one underlay; [`cni`] and [`pod`] play the container runtime, [`runtime`] plays it in full;
+//! [`probe`] are the questions asked from inside a namespace, [`load`] many of them all the time; [`capture`] is what was seen on the wire,
 //! [`leak`] whether it told of pods. [`kernel`] tells what the kernel can do, [`xfrm`] what
-//! it does with ESP, [`rotation`] which keys hosts have. [`demo`] shows all of it to people.
+//! it does with ESP, [`rotation`] which keys hosts have. [`demo`] shows all of it to people, [`mod@bench`] measures it.
 
+pub mod bench;
 pub mod capture;
 pub mod cluster;
 pub mod cni;
+mod control_groups;
+pub mod crash;
+pub mod cri;
 pub mod demo;
+pub mod engine;
 pub mod host;
 mod inject;
 pub mod kernel;
@@ -36,8 +41,10 @@ pub mod pod;
 pub mod probe;
 pub mod process;
 pub mod rotation;
+pub mod runtime;
 pub mod scope;
 pub mod steady;
+pub mod syscalls;
 pub mod xfrm;
 
 pub use capture::{Capture, Trace};

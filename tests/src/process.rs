@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use crate::host::lock;
 use crate::netns;
 use crate::patience;
+use crate::syscalls::{self, Interference, Traced};
 
 /// How long a program may run unless told otherwise, before [`patience`].
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
@@ -65,6 +66,11 @@ impl<'a> Program<'a> {
     #[must_use]
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         Self { command: Command::new(program), stdin: Vec::new(), limit: patience(TIME_LIMIT), net: None, mounts: None }
+    }
+
+    /// A program that waits, stopped, until it is traced.
+    pub(crate) fn stopped(program: impl AsRef<OsStr>) -> Self {
+        Self::new("/bin/sh").args([OsStr::new("-c"), OsStr::new(syscalls::STOPPED), program.as_ref()])
     }
 
     /// Appends arguments.
@@ -142,6 +148,13 @@ impl<'a> Program<'a> {
             Some(status) => Ok(Output { status, stdout, stderr }),
             None => bail!("`{what}` did not end within {limit:?} and was killed; it said: {stdout}{stderr}"),
         }
+    }
+
+    /// Runs it to its end under ptrace; it must have been made by [`Program::stopped`].
+    pub(crate) fn trace(mut self, interference: Option<Interference>) -> Result<Traced> {
+        let (input, limit, what) = (std::mem::take(&mut self.stdin), self.limit, self.to_string());
+        self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        syscalls::trace(self.start()?, &input, interference, limit).with_context(|| format!("tracing `{what}`"))
     }
 
     /// Runs it to success and returns its standard output.

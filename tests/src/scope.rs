@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 
+use crate::control_groups;
 use crate::netns;
 use crate::process;
 
@@ -82,7 +83,8 @@ impl Drop for Scope {
     }
 }
 
-/// Removes the namespaces, processes and directories of runs whose process is gone; returns their names.
+/// Removes the namespaces, processes, directories and control groups of runs whose process is gone; returns the names of the
+/// first and the third.
 ///
 /// # Errors
 /// When a leftover cannot be removed; the others are removed all the same.
@@ -109,6 +111,7 @@ fn remove_all(choose: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     // Both lists before the first removal: the mark that spares a namespace lies in the directory.
     let chosen = |directory| names(directory).into_iter().filter(|name| choose(name)).collect::<Vec<_>>();
     let (namespaces, directories) = (chosen(Path::new(netns::DIRECTORY)), chosen(&temporary));
+    let groups = control_groups::find(&choose);
     let mut swept = Vec::new();
     let mut failure = None;
     for name in namespaces {
@@ -124,6 +127,10 @@ fn remove_all(choose: impl Fn(&str) -> bool) -> Result<Vec<String>> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => failure = Some(anyhow::Error::new(error).context(format!("removing {name}"))),
         }
+    }
+    // Last: the processes in them ended with the namespaces.
+    if let Err(error) = control_groups::remove(&groups) {
+        failure = Some(error);
     }
     failure.map_or(Ok(swept), Err)
 }

@@ -93,6 +93,7 @@ impl Host {
             blocks,
             cluster_cidrs: Vec::new(),
             cool_down: 30,
+            tunnel_ports: [4789].into(),
         };
         change(&mut node);
         fs::write(self.file(NODE_FILE), serde_json::to_vec(&node).unwrap()).unwrap();

@@ -9,14 +9,14 @@ use std::net::IpAddr;
 
 use husk_overlay::digest;
 use husk_overlay::kernel::{
-    Chain, ChainKind, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set, SetElement,
-    Statement,
+    Chain, ChainKind, ElementType, Hook, Map, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
+    SetElement, Statement,
 };
 use husk_overlay::marks;
 use husk_overlay::prefix::{Family, Prefix};
 use serde_json::{Value, json};
 
-use super::NftChange;
+use super::{NftChange, maps};
 
 /// Longest rule name that goes into a comment. nft limits a comment to 128 bytes (`NFTNL_UDATA_COMMENT_MAXLEN`); prefix,
 /// digest and separators take 22 of them.
@@ -58,7 +58,7 @@ struct Commands {
     /// Deletion of chains, then of what rules referred to.
     delete_chains: Vec<Value>,
     delete_objects: Vec<Value>,
-    /// Creation of counters, sets, elements and chains.
+    /// Creation of counters, sets, maps, elements and chains.
     add_objects: Vec<Value>,
     delete_elements: Vec<Value>,
     add_elements: Vec<Value>,
@@ -106,6 +106,17 @@ impl Commands {
             NftChange::DeleteForeignElements { set, elements: old } => {
                 self.delete_elements.push(delete("element", raw_elements(set, old)));
             }
+            NftChange::AddMap { name, map } => self.map(name, map),
+            NftChange::ReplaceMap { name, map } => {
+                self.delete_objects.push(delete("map", named(name)));
+                self.map(name, map);
+            }
+            NftChange::AddMappings { map, elements: new } => {
+                self.add_elements.push(add("element", raw_elements(map, &maps::elements(new))));
+            }
+            NftChange::DeleteMappings { map, elements: old } => {
+                self.delete_elements.push(delete("element", raw_elements(map, &maps::elements(old))));
+            }
             NftChange::AddChain { name, chain } => self.chain(name, chain),
             NftChange::ReplaceChain { name, chain, .. } => {
                 self.flush_chain(name);
@@ -132,6 +143,9 @@ impl Commands {
         for (name, set) in &table.sets {
             self.set(name, set);
         }
+        for (name, map) in &table.maps {
+            self.map(name, map);
+        }
         for (name, chain) in &table.chains {
             self.chain(name, chain);
         }
@@ -139,7 +153,7 @@ impl Commands {
 
     fn set(&mut self, name: &str, set: &Set) {
         let mut body = named(name);
-        body["type"] = json!(element_type_name(set.element_type));
+        body["type"] = element_type(set.element_type);
         if matches!(set.element_type, ElementType::Prefix(_)) {
             body["flags"] = json!(["interval"]);
         }
@@ -147,6 +161,16 @@ impl Commands {
         let wanted = canonical_elements(set);
         if !wanted.is_empty() {
             self.add_elements.push(add("element", elements(name, &wanted)));
+        }
+    }
+
+    fn map(&mut self, name: &str, map: &Map) {
+        let mut body = named(name);
+        body["type"] = maps::key_type(map.key);
+        body["map"] = json!(maps::value_type(map.value));
+        self.add_objects.push(add("map", body));
+        if !map.elements.is_empty() {
+            self.add_elements.push(add("element", raw_elements(name, &maps::elements(&map.elements))));
         }
     }
 
@@ -204,6 +228,7 @@ fn element(element: &SetElement) -> Value {
     match element {
         SetElement::Address(address) => json!(address),
         SetElement::Prefix(it) => prefix(it),
+        SetElement::Pair(one, other) => json!({ "concat": [one, other] }),
     }
 }
 
@@ -215,8 +240,9 @@ fn prefix(prefix: &Prefix) -> Value {
 /// prefixes. A prefix that another one covers is left out, since the kernel refuses overlapping intervals and the set
 /// means the same without it.
 pub(super) fn canonical_elements(set: &Set) -> BTreeSet<SetElement> {
-    let prefixes: BTreeSet<Prefix> = set.elements.iter().map(prefix_of).collect();
+    let prefixes: BTreeSet<Prefix> = set.elements.iter().filter_map(prefix_of).collect();
     match set.element_type {
+        ElementType::Pair(_) => set.elements.clone(),
         ElementType::Address(_) => prefixes
             .into_iter()
             .map(|prefix| {
@@ -238,19 +264,20 @@ pub(super) fn canonical_elements(set: &Set) -> BTreeSet<SetElement> {
     }
 }
 
-/// What an element covers.
-pub(super) fn prefix_of(element: &SetElement) -> Prefix {
+/// The addresses an element covers; a pair covers none.
+pub(super) fn prefix_of(element: &SetElement) -> Option<Prefix> {
     match element {
-        SetElement::Address(address) => Prefix::host(*address),
-        SetElement::Prefix(prefix) => *prefix,
+        SetElement::Address(address) => Some(Prefix::host(*address)),
+        SetElement::Prefix(prefix) => Some(*prefix),
+        SetElement::Pair(..) => None,
     }
 }
 
 /// nft's name of the element type, the same with and without flag `interval`.
-pub(super) fn element_type_name(element_type: ElementType) -> &'static str {
+pub(super) fn element_type(element_type: ElementType) -> Value {
     match element_type {
-        ElementType::Address(Family::Ipv4) | ElementType::Prefix(Family::Ipv4) => "ipv4_addr",
-        ElementType::Address(Family::Ipv6) | ElementType::Prefix(Family::Ipv6) => "ipv6_addr",
+        ElementType::Address(family) | ElementType::Prefix(family) => json!(maps::address_type(family)),
+        ElementType::Pair(family) => json!([maps::address_type(family), maps::address_type(family)]),
     }
 }
 
@@ -291,6 +318,14 @@ fn statement(statement: &Statement) -> Value {
             };
             json!({ "snat": { "family": family, "addr": address, "flags": ["random", "fully-random"] } })
         }
+        Statement::TranslateDestination { family, key, addresses, ports } => {
+            let family = match family {
+                Family::Ipv4 => "ip",
+                Family::Ipv6 => "ip6",
+            };
+            let found = |map: &str| json!({ "map": { "key": maps::key(*key), "data": format!("@{map}") } });
+            json!({ "dnat": { "family": family, "addr": found(addresses), "port": found(ports) } })
+        }
         Statement::ClampMss => json!({ "mangle": {
             "key": { "tcp option": { "name": "maxseg", "field": "size" } },
             "value": { "rt": { "key": "mtu" } },
@@ -312,6 +347,10 @@ fn left(it: &Match) -> Value {
         MatchKey::OutputInterface => meta("oifname"),
         MatchKey::Source(family) => address_field(family, "saddr"),
         MatchKey::Destination(family) => address_field(family, "daddr"),
+        MatchKey::AddressPair(family) => {
+            json!({ "concat": [address_field(family, "saddr"), address_field(family, "daddr")] })
+        }
+        MatchKey::DestinationKind => json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
         MatchKey::Protocol => meta("l4proto"),
         MatchKey::UdpDestinationPort => payload("udp", "dport"),
         MatchKey::IcmpType(Family::Ipv4) => payload("icmp", "type"),
@@ -331,11 +370,11 @@ fn left(it: &Match) -> Value {
     }
 }
 
-fn meta(key: &str) -> Value {
+pub(super) fn meta(key: &str) -> Value {
     json!({ "meta": { "key": key } })
 }
 
-fn payload(protocol: &str, field: &str) -> Value {
+pub(super) fn payload(protocol: &str, field: &str) -> Value {
     json!({ "payload": { "protocol": protocol, "field": field } })
 }
 
@@ -360,7 +399,7 @@ fn header_length(family: Family) -> u32 {
     }
 }
 
-fn address_field(family: Family, field: &str) -> Value {
+pub(super) fn address_field(family: Family, field: &str) -> Value {
     match family {
         Family::Ipv4 => payload("ip", field),
         Family::Ipv6 => payload("ip6", field),

@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use husk_overlay::kernel::{Chain, CounterName, MatchValue, NftTable, Rule, Set, SetElement, Statement};
+use husk_overlay::kernel::{
+    Addressee, Chain, CounterName, Map, MapValue, MatchValue, NftTable, Rule, Set, SetElement, Statement,
+};
 use husk_overlay::marks;
 use husk_overlay::prefix::Prefix;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::compile::{canonical_elements, prefix_of, rule_comment};
-use super::{ActualChain, ActualSet, ChainSpec, NftState, SetSpec};
+use super::{ActualChain, ActualMap, ActualSet, ChainSpec, MapSpec, NftState, SetSpec, maps};
 
 /// One change to the table `inet husk`. All changes of a pass are made in one transaction.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -63,9 +65,39 @@ pub enum NftChange {
         /// What to delete.
         elements: BTreeSet<SetElement>,
     },
+    /// A map is missing.
+    AddMap {
+        /// Its name.
+        name: String,
+        /// The map with its elements.
+        map: Map,
+    },
+    /// A map has other types or flags. The chains that refer to it are rebuilt in the same transaction.
+    ReplaceMap {
+        /// Its name.
+        name: String,
+        /// The map with its elements.
+        map: Map,
+    },
+    /// Elements of a map are missing.
+    AddMappings {
+        /// Name of the map.
+        map: String,
+        /// What to add.
+        #[serde(serialize_with = "maps::serialize_elements")]
+        elements: BTreeMap<Addressee, MapValue>,
+    },
+    /// Elements of a map are too many, or lead elsewhere.
+    DeleteMappings {
+        /// Name of the map.
+        map: String,
+        /// What to delete.
+        #[serde(serialize_with = "maps::serialize_elements")]
+        elements: BTreeMap<Addressee, MapValue>,
+    },
     /// Elements of a form that Husk never writes: ranges, elements with a time-out or comment.
     DeleteForeignElements {
-        /// Name of the set.
+        /// Name of the set or map.
         set: String,
         /// The elements as nft printed them.
         elements: Vec<Value>,
@@ -132,19 +164,19 @@ pub fn without_removals(changes: Vec<NftChange>) -> Vec<NftChange> {
     let mut added: BTreeMap<String, Vec<Prefix>> = BTreeMap::new();
     for change in &changes {
         if let NftChange::AddElements { set, elements } = change {
-            added.entry(set.clone()).or_default().extend(elements.iter().map(prefix_of));
+            added.entry(set.clone()).or_default().extend(elements.iter().filter_map(prefix_of));
         }
     }
     let kept = changes.into_iter().filter_map(|change| match change {
         NftChange::DeleteTable => None,
         NftChange::DeleteElements { set, mut elements } => {
             let new = added.get(&set)?;
-            elements.retain(|old| new.iter().any(|new| new.overlaps(&prefix_of(old))));
+            elements.retain(|old| prefix_of(old).is_some_and(|old| new.iter().any(|new| new.overlaps(&old))));
             (!elements.is_empty()).then_some(NftChange::DeleteElements { set, elements })
         }
         other => Some(other),
     });
-    kept.collect()
+    maps::without_removed_mappings(kept.collect())
 }
 
 fn table_diff(table: &NftTable, state: &NftState) -> Vec<NftChange> {
@@ -155,7 +187,8 @@ fn table_diff(table: &NftTable, state: &NftState) -> Vec<NftChange> {
     for counter in state.counters.difference(&table.counters) {
         changes.push(NftChange::DeleteObject { kind: "counter".to_owned(), name: counter.clone() });
     }
-    let replaced = set_diff(&table.sets, &state.sets, &mut changes);
+    let mut replaced = set_diff(&table.sets, &state.sets, &mut changes);
+    replaced.extend(map_diff(&table.maps, &state.maps, &mut changes));
     chain_diff(table, state, &replaced, &mut changes);
     for (kind, name) in &state.foreign {
         changes.push(NftChange::DeleteObject { kind: kind.clone(), name: name.clone() });
@@ -200,6 +233,42 @@ fn set_diff<'a>(
     replaced
 }
 
+/// Returns the names of maps that are replaced.
+fn map_diff<'a>(
+    desired: &'a BTreeMap<String, Map>,
+    actual: &BTreeMap<String, ActualMap>,
+    changes: &mut Vec<NftChange>,
+) -> BTreeSet<&'a str> {
+    let mut replaced = BTreeSet::new();
+    for (name, map) in desired {
+        let Some(present) = actual.get(name) else {
+            changes.push(NftChange::AddMap { name: name.clone(), map: map.clone() });
+            continue;
+        };
+        if present.spec != MapSpec::of(map) {
+            replaced.insert(name.as_str());
+            changes.push(NftChange::ReplaceMap { name: name.clone(), map: map.clone() });
+            continue;
+        }
+        if !present.foreign.is_empty() {
+            let elements = present.foreign.clone();
+            changes.push(NftChange::DeleteForeignElements { set: name.clone(), elements });
+        }
+        let old = maps::missing_from(&map.elements, &present.elements);
+        if !old.is_empty() {
+            changes.push(NftChange::DeleteMappings { map: name.clone(), elements: old });
+        }
+        let new = maps::missing_from(&present.elements, &map.elements);
+        if !new.is_empty() {
+            changes.push(NftChange::AddMappings { map: name.clone(), elements: new });
+        }
+    }
+    for name in actual.keys().filter(|name| !desired.contains_key(*name)) {
+        changes.push(NftChange::DeleteObject { kind: "map".to_owned(), name: name.clone() });
+    }
+    replaced
+}
+
 fn chain_diff(table: &NftTable, state: &NftState, replaced_sets: &BTreeSet<&str>, changes: &mut Vec<NftChange>) {
     for (name, chain) in &table.chains {
         let Some(present) = state.chains.get(name) else {
@@ -212,7 +281,7 @@ fn chain_diff(table: &NftTable, state: &NftState, replaced_sets: &BTreeSet<&str>
             continue;
         }
         let reason = rules_differ(chain, present)
-            .or_else(|| refers_to(chain, replaced_sets).map(|set| format!("set {set} is replaced")));
+            .or_else(|| refers_to(chain, replaced_sets).map(|set| format!("{set} is replaced")));
         if let Some(reason) = reason {
             changes.push(NftChange::RebuildChain { name: name.clone(), rules: chain.rules.clone(), reason });
         }
@@ -223,12 +292,13 @@ fn chain_diff(table: &NftTable, state: &NftState, replaced_sets: &BTreeSet<&str>
 }
 
 fn refers_to<'a>(chain: &Chain, sets: &BTreeSet<&'a str>) -> Option<&'a str> {
-    let named = chain.rules.iter().flat_map(|rule| &rule.statements).filter_map(|statement| match statement {
+    let named = chain.rules.iter().flat_map(|rule| &rule.statements).flat_map(|statement| match statement {
         Statement::Match(it) => match &it.value {
-            MatchValue::Set(name) => Some(name.as_str()),
-            _ => None,
+            MatchValue::Set(name) => vec![name.as_str()],
+            _ => Vec::new(),
         },
-        _ => None,
+        Statement::TranslateDestination { addresses, ports, .. } => vec![addresses.as_str(), ports.as_str()],
+        _ => Vec::new(),
     });
     named.into_iter().find_map(|name| sets.get(name).copied())
 }
@@ -277,8 +347,14 @@ impl fmt::Display for NftChange {
             Self::AddElements { set, elements } => write!(f, "set {set}: add {}", Elements(elements)),
             Self::DeleteElements { set, elements } => write!(f, "set {set}: delete {}", Elements(elements)),
             Self::DeleteForeignElements { set, elements } => {
-                write!(f, "set {set}: delete {} elements of a form Husk does not use", elements.len())
+                write!(f, "{set}: delete {} elements of a form Husk does not use", elements.len())
             }
+            Self::AddMap { name, map } => write!(f, "add map {name} with {}", Mappings(&map.elements)),
+            Self::ReplaceMap { name, map } => {
+                write!(f, "replace map {name} (of other types) with {}", Mappings(&map.elements))
+            }
+            Self::AddMappings { map, elements } => write!(f, "map {map}: add {}", Mappings(elements)),
+            Self::DeleteMappings { map, elements } => write!(f, "map {map}: delete {}", Mappings(elements)),
             Self::AddChain { name, chain } => write!(f, "add chain {name} with {} rules", chain.rules.len()),
             Self::ReplaceChain { name, chain, actual } => {
                 write!(f, "replace chain {name} ({actual}) by {}", ChainSpec::of(chain))
@@ -305,6 +381,30 @@ impl fmt::Display for Elements<'_> {
             match element {
                 SetElement::Address(address) => write!(f, "{comma}{address}")?,
                 SetElement::Prefix(prefix) => write!(f, "{comma}{prefix}")?,
+                SetElement::Pair(one, other) => write!(f, "{comma}{one} . {other}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Up to three elements of a map by name, more by number.
+struct Mappings<'a>(&'a BTreeMap<Addressee, MapValue>);
+
+impl fmt::Display for Mappings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() || self.0.len() > 3 {
+            return write!(f, "{} elements", self.0.len());
+        }
+        for (index, (key, value)) in self.0.iter().enumerate() {
+            f.write_str(if index == 0 { "" } else { ", " })?;
+            match key.address {
+                Some(address) => write!(f, "{address} . {} . {}", key.protocol, key.port)?,
+                None => write!(f, "{} . {}", key.protocol, key.port)?,
+            }
+            match value {
+                MapValue::Address(address) => write!(f, " : {address}")?,
+                MapValue::Port(port) => write!(f, " : {port}")?,
             }
         }
         Ok(())

@@ -41,8 +41,26 @@ impl NftState {
                 }
             }
             NftChange::DeleteForeignElements { set, elements } => {
-                if let Some(set) = self.sets.get_mut(set) {
-                    set.foreign.retain(|element| !elements.contains(element));
+                let foreign = match (self.sets.get_mut(set), self.maps.get_mut(set)) {
+                    (Some(set), _) => Some(&mut set.foreign),
+                    (None, map) => map.map(|map| &mut map.foreign),
+                };
+                if let Some(foreign) = foreign {
+                    foreign.retain(|element| !elements.contains(element));
+                }
+            }
+            NftChange::AddMap { name, map } | NftChange::ReplaceMap { name, map } => {
+                let table = NftTable { maps: [(name.clone(), map.clone())].into(), ..NftTable::default() };
+                self.maps.extend(Self::of(&table).maps);
+            }
+            NftChange::AddMappings { map, elements } => {
+                if let Some(map) = self.maps.get_mut(map) {
+                    map.elements.extend(elements);
+                }
+            }
+            NftChange::DeleteMappings { map, elements } => {
+                if let Some(map) = self.maps.get_mut(map) {
+                    map.elements.retain(|key, _| !elements.contains_key(key));
                 }
             }
             NftChange::AddChain { name, chain } | NftChange::ReplaceChain { name, chain, .. } => {
@@ -63,6 +81,9 @@ impl NftState {
                 }
                 "set" => {
                     self.sets.remove(name);
+                }
+                "map" => {
+                    self.maps.remove(name);
                 }
                 _ => self.foreign.retain(|it| it != &(kind.clone(), name.clone())),
             },

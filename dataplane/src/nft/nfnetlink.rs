@@ -8,13 +8,11 @@ use std::collections::BTreeMap;
 
 use husk_overlay::kernel::CounterName;
 use husk_overlay::marks;
-use netlink_packet_core::{
-    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NetlinkSerializable, NlasIterator,
-};
 use nix::errno::Errno;
 
 use super::CounterValue;
 use crate::error::Error;
+use crate::netfilter::{Attributes, Message};
 use crate::netlink::{Protocol, Request, Socket};
 
 /// `NFNL_SUBSYS_NFTABLES << 8`, to which the number of a message is added.
@@ -40,8 +38,6 @@ const NFT_OBJECT_COUNTER: u32 = 1;
 const NFTA_COUNTER_BYTES: u16 = 1;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 
-/// `struct nfgenmsg`: family, version `NFNETLINK_V0`, resource id 0.
-const HEADER: usize = 4;
 const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_INET: u8 = 1;
 
@@ -53,9 +49,9 @@ pub(super) struct Table {
 
 /// Looks for the table in the socket's network namespace.
 pub(super) fn find(socket: &mut Socket) -> Result<Option<Table>, Error> {
-    let question = Message::new(NFT_MSG_GETTABLE, NFPROTO_INET).with(NFTA_TABLE_NAME, &name());
+    let question = Message::new(kind(NFT_MSG_GETTABLE), NFPROTO_INET).with(NFTA_TABLE_NAME, &name());
     match socket.get(request("look for", object(), question)) {
-        Ok(answer) => match answer.number(NFTA_TABLE_FLAGS) {
+        Ok(answer) => match answer.attributes.number(NFTA_TABLE_FLAGS) {
             Some(flags) => Ok(Some(Table { dormant: flags & DORMANT != 0 })),
             // Without flags it would be taken for one in force.
             None => Err(malformed("look for", object(), "the table has no flags")),
@@ -68,26 +64,25 @@ pub(super) fn find(socket: &mut Socket) -> Result<Option<Table>, Error> {
 /// The number of the generation of rules in the socket's network namespace: every transaction of anybody makes another.
 pub(super) fn generation(socket: &mut Socket) -> Result<u32, Error> {
     let (operation, object) = ("read", "the generation of the nftables rules".to_owned());
-    let answer = socket.get(request(operation, object.clone(), Message::new(NFT_MSG_GETGEN, NFPROTO_UNSPEC)));
+    let answer = socket.get(request(operation, object.clone(), Message::new(kind(NFT_MSG_GETGEN), NFPROTO_UNSPEC)));
     let answer = answer.map_err(|error| explained(operation, object.clone(), error))?;
-    answer.number(NFTA_GEN_ID).ok_or_else(|| malformed(operation, object, "it has no number"))
+    answer.attributes.number(NFTA_GEN_ID).ok_or_else(|| malformed(operation, object, "it has no number"))
 }
 
 /// Values of the table's counters; empty when there is no table.
 pub(super) fn counters(socket: &mut Socket) -> Result<BTreeMap<CounterName, CounterValue>, Error> {
     let (operation, object) = ("read counters of", object());
-    let question = Message::new(NFT_MSG_GETOBJ, NFPROTO_INET)
+    let question = Message::new(kind(NFT_MSG_GETOBJ), NFPROTO_INET)
         .with(NFTA_OBJ_TABLE, &name())
         .with(NFTA_OBJ_TYPE, &NFT_OBJECT_COUNTER.to_be_bytes());
     let answers = socket.dump(request(operation, object.clone(), question));
     let answers = answers.map_err(|error| explained(operation, object.clone(), error))?;
     let mut counters = BTreeMap::new();
-    for answer in answers {
+    for Message { attributes: answer, .. } in answers {
         // A kernel that does not filter sends the objects of all tables.
         let ours = answer.get(NFTA_OBJ_TABLE) == Some(name().as_slice());
         if ours && answer.number(NFTA_OBJ_TYPE) == Some(NFT_OBJECT_COUNTER) {
-            let (name, value) = answer
-                .counter()
+            let (name, value) = counter(&answer)
                 .ok_or_else(|| malformed(operation, object.clone(), "a counter lacks name or value"))?;
             counters.insert(name, value);
         }
@@ -131,78 +126,15 @@ pub(super) fn open() -> Result<Socket, Error> {
         .map_err(|error| explained("open a socket for", "the nftables rules".to_owned(), error))
 }
 
-/// A question or an answer: its number within the subsystem, the family it is about, and its attributes as they are.
-#[derive(Debug)]
-struct Message {
-    number: u16,
-    family: u8,
-    attributes: Vec<u8>,
+/// The type of a message of this subsystem.
+const fn kind(number: u16) -> u16 {
+    SUBSYSTEM | number
 }
 
-impl Message {
-    fn new(number: u16, family: u8) -> Self {
-        Self { number, family, attributes: Vec::new() }
-    }
-
-    fn with(mut self, kind: u16, value: &[u8]) -> Self {
-        let length = u16::try_from(4 + value.len()).expect("a name or a number is short");
-        self.attributes.extend(length.to_ne_bytes());
-        self.attributes.extend(kind.to_ne_bytes());
-        self.attributes.extend(value);
-        self.attributes.resize(self.attributes.len().next_multiple_of(4), 0);
-        self
-    }
-
-    fn get(&self, kind: u16) -> Option<&[u8]> {
-        find_attribute(&self.attributes, kind)
-    }
-
-    /// A number in network byte order, as all of nftables' are.
-    fn number(&self, kind: u16) -> Option<u32> {
-        self.get(kind)?.try_into().ok().map(u32::from_be_bytes)
-    }
-
-    fn counter(&self) -> Option<(CounterName, CounterValue)> {
-        let name = self.get(NFTA_OBJ_NAME)?;
-        let name = std::str::from_utf8(name.strip_suffix(&[0]).unwrap_or(name)).ok()?.to_owned();
-        let data = self.get(NFTA_OBJ_DATA)?;
-        let number = |kind| find_attribute(data, kind)?.try_into().ok().map(u64::from_be_bytes);
-        Some((name, CounterValue { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? }))
-    }
-}
-
-fn find_attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    let attribute = NlasIterator::new(attributes).map_while(Result::ok).find(|attribute| attribute.kind() == kind)?;
-    let length = usize::from(attribute.length());
-    attribute.into_inner().get(4..length)
-}
-
-impl NetlinkSerializable for Message {
-    fn message_type(&self) -> u16 {
-        SUBSYSTEM | self.number
-    }
-
-    fn buffer_len(&self) -> usize {
-        HEADER + self.attributes.len()
-    }
-
-    fn serialize(&self, buffer: &mut [u8]) {
-        buffer[..HEADER].copy_from_slice(&[self.family, 0, 0, 0]);
-        buffer[HEADER..].copy_from_slice(&self.attributes);
-    }
-}
-
-impl NetlinkDeserializable for Message {
-    type Error = DecodeError;
-
-    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Self::Error> {
-        let (start, attributes) = payload.split_at_checked(HEADER).ok_or("shorter than its header")?;
-        Ok(Self { number: header.message_type & 0xff, family: start[0], attributes: attributes.to_vec() })
-    }
-}
-
-impl From<Message> for NetlinkPayload<Message> {
-    fn from(message: Message) -> Self {
-        Self::InnerMessage(message)
-    }
+fn counter(answer: &Attributes) -> Option<(CounterName, CounterValue)> {
+    let name = answer.get(NFTA_OBJ_NAME)?;
+    let name = std::str::from_utf8(name.strip_suffix(&[0]).unwrap_or(name)).ok()?.to_owned();
+    let data = answer.nested(NFTA_OBJ_DATA)?;
+    let number = |kind| data.get(kind)?.try_into().ok().map(u64::from_be_bytes);
+    Some((name, CounterValue { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? }))
 }

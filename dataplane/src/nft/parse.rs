@@ -1,6 +1,6 @@
 //! From nft's JSON (libnftables-json(5), schema version 1) to [`NftState`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use husk_overlay::kernel::SetElement;
@@ -8,7 +8,7 @@ use husk_overlay::marks;
 use husk_overlay::prefix::Prefix;
 use serde_json::Value;
 
-use super::{ActualChain, ActualSet, ChainSpec, NftState, SetSpec};
+use super::{ActualChain, ActualMap, ActualSet, ChainSpec, MapSpec, NftState, SetSpec, maps};
 use crate::error::Error;
 
 /// The objects of a listing as kind and body, in order.
@@ -32,6 +32,9 @@ pub(super) fn state(listing: &Value) -> Result<NftState, Error> {
             }
             "set" => {
                 state.sets.insert(name(body)?.to_owned(), set(body));
+            }
+            "map" => {
+                state.maps.insert(name(body)?.to_owned(), map(body));
             }
             "chain" => {
                 state.chains.insert(name(body)?.to_owned(), ActualChain { spec: chain_spec(body), rules: Vec::new() });
@@ -64,7 +67,8 @@ fn chain_spec(body: &Value) -> ChainSpec {
     ChainSpec { kind: text("type"), hook: text("hook"), priority: body["prio"].as_i64(), policy: text("policy") }
 }
 
-fn set(body: &Value) -> ActualSet {
+/// Flags of a set or map.
+fn flags(body: &Value) -> BTreeSet<String> {
     let mut flags = strings(&body["flags"]);
     // Properties that nft prints apart from the flags change what the set accepts and are never ours either.
     flags.extend(
@@ -73,6 +77,26 @@ fn set(body: &Value) -> ActualSet {
             .filter(|key| body[key].is_number() || body[key].as_bool() == Some(true))
             .map(str::to_owned),
     );
+    flags
+}
+
+fn map(body: &Value) -> ActualMap {
+    let key = SetSpec { kind: body["type"].clone(), flags: flags(body) };
+    let mut map =
+        ActualMap { spec: MapSpec { key, value: body["map"].clone() }, elements: BTreeMap::new(), foreign: Vec::new() };
+    for value in body["elem"].as_array().into_iter().flatten() {
+        match maps::parse(value) {
+            Some((key, value)) => {
+                map.elements.insert(key, value);
+            }
+            None => map.foreign.push(value.clone()),
+        }
+    }
+    map
+}
+
+fn set(body: &Value) -> ActualSet {
+    let flags = flags(body);
     let interval = flags.contains("interval");
     let mut set = ActualSet {
         spec: SetSpec { kind: body["type"].clone(), flags },
@@ -96,6 +120,10 @@ fn element(value: &Value, interval: bool) -> Option<SetElement> {
     if let Some(text) = value.as_str() {
         let address: IpAddr = text.parse().ok()?;
         return Some(if interval { SetElement::Prefix(Prefix::host(address)) } else { SetElement::Address(address) });
+    }
+    if let Some(parts) = value.get("concat") {
+        let [one, other] = parts.as_array()?.as_slice() else { return None };
+        return Some(SetElement::Pair(one.as_str()?.parse().ok()?, other.as_str()?.parse().ok()?));
     }
     let prefix = value.get("prefix")?;
     let length = u8::try_from(prefix["len"].as_u64()?).ok()?;

@@ -1,6 +1,9 @@
 use std::process::Command;
 
-use husk_overlay::kernel::{ChainKind, Hook, Match, MatchKey, MatchOperator, MatchValue, Rule, Set, Statement};
+use husk_overlay::kernel::{
+    ChainKind, Hook, MapKeyType, MapValueType, Match, MatchKey, MatchOperator, MatchValue, Rule, Set, Statement,
+};
+use husk_overlay::port_mapping::TransportProtocol;
 use husk_overlay::prefix::Family;
 use proptest::prelude::*;
 
@@ -37,6 +40,45 @@ fn set(element_type: ElementType, elements: &[&str]) -> Set {
         Err(_) => SetElement::Address(text.parse().unwrap()),
     };
     Set { element_type, elements: elements.iter().map(element).collect() }
+}
+
+/// A map whose elements are written as nft does.
+fn map(key: MapKeyType, value: MapValueType, elements: &[(&str, &str)]) -> Map {
+    let element = |(key, value): &(&str, &str)| {
+        let parts: Vec<&str> = key.split(" . ").collect();
+        let [address @ .., protocol, port] = parts.as_slice() else { panic!("{key}") };
+        let protocol = TransportProtocol::of_name(protocol).unwrap();
+        let address = address.first().map(|it| it.parse().unwrap());
+        let value = value.parse().map_or_else(|_| MapValue::Port(value.parse().unwrap()), MapValue::Address);
+        (Addressee { address, protocol, port: port.parse().unwrap() }, value)
+    };
+    Map { key, value, elements: elements.iter().map(element).collect() }
+}
+
+/// Maps of every key and value, and a chain that uses them.
+fn add_maps(table: &mut NftTable) {
+    let mut rules = Vec::new();
+    for (family, any, one) in [(Family::Ipv4, "10.42.0.5", "192.0.2.1"), (Family::Ipv6, "fd42::5", "2001:db8::1")] {
+        let name = family.to_string().to_lowercase();
+        let address = MapKeyType::AddressAndPort(family);
+        let at = format!("{one} . tcp . 8080");
+        for (kind, key, element) in [("any", MapKeyType::Port, "sctp . 8080"), ("one", address, at.as_str())] {
+            let [addresses, ports] = ["address", "port"].map(|value| format!("{kind}_{value}_{name}"));
+            table.maps.insert(addresses.clone(), map(key, MapValueType::Address(family), &[(element, any)]));
+            table.maps.insert(ports.clone(), map(key, MapValueType::Port, &[(element, "80")]));
+            let translate = Statement::TranslateDestination { family, key, addresses, ports };
+            let local = equal(MatchKey::DestinationKind, text("local"));
+            rules.push(rule(kind, vec![equal(MatchKey::NetworkFamily, MatchValue::Family(family)), local, translate]));
+        }
+        let elements = [SetElement::Pair(any.parse().unwrap(), any.parse().unwrap())].into();
+        table.sets.insert(format!("itself_{name}"), Set { element_type: ElementType::Pair(family), elements });
+        let itself = equal(MatchKey::AddressPair(family), in_set(&format!("itself_{name}")));
+        rules.push(rule("itself", vec![itself, Statement::Accept]));
+    }
+    table.maps.insert("nothing".into(), map(MapKeyType::Port, MapValueType::Port, &[]));
+    let nat = |hook| Chain { kind: ChainKind::Nat, hook, priority: -100, rules: rules.clone() };
+    table.chains.insert("nat-prerouting".into(), nat(Hook::Prerouting));
+    table.chains.insert("nat-output".into(), nat(Hook::Output));
 }
 
 fn chain(hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
@@ -136,8 +178,9 @@ fn everything() -> NftTable {
         quoting(v4, "parameter-problem"),
         quoting(v6, "packet-too-big"),
     ];
-    NftTable {
+    let mut table = NftTable {
         counters: ["leaked".to_owned(), "spoofed".to_owned()].into(),
+        maps: BTreeMap::new(),
         sets: [
             ("nodes4".to_owned(), set(ElementType::Address(v4), &["192.0.2.1", "192.0.2.2"])),
             ("nodes6".to_owned(), set(ElementType::Address(v6), &["2001:db8::1"])),
@@ -170,7 +213,9 @@ fn everything() -> NftTable {
             ),
         ]
         .into(),
-    }
+    };
+    add_maps(&mut table);
+    table
 }
 
 /// Runs a test in a namespace of its own, which ends with it.
@@ -271,6 +316,13 @@ fn a_table_of_every_feature_round_trips() {
             "oifname \"husk*\" tcp flags syn / syn,rst tcp option maxseg size set rt mtu",
             "oifname != { \"husk-wg0\", \"husk-wg1\", \"x*\" } ip6 saddr @blocks6 counter name \"spoofed\" drop",
             "ip saddr @blocks4 ip daddr != @blocks4 ip saddr 10.42.0.0/16 masquerade fully-random,random",
+            "meta nfproto ipv4 fib daddr type local dnat ip to meta l4proto . th dport map @any_address_ipv4:meta \
+             l4proto . th dport map @any_port_ipv4",
+            "fib daddr type local dnat ip6 to ip6 daddr . meta l4proto . th dport map @one_address_ipv6:ip6 daddr . \
+             meta l4proto . th dport map @one_port_ipv6",
+            "ip saddr . ip daddr @itself_ipv4 accept",
+            "elements = { 2001:db8::1 . tcp . 8080 : fd42::5 }",
+            "elements = { sctp . 8080 : 80 }",
         ] {
             assert!(listing.contains(expected), "{expected:?} is missing in\n{listing}");
         }
@@ -297,7 +349,7 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         let counted = read_counters().unwrap()["spoofed"];
         assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
         let handles = rule_handles();
-        assert_eq!(handles.len(), 21);
+        assert_eq!(handles.len(), 33);
 
         let nodes = table.sets.get_mut("nodes4").unwrap();
         nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));
@@ -315,6 +367,27 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         );
         assert_eq!(rule_handles(), handles);
         assert_eq!(read_counters().unwrap()["spoofed"], counted);
+
+        // A port that leads to another pod: the kernel takes no second element with the same key.
+        let addresses = MapValueType::Address(Family::Ipv4);
+        let ports = table.maps["any_port_ipv4"].clone();
+        let moved = [("sctp . 8080", "10.42.0.6"), ("udp . 53", "10.42.0.6")];
+        table.maps.insert("any_address_ipv4".into(), map(MapKeyType::Port, addresses, &moved));
+        let two = [("sctp . 8080", "80"), ("udp . 53", "5353")];
+        table.maps.insert("any_port_ipv4".into(), map(MapKeyType::Port, MapValueType::Port, &two));
+        let changes: Vec<String> = converge(&table).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            changes,
+            [
+                "nft table inet husk: map any_address_ipv4: delete sctp . 8080 : 10.42.0.5",
+                "nft table inet husk: map any_address_ipv4: add udp . 53 : 10.42.0.6, sctp . 8080 : 10.42.0.6",
+                "nft table inet husk: map any_port_ipv4: add udp . 53 : 5353",
+            ]
+        );
+        table.maps.insert("any_port_ipv4".into(), ports);
+        table.maps.insert("any_address_ipv4".into(), map(MapKeyType::Port, addresses, &moved[..1]));
+        assert_eq!(converge(&table).len(), 2);
+        assert_eq!(rule_handles(), handles);
 
         // A prefix that grows to cover its neighbours: delete and add in one transaction.
         let blocks = table.sets.get_mut("blocks4").unwrap();
@@ -487,6 +560,47 @@ fn any_prefix() -> impl Strategy<Value = SetElement> {
     })
 }
 
+/// Removals are withheld while it is not known which pods there are, but a port leads to one pod at a time.
+#[test]
+fn withheld_mappings_stay_unless_their_port_leads_elsewhere() {
+    let table = |elements: &[(&str, &str)]| NftTable {
+        maps: [("m".to_owned(), map(MapKeyType::Port, MapValueType::Address(Family::Ipv4), elements))].into(),
+        ..NftTable::default()
+    };
+    let after = table(&[("tcp . 80", "10.42.0.9")]);
+    in_namespace(|| {
+        converge(&table(&[("tcp . 80", "10.42.0.5"), ("tcp . 81", "10.42.0.6")]));
+        apply(&without_removals(changes_to(&after))).unwrap();
+        let kept = table(&[("tcp . 80", "10.42.0.9"), ("tcp . 81", "10.42.0.6")]);
+        assert_eq!(read().unwrap(), Some(NftState::of(&kept)));
+    });
+}
+
+#[test]
+fn what_an_outsider_did_to_a_map_is_undone() {
+    in_namespace(|| {
+        let mut table = everything();
+        table.maps.insert("nothing".into(), map(MapKeyType::Port, MapValueType::Port, &[("tcp . 1", "2")]));
+        for command in [
+            "flush map inet husk any_address_ipv4",
+            "add element inet husk any_address_ipv4 { tcp . 1 : 192.0.2.9, icmp . 0 : 192.0.2.9 }",
+            "delete map inet husk nothing",
+            "delete map inet husk nothing; add map inet husk nothing { type inet_service : inet_service; }",
+            "delete map inet husk nothing; add set inet husk nothing { type inet_service; }",
+            "add map inet husk stranger { type inet_service : inet_service; elements = { 1 : 2 }; }",
+        ] {
+            converge(&table);
+            nft(command);
+            assert!(!converge(&table).is_empty(), "{command}");
+        }
+    });
+}
+
+fn any_key() -> impl Strategy<Value = Addressee> {
+    let protocol = prop::sample::select(TransportProtocol::ALL.to_vec());
+    (protocol, 0_u16..4).prop_map(|(protocol, port)| Addressee { address: None, protocol, port })
+}
+
 fn any_table() -> impl Strategy<Value = NftTable> {
     let name = || prop::sample::select(vec!["a", "b", "c"]).prop_map(str::to_owned);
     let set = (any::<bool>(), prop::collection::btree_set(any_prefix(), 0..8)).prop_map(|(v4, elements)| Set {
@@ -502,13 +616,21 @@ fn any_table() -> impl Strategy<Value = NftTable> {
         };
         rules.into_iter().map(|(name, drop, set)| rule(&name, statements(drop, &set))).collect::<Vec<_>>()
     });
+    let map = (any::<bool>(), prop::collection::btree_map(any_key(), 0_u8..3, 0..4)).prop_map(|(v4, elements)| {
+        let value = if v4 { MapValueType::Address(Family::Ipv4) } else { MapValueType::Port };
+        let found =
+            |number: u8| if v4 { MapValue::Address([10, 0, 0, number].into()) } else { MapValue::Port(number.into()) };
+        let elements = elements.into_iter().map(|(key, number)| (key, found(number))).collect();
+        Map { key: MapKeyType::Port, value, elements }
+    });
     let chain = (0..3, rules).prop_map(|(priority, rules)| chain(Hook::Input, priority, rules));
     (
         prop::collection::btree_set(name(), 0..3),
         prop::collection::btree_map(name(), set, 0..3),
+        prop::collection::btree_map(name(), map, 0..3),
         prop::collection::btree_map(name(), chain, 0..3),
     )
-        .prop_map(|(counters, sets, chains)| NftTable { counters, sets, chains })
+        .prop_map(|(counters, sets, maps, chains)| NftTable { counters, sets, maps, chains })
 }
 
 #[test]
@@ -549,6 +671,7 @@ proptest! {
         let prefixes = |set: &BTreeSet<SetElement>| set.iter().map(|it| match it {
             SetElement::Prefix(prefix) => *prefix,
             SetElement::Address(address) => husk_overlay::prefix::Prefix::host(*address),
+            SetElement::Pair(..) => panic!("no prefix"),
         }).collect::<Vec<_>>();
         let kept = prefixes(&canonical);
         for (index, one) in kept.iter().enumerate() {

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use husk_overlay::bandwidth::Limit;
 use husk_overlay::mac::MacAddress;
 use husk_overlay::marks::ROUTE_PROTOCOL;
 use husk_overlay::name::InterfaceName;
@@ -10,9 +11,10 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
+use netlink_packet_route::rule::RuleMessage;
 
-use super::{PodSpec, find, request};
+use super::{PodSpec, bandwidth, by_source, find, request};
 use crate::error::Error;
 use crate::netlink::{Protocol, Request, Socket};
 
@@ -31,6 +33,7 @@ pub(super) fn host(spec: &PodSpec) -> Result<Vec<String>, Error> {
         });
         found.neighbour(&neighbours, &spec.host_interface, address, spec.pod_mac);
     }
+    found.limit(index, &spec.host_interface, spec.ingress())?;
     Ok(found.deviations)
 }
 
@@ -43,18 +46,24 @@ pub(super) fn pod(spec: &PodSpec) -> Result<Vec<String>, Error> {
     for address in spec.addresses.iter() {
         found.expect(addresses.contains(&address), || format!("{interface} lacks the address {address}"));
     }
-    for family in spec.families() {
+    for address in spec.addresses.iter() {
+        let family = Family::of(address);
         let gateway = request::gateway(family);
-        let expected = |route: &Route| {
+        let expected = |route: &&Route| {
             route.family == Some(family)
                 && route.destination.is_none_or(|it| it.length() == 0)
                 && route.gateway == Some(gateway)
         };
-        found.expect(routes.iter().any(expected), || {
-            format!("the route default via {gateway} dev {interface} is missing")
-        });
+        let tables: Vec<u32> = routes.iter().filter(expected).map(|route| route.table).collect();
+        found.expect(!tables.is_empty(), || format!("the route default via {gateway} dev {interface} is missing"));
+        let table = by_source::table(index);
+        if tables.contains(&table) && !tables.contains(&RouteHeader::RT_TABLE_MAIN.into()) {
+            let ruled = found.rules(family)?.iter().any(|rule| by_source::is_rule(rule, index, address));
+            found.expect(ruled, || format!("the rule from {address} lookup {table} is missing"));
+        }
         found.neighbour(&neighbours, interface, gateway, spec.host_mac);
     }
+    found.limit(index, interface, spec.egress())?;
     Ok(found.deviations)
 }
 
@@ -65,6 +74,7 @@ struct Route {
     destination: Option<Prefix>,
     gateway: Option<IpAddr>,
     protocol: u8,
+    table: u32,
 }
 
 /// A permanent neighbour.
@@ -115,6 +125,14 @@ impl Inspection {
         self.expect(present, || format!("the permanent neighbour {address} lladdr {mac} dev {interface} is missing"));
     }
 
+    fn limit(&mut self, index: u32, interface: &InterfaceName, limit: Option<Limit>) -> Result<(), Error> {
+        let Some(limit) = limit else { return Ok(()) };
+        let all = self.dump("queueing disciplines", bandwidth::list())?;
+        let deviation = bandwidth::deviation(&all, index, interface, limit);
+        self.expect(deviation.is_none(), || deviation.unwrap_or_default());
+        Ok(())
+    }
+
     fn dump(&mut self, table: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
         self.socket.dump_shared(Request { operation: "list", object: table.to_owned(), flags: 0, message })
     }
@@ -138,6 +156,12 @@ impl Inspection {
         Ok(all.into_iter().filter_map(|message| parse_route(message, index)).collect())
     }
 
+    fn rules(&mut self, family: Family) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        let mut message = RuleMessage::default();
+        message.header.family = request::kernel_family(family);
+        self.dump("rules", RouteNetlinkMessage::GetRule(message))
+    }
+
     fn neighbours(&mut self, index: u32) -> Result<Vec<Neighbour>, Error> {
         let all = self.dump("neighbours", RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()))?;
         Ok(all.into_iter().filter_map(|message| parse_neighbour(message, index)).collect())
@@ -154,6 +178,7 @@ fn parse_route(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
             RouteProtocol::Other(number) => number,
             known => known.into(),
         },
+        table: message.header.table.into(),
     };
     route.family = match message.header.address_family {
         netlink_packet_route::AddressFamily::Inet => Some(Family::Ipv4),
@@ -164,6 +189,7 @@ fn parse_route(message: RouteNetlinkMessage, index: u32) -> Option<Route> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(it) => ours = *it == index,
+            RouteAttribute::Table(it) => route.table = *it,
             RouteAttribute::Gateway(address) => route.gateway = ip(address),
             RouteAttribute::Destination(address) => {
                 route.destination =

@@ -69,6 +69,18 @@ pub(super) fn delete(interface: &InterfaceName) -> Request<RouteNetlinkMessage> 
     }
 }
 
+/// Deletes an interface by index, whatever it is called by now; the name is for people.
+pub(super) fn delete_index(index: u32, interface: &InterfaceName) -> Request<RouteNetlinkMessage> {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    Request {
+        operation: "delete",
+        object: interface.to_string(),
+        flags: 0,
+        message: RouteNetlinkMessage::DelLink(link),
+    }
+}
+
 /// Asks for an interface by name.
 pub(super) fn get(interface: &InterfaceName) -> Request<RouteNetlinkMessage> {
     Request {
@@ -243,7 +255,7 @@ fn route_address(address: IpAddr) -> RouteAddress {
     }
 }
 
-fn kernel_family(family: Family) -> AddressFamily {
+pub(super) fn kernel_family(family: Family) -> AddressFamily {
     match family {
         Family::Ipv4 => AddressFamily::Inet,
         Family::Ipv6 => AddressFamily::Inet6,

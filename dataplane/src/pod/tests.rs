@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use super::*;
 
+mod bandwidth;
+mod vacate;
+
 const MTU: u32 = 1420;
 
 fn name(text: &str) -> InterfaceName {
@@ -23,6 +26,7 @@ fn spec(number: u8, addresses: &[&str]) -> PodSpec {
         pod_mac: MacAddress([2, 0, 0, 0, 2, number]),
         addresses: addresses.iter().map(|it| it.parse::<IpAddr>().unwrap()).collect(),
         mtu: MTU,
+        bandwidth: None,
     }
 }
 
@@ -50,7 +54,7 @@ impl Host {
         host
     }
 
-    fn attach(&self, spec: &PodSpec, pod: &Netns) -> Result<(), Error> {
+    fn attach(&self, spec: &PodSpec, pod: &Netns) -> Result<BTreeSet<Family>, Error> {
         self.0.run_in(|| attach(spec, pod)).unwrap()
     }
 
@@ -109,9 +113,10 @@ fn the_host_routes_carry_our_mark() {
     assert_eq!(run(&host.0, "ip -4 route show proto 72").trim_end(), "10.42.0.1 dev husk00000000001 scope link");
     let ipv6 = run(&host.0, "ip -6 route show proto 72");
     assert!(ipv6.contains("fd42::1 dev husk00000000001 metric 1024"), "{ipv6}");
+    let index = host.0.run_in(|| host_interface_index(&spec.host_interface)).unwrap().unwrap().unwrap();
     assert_eq!(
         host.interfaces(),
-        [HostInterface { name: spec.host_interface.clone(), alias: "net/pod1/eth0".to_owned() }]
+        [HostInterface { name: spec.host_interface.clone(), alias: "net/pod1/eth0".to_owned(), index }]
     );
     let ours = run(&host.0, "ip address show dev husk00000000001");
     assert!(!ours.contains("inet"), "the host end has an address: {ours}");
@@ -170,12 +175,50 @@ fn residue_of_the_same_attachment_is_replaced() {
     assert!(!pod.run_in(|| interface_exists(&old, &name("eth0"))).unwrap().unwrap());
 }
 
+/// A default route of somebody else in the main table and in those that would be an interface's own.
+fn take_every_default_route(pod: &Netns) {
+    run(pod, "ip link add other type bridge");
+    run(pod, "ip link set other up");
+    run(pod, "ip route add default dev other");
+    for index in 2..9 {
+        run(pod, &format!("ip route add default dev other table {}", by_source::table(index)));
+    }
+}
+
+#[test]
+fn a_second_interface_leaves_the_default_route_to_the_first_and_answers_by_itself() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    let first = spec(1, &["10.42.0.1", "fd42::1"]);
+    let second = PodSpec { pod_interface: name("net1"), ..spec(2, &["10.42.0.2", "fd42::2"]) };
+    assert_eq!(host.attach(&first, &pod).unwrap(), Family::ALL.into_iter().collect());
+    assert_eq!(host.attach(&second, &pod).unwrap(), BTreeSet::new());
+    for ip in ["ip -4", "ip -6"] {
+        let defaults = run(&pod, &format!("{ip} route show default"));
+        assert!(defaults.contains("dev eth0") && !defaults.contains("dev net1"), "{defaults}");
+    }
+    for spec in [&first, &second] {
+        assert_eq!(host.check(spec, &pod), [""; 0]);
+    }
+    for address in ["10.42.0.1", "10.42.0.2", "fd42::1", "fd42::2"] {
+        connects(&host.0, &pod, address);
+    }
+    run(&pod, "ip rule del from 10.42.0.2");
+    let deviations = host.check(&second, &pod);
+    assert!(matches!(&deviations[..], [one] if one.contains("the rule from 10.42.0.2 lookup")), "{deviations:?}");
+    run(&pod, "ip -6 route flush table all default dev net1");
+    let deviations = host.check(&second, &pod);
+    assert!(deviations.iter().any(|it| it.contains("default via fe80::1 dev net1")), "{deviations:?}");
+
+    // A rule of the attachment before this one is no obstacle.
+    host.detach(&second);
+    assert_eq!(host.attach(&second, &pod).unwrap(), BTreeSet::new());
+    assert_eq!(host.check(&second, &pod), [""; 0]);
+}
+
 #[test]
 fn a_failure_in_the_pod_leaves_nothing() {
     let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
-    run(&pod, "ip link add other type bridge");
-    run(&pod, "ip link set other up");
-    run(&pod, "ip route add default dev other");
+    take_every_default_route(&pod);
     let error = host.attach(&spec(1, &["10.42.0.1", "fd42::1"]), &pod).unwrap_err();
     assert!(error.to_string().contains("default via 169.254.1.1"), "{error}");
     assert_eq!(host.interfaces(), []);

@@ -4,13 +4,14 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::file_name::LOCK;
+use super::record;
 use crate::Error;
-
-/// Pause between two attempts. The lock is held for about a millisecond, and flock(2) cannot wait for a limited time.
-const PAUSE: Duration = Duration::from_micros(500);
 
 /// How often `/proc/locks` is read before the holder counts as unseen.
 const READINGS: usize = 10;
@@ -27,26 +28,83 @@ pub(super) fn acquire(directory: &Path, wait: Duration) -> Result<File, Error> {
             .mode(0o600)
             .open(&path)
             .map_err(Error::io("open", &path))?;
-        match file.try_lock() {
-            // Somebody may have removed the store and begun a new one while we waited.
-            Ok(()) if is_file_at(&file, &path) => return Ok(file),
-            Ok(()) => {}
+        let locked = match file.try_lock() {
+            Ok(()) => file,
             Err(TryLockError::WouldBlock) => {
-                if started.elapsed() >= wait {
-                    let holder = holder(&file);
-                    return Err(Error::Locked { path: directory.to_owned(), waited: started.elapsed(), holder });
+                let inode = file.metadata().map_err(Error::io("examine", &path))?.ino();
+                match queue(file, wait.saturating_sub(started.elapsed())).map_err(Error::io("lock", &path))? {
+                    Some(locked) => locked,
+                    None => {
+                        let (path, waited) = (directory.to_owned(), started.elapsed());
+                        return Err(Error::Locked { path, waited, holder: holder(inode) });
+                    }
                 }
-                std::thread::sleep(PAUSE);
             }
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path)(error)),
+        };
+        // Somebody may have removed the store and begun a new one while we waited.
+        if is_file_at(&locked, &path)? {
+            return Ok(locked);
         }
     }
 }
 
-/// True if some process holds a lock on the file; false for a missing file.
+/// Threads of this process that stand in the queue, those included for which nobody waits any more.
+static QUEUED: AtomicUsize = AtomicUsize::new(0);
+
+/// Most of them: behind a holder that hangs for hours a daemon would collect them.
+const MOST_QUEUED: usize = 16;
+
+/// Pause between two attempts of those who find no place in the queue.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Waits in the kernel's queue; none if the turn does not come in time.
+///
+/// To look every now and then would be simpler, but not fair: of a hundred pods that come at once, some would look at the
+/// wrong moment for seconds. As flock(2) waits without limit, a thread does, which lets go of what nobody wants any more.
+fn queue(file: File, wait: Duration) -> io::Result<Option<File>> {
+    // The lock belongs to the open file, whichever descriptor of it takes it.
+    let queued = file.try_clone()?;
+    if QUEUED.fetch_add(1, Ordering::Relaxed) >= MOST_QUEUED {
+        QUEUED.fetch_sub(1, Ordering::Relaxed);
+        return poll(file, wait);
+    }
+    let (sender, turn) = mpsc::channel();
+    let started = thread::Builder::new().name("husk-lease-lock".into()).spawn(move || {
+        let locked = queued.lock().map(|()| queued);
+        QUEUED.fetch_sub(1, Ordering::Relaxed);
+        // A lock that comes too late is dropped, and gone, here or with the channel.
+        let _ = sender.send(locked);
+    });
+    if started.is_err() {
+        QUEUED.fetch_sub(1, Ordering::Relaxed);
+        return poll(file, wait);
+    }
+    drop(file);
+    match turn.recv_timeout(wait) {
+        Ok(locked) => locked.map(Some),
+        Err(RecvTimeoutError::Timeout) => Ok(None),
+        Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the thread that waits for the lock ended")),
+    }
+}
+
+/// Waits without a place in the queue.
+fn poll(file: File, wait: Duration) -> io::Result<Option<File>> {
+    let started = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) if started.elapsed() >= wait => return Ok(None),
+            Err(TryLockError::WouldBlock) => thread::sleep(PAUSE),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// True if some process holds a lock on the lease file; false for a missing file, and for what is none.
 pub(super) fn is_held(path: &Path) -> Result<bool, Error> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+    let file = match record::open(path) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData) => return Ok(false),
         other => other.map_err(Error::io("open", path))?,
     };
     match file.try_lock_shared() {
@@ -56,17 +114,19 @@ pub(super) fn is_held(path: &Path) -> Result<bool, Error> {
     }
 }
 
-fn is_file_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), fs::metadata(path)) {
-        (Ok(ours), Ok(theirs)) => (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()),
-        _ => false,
-    }
+/// True if the path leads to this file; what cannot be examined is not known to be another.
+pub(super) fn is_file_at(file: &File, path: &Path) -> Result<bool, Error> {
+    let theirs = match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        other => other.map_err(Error::io("examine", path))?,
+    };
+    let ours = file.metadata().map_err(Error::io("examine", path))?;
+    Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
 }
 
-/// Who holds the lock, from `/proc/locks` (proc_locks(5)), for people.
-fn holder(file: &File) -> String {
+/// Who holds the lock on a file, from `/proc/locks` (proc_locks(5)), for people.
+fn holder(inode: u64) -> String {
     let found = || -> io::Result<Option<String>> {
-        let inode = file.metadata()?.ino();
         // The file is read in pieces while others lock and unlock, and may skip a line.
         let seen = (0..READINGS).find_map(|_| holder_pid(&fs::read_to_string("/proc/locks").ok()?, inode));
         let Some(pid) = seen else { return Ok(None) };
@@ -119,6 +179,31 @@ mod tests {
             waiter.join().unwrap()
         });
         assert!(waiter.is_ok());
+    }
+
+    #[test]
+    fn who_gave_up_waiting_does_not_keep_the_lock() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = acquire(directory.path(), Duration::ZERO).unwrap();
+        // More than find a place in the queue.
+        for _ in 0..2 * MOST_QUEUED {
+            assert!(acquire(directory.path(), Duration::from_millis(2)).is_err());
+        }
+        drop(first);
+        // Those that gave up stand in the queue before this one, and let go when their turn comes.
+        drop(acquire(directory.path(), Duration::from_secs(30)).unwrap());
+        drop(acquire(directory.path(), Duration::from_secs(30)).unwrap());
+    }
+
+    #[test]
+    fn everybody_gets_a_turn() {
+        let directory = tempfile::tempdir().unwrap();
+        let turns = || {
+            for _ in 0..50 {
+                drop(acquire(directory.path(), Duration::from_secs(30)).unwrap());
+            }
+        };
+        thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(turns))));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 
 use husk_overlay::issue::IssueKind;
 use husk_overlay::name::{ContainerId, InterfaceName, NetworkName};
+use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
 use proptest::prelude::*;
 
 use super::*;
@@ -79,6 +80,8 @@ fn demand(name: &str) -> Demand {
         pod_name: Some(name.to_owned()),
         addresses: Vec::new(),
         allow_cooling: false,
+        port_mappings: Vec::new(),
+        bandwidth: None,
     }
 }
 
@@ -106,6 +109,48 @@ fn a_lease_is_what_the_daemon_loads() {
     for name in node.names() {
         assert_eq!(mode(&node.store().directory().join(name)), 0o600);
     }
+}
+
+fn publishing(name: &str, host_port: u16, host_ip: &str) -> Demand {
+    let port = |number| std::num::NonZeroU16::new(number).unwrap();
+    let host_ip = (!host_ip.is_empty()).then(|| host_ip.parse().unwrap());
+    let protocol = TransportProtocol::Tcp;
+    let mapping = PortMapping { protocol, host_port: port(host_port), host_ip, container_port: port(80) };
+    Demand { port_mappings: vec![mapping], ..demand(name) }
+}
+
+#[test]
+fn a_port_of_the_host_is_leased_to_one_pod() {
+    let node = Node::new(&["10.42.0.64/26"]);
+    let web = node.allocate(&publishing("web", 8080, ""), 0).unwrap();
+    assert_eq!(node.store().load().unwrap().endpoints[&id("web")].port_mappings, web.endpoint.port_mappings);
+    for address in ["", "0.0.0.0", "192.0.2.1"] {
+        let error = node.allocate(&publishing("other", 8080, address), 0).unwrap_err();
+        assert!(matches!(&error, Error::PortClaimed(clash) if clash.holder == id("web")), "{error}");
+        assert!(error.to_string().contains("8080") && error.to_string().contains("default/web"), "{error}");
+    }
+    assert_eq!(node.store().find(&id("other")).unwrap(), None);
+    node.allocate(&publishing("elsewhere", 8081, ""), 0).unwrap();
+    node.allocate(&publishing("one", 8082, "192.0.2.1"), 0).unwrap();
+    node.allocate(&publishing("two", 8082, "192.0.2.2"), 0).unwrap();
+    node.release("web", 1).unwrap();
+    node.allocate(&publishing("other", 8080, ""), 2).unwrap();
+}
+
+/// Leases outlive an upgrade of the plugin.
+#[test]
+fn a_lease_of_a_release_without_port_mappings_is_read() {
+    let node = Node::new(&["10.42.0.64/26"]);
+    drop(node.allocate(&publishing("a", 8080, ""), 0).unwrap());
+    let file = node.names().into_iter().find(|name| name.contains("10.42.0.65")).unwrap();
+    let path = node.store().directory().join(file);
+    let mut content: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(content.as_object_mut().unwrap().remove("portMappings").is_some());
+    fs::write(&path, content.to_string()).unwrap();
+    let leases = node.store().load().unwrap();
+    assert_eq!(leases.issues, []);
+    assert_eq!(leases.endpoints[&id("a")].port_mappings, []);
+    node.allocate(&publishing("b", 8080, ""), 0).unwrap();
 }
 
 #[test]
@@ -271,30 +316,144 @@ fn of_two_leases_with_one_address_the_older_wins() {
 fn what_is_being_wired_is_neither_collected_nor_reclaimed() {
     let node = Node::new(&["10.42.0.0/26"]);
     let store = node.store();
-    let collectable = |valid: &[&str], started: u64| -> Vec<AttachmentId> {
+    let collectable = |valid: &[&str], started: Duration| -> Vec<AttachmentId> {
         let valid = valid.iter().map(|name| id(name)).collect();
         let network = NetworkName::new("husk").unwrap();
-        let (endpoints, issues) = store.lock().unwrap().collectable(&network, &valid, BootTime(started)).unwrap();
+        let (garbage, issues) = store.lock().unwrap().collectable(&network, &valid, started).unwrap();
         assert_eq!(issues, []);
-        endpoints.into_keys().collect()
+        garbage.into_iter().map(|it| it.endpoint.id).collect()
     };
+    // The making of the lease has a time of the test, the end of the wiring a real one.
+    let before = since_boot();
+    let later = Duration::MAX;
     let lease = node.allocate(&demand("a"), 0).unwrap();
     let endpoint = lease.endpoint.clone();
     let reclaim = |exists: bool| store.lock().unwrap().reclaim(&endpoint, exists, BootTime(2)).unwrap();
     assert!(store.is_being_wired(&id("a")).unwrap());
-    assert!(collectable(&[], 100).is_empty());
+    assert!(collectable(&[], later).is_empty());
     assert!(!reclaim(false));
 
     drop(lease);
     assert!(!store.is_being_wired(&id("a")).unwrap());
-    assert!(collectable(&["a"], 100).is_empty(), "valid");
-    assert!(collectable(&[], 0).is_empty(), "younger than the collection");
-    assert_eq!(collectable(&[], 100), [id("a")]);
+    assert!(collectable(&["a"], later).is_empty(), "valid");
+    assert!(collectable(&[], Duration::ZERO).is_empty(), "younger than the collection");
+    assert!(collectable(&[], before).is_empty(), "older, but its wiring ended when the collection had begun");
+    // However shortly before a collection: the moment after is late enough.
+    assert_eq!(collectable(&[], since_boot()), [id("a")]);
     let other = NetworkName::new("other").unwrap();
-    assert!(store.lock().unwrap().collectable(&other, &BTreeSet::new(), BootTime(100)).unwrap().0.is_empty());
+    assert!(store.lock().unwrap().collectable(&other, &BTreeSet::new(), later).unwrap().0.is_empty());
     assert!(!reclaim(true));
     assert!(reclaim(false), "the namespace path does not exist, nor does the interface");
     assert!(!reclaim(false));
+}
+
+#[test]
+fn what_was_found_to_be_garbage_is_not_what_was_made_since() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    let (store, network) = (node.store(), NetworkName::new("husk").unwrap());
+    // The same attachment in the same namespace, and the same address, which it insists on.
+    let wanted = Demand { addresses: vec!["10.42.0.9".parse().unwrap()], ..demand("a") };
+    drop(node.allocate(&wanted, 1).unwrap());
+    let locked = store.lock().unwrap();
+    let (found, _) = locked.collectable(&network, &BTreeSet::new(), Duration::MAX).unwrap();
+    assert!(locked.is_unchanged(&found[0]).unwrap());
+    locked.release(&id("a"), BootTime(2)).unwrap();
+    assert!(!locked.is_unchanged(&found[0]).unwrap());
+    drop(locked);
+    drop(node.allocate(&wanted, 3).unwrap());
+    assert!(!store.lock().unwrap().collect(&found[0], BootTime(4)).unwrap());
+    assert!(store.has_lease(&id("a")).unwrap());
+    let (found, _) = store.lock().unwrap().collectable(&network, &BTreeSet::new(), Duration::MAX).unwrap();
+    assert!(store.lock().unwrap().collect(&found[0], BootTime(4)).unwrap());
+    assert!(!store.has_lease(&id("a")).unwrap());
+}
+
+#[test]
+fn what_is_no_file_is_no_lease_and_holds_nobody_up() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    drop(node.allocate(&demand("a"), 0).unwrap());
+    let name = |last: u8| node.store().directory().join(format!("{last:016x}_10.42.0.{last}_-.json"));
+    nix::unistd::mkfifo(&name(11), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    fs::create_dir(name(12)).unwrap();
+    std::os::unix::fs::symlink("/nonexistent", name(13)).unwrap();
+    std::os::unix::fs::symlink(name(14), name(14)).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(name(15)).unwrap());
+    fs::File::create(name(16)).unwrap().set_len(1 << 40).unwrap();
+
+    let leases = node.store().load().unwrap();
+    let told: Vec<String> = leases.issues.iter().map(|issue| issue.subject.clone()).collect();
+    assert_eq!(told, (11..=16).map(|last| name(last).display().to_string()).collect::<Vec<_>>());
+    assert_eq!((leases.endpoints.len(), leases.leased.len()), (1, 7));
+    let network = NetworkName::new("husk").unwrap();
+    let (garbage, issues) =
+        node.store().lock().unwrap().collectable(&network, &BTreeSet::new(), Duration::MAX).unwrap();
+    assert_eq!((garbage.len(), issues), (1, leases.issues));
+}
+
+#[test]
+fn a_lease_knows_what_became_of_it() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    let first = node.allocate(&demand("a"), 0).unwrap();
+    let standing = |lease: &Lease| node.store().standing(lease).unwrap();
+    assert_eq!(standing(&first), Standing::Held);
+    node.release("a", 1);
+    assert_eq!(standing(&first), Standing::Released);
+    let second = node.allocate(&demand("a"), 2).unwrap();
+    assert_eq!((standing(&first), standing(&second)), (Standing::Replaced, Standing::Held));
+}
+
+#[test]
+fn a_lease_that_cannot_be_examined_does_not_count_as_released() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    let lease = node.allocate(&demand("a"), 0).unwrap();
+    // A symbolic link to itself leads nowhere that could be compared.
+    let path = node.store().lease_file(&id("a")).unwrap().unwrap().0;
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    assert!(matches!(node.store().standing(&lease), Err(Error::Io { operation: "examine", .. })));
+}
+
+#[test]
+fn the_lease_of_an_add_that_was_killed_can_be_collected() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    // Nothing is dropped: no word of the end of the wiring.
+    let lease = node.allocate(&demand("a"), 0).unwrap();
+    let file = node.store().lease_file(&id("a")).unwrap().unwrap().0;
+    let content = fs::read(&file).unwrap();
+    drop(lease);
+    fs::write(&file, content).unwrap();
+    let network = NetworkName::new("husk").unwrap();
+    let (found, _) =
+        node.store().lock().unwrap().collectable(&network, &BTreeSet::new(), Duration::from_millis(1)).unwrap();
+    assert_eq!(found.into_iter().map(|it| it.endpoint.id).collect::<Vec<_>>(), [id("a")]);
+}
+
+#[test]
+fn whoever_comes_next_removes_what_a_killed_process_left_half_written() {
+    let node = Node::new(&["10.42.0.0/26"]);
+    let file = node.store().directory().join("new");
+    let litter = || fs::write(&file, b"{").unwrap();
+    let lease = node.allocate(&demand("a"), 0).unwrap();
+    litter();
+    node.release("never-added", 1);
+    assert!(!file.exists(), "the DEL of an attachment without a lease");
+    litter();
+    node.release("a", 2);
+    assert!(!file.exists(), "a DEL");
+    litter();
+    node.store().sweep().unwrap();
+    assert!(!file.exists(), "the daemon");
+    drop(lease);
+    node.store().sweep().unwrap();
+    // Whoever writes holds the lock: what he writes stays.
+    let writer = node.store();
+    let writer = writer.lock().unwrap();
+    litter();
+    node.store().sweep().unwrap();
+    node.release("never-added", 3);
+    assert!(file.exists());
+    writer.sweep().unwrap();
+    assert!(!file.exists());
 }
 
 #[test]

@@ -1,8 +1,13 @@
 //! What a pass says to the outside: `node.json` for the plugin, the state for those who wait, the log for people.
 
-use husk_dataplane::kernel::Kernel;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use husk_dataplane::kernel::{Change, Kernel, Table};
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::{Issue, Severity};
+use husk_overlay::kernel::Map;
+use husk_overlay::marks;
 
 use super::{Engine, Node, Pass, State, blocks};
 use crate::source::ClusterSource;
@@ -24,6 +29,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 router: last.plan.record.as_ref().map(|record| record.router).unwrap_or_default(),
                 cluster_cidrs: self.parts.config.cluster_cidrs.clone(),
                 cool_down: self.parts.config.cool_down,
+                tunnel_ports: self.parts.config.tunnel_ports(),
             }),
             _ => None,
         };
@@ -35,6 +41,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 Err(error) => (None, self.parts.writer.not_ready().and(Err(error))),
             },
         };
+        let (host_ports, pod_parameters) = (host_ports(last), pod_parameters(last));
         let announced = written.is_ok();
         let reason = reason.or_else(|| written.err().map(|error| error.to_string()));
         let issues = self.all_issues();
@@ -51,7 +58,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             tracing::warn!(kind = ?issue.kind, subject = issue.subject, remedy = issue.remedy, "{}", issue.message);
         }
         let passes = self.passes;
-        self.state.send_modify(|state| *state = State { ready: reason.is_none(), reason, node_file, issues, passes });
+        let ready = reason.is_none();
+        let state = State { ready, reason, node_file, issues, host_ports, pod_parameters, passes };
+        self.state.send_replace(state);
         announced
     }
 
@@ -83,4 +92,24 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         None
     }
+}
+
+/// What the kernel's maps hold after a pass: what was planned, unless something of the table could not be had.
+fn host_ports(last: &Pass) -> Arc<BTreeMap<String, Map>> {
+    let failed = last.outcome.failures.iter().any(|failure| failure.table == Table::Nft);
+    let table = last.plan.desired.nft.as_ref().filter(|_| !failed);
+    Arc::new(table.map(|table| table.maps.clone()).unwrap_or_default())
+}
+
+/// Parameters of pods' interfaces that are as planned. A pass that did not see a pod's interface yet plans none for it.
+fn pod_parameters(last: &Pass) -> Arc<BTreeSet<String>> {
+    let mut paths: BTreeSet<String> =
+        last.plan.desired.sysctls.keys().filter(|path| marks::is_pod_parameter(path)).cloned().collect();
+    for failure in last.outcome.failures.iter().filter(|failure| failure.table == Table::Sysctls) {
+        match &failure.change {
+            Some(Change::Sysctl(change)) => drop(paths.remove(&change.path)),
+            _ => paths.clear(),
+        }
+    }
+    Arc::new(paths)
 }

@@ -5,15 +5,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel as std_channel};
 use std::time::Duration;
 
+use husk_dataplane::pod;
 use husk_ipam::lease::LeaseStore;
-use husk_overlay::endpoint::AttachmentId;
+use husk_overlay::endpoint::{AttachmentId, Endpoint};
 use husk_overlay::ipc::{Request, Response};
-use tokio::sync::{oneshot, watch};
+use husk_overlay::marks;
+use husk_overlay::name::InterfaceName;
+use husk_overlay::plan::{are_mapped, loopback_parameter};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::State;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Interfaces that are deleted at once; who asks for more does it alone. Each takes a thread that waits in the kernel.
+const DETACHING: usize = 32;
+
+/// How long it may take to map a pod's ports: less than the plugin waits for its answer.
+const MAPPING: Duration = Duration::from_secs(8);
 
 /// What the loop's inbox holds.
 pub enum Message {
@@ -38,6 +48,7 @@ pub struct Ask {
 pub struct Waker {
     inbox: Sender<Message>,
     pending: Arc<AtomicBool>,
+    urgent: Arc<AtomicBool>,
 }
 
 impl Waker {
@@ -49,10 +60,23 @@ impl Waker {
         }
     }
 
+    /// Wakes for a pass at once, since somebody waits for what it will do.
+    pub(super) fn hurry(&self) {
+        if !self.urgent.swap(true, Ordering::AcqRel) {
+            let _ = self.inbox.send(Message::Wake);
+        }
+    }
+
+    /// True if somebody waits for the next pass.
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire)
+    }
+
     /// The pass begins: later changes need a wake of their own.
     pub(super) fn clear(&self) {
         // Acquires what the waker did before it found a wake pending.
         self.pending.swap(false, Ordering::AcqRel);
+        self.urgent.swap(false, Ordering::AcqRel);
     }
 }
 
@@ -63,14 +87,16 @@ pub struct Handle {
     waker: Waker,
     state: watch::Receiver<State>,
     leases: Arc<LeaseStore>,
+    detaching: Arc<Semaphore>,
 }
 
 /// Makes the loop's inbox and the handle on it.
 #[must_use]
 pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Receiver<Message>) {
     let (inbox, receiver) = std_channel();
-    let waker = Waker { inbox: inbox.clone(), pending: Arc::default() };
-    (Handle { inbox, waker, state, leases: Arc::new(leases) }, receiver)
+    let waker = Waker { inbox: inbox.clone(), pending: Arc::default(), urgent: Arc::default() };
+    let detaching = Arc::new(Semaphore::new(DETACHING));
+    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching }, receiver)
 }
 
 impl Handle {
@@ -94,6 +120,7 @@ impl Handle {
                 Response::Done
             }
             Request::Ready => self.ready(),
+            Request::Detach { interface, index } => self.detach(interface, index).await,
             other => self.ask(other).await,
         }
     }
@@ -108,8 +135,8 @@ impl Handle {
         }
     }
 
-    /// A pod is admitted when its lease lies within what the node owns now: blocks may have changed since the plugin read
-    /// `node.json`. Antispoofing needs no rule per pod, so there is nothing to program before the answer.
+    /// A pod is admitted when its lease lies within what the node owns now, since blocks may have changed since the plugin read
+    /// `node.json`, and its ports lead to it. Antispoofing needs no rule per pod, so that the others wait for nothing.
     async fn admit(&self, id: AttachmentId) -> Response {
         if let Response::NotReady { reason, issues } = self.ready() {
             return Response::NotReady { reason, issues };
@@ -123,6 +150,9 @@ impl Handle {
             Err(error) => return Response::Refused { reason: error.to_string() },
         };
         self.waker.wake();
+        if let Err(refusal) = self.await_ports(&endpoint).await {
+            return refusal;
+        }
         let state = self.state.borrow();
         let owned = |address| {
             state.node_file.as_ref().is_some_and(|file| file.blocks.iter().any(|block| block.contains(address)))
@@ -133,6 +163,52 @@ impl Handle {
                 reason: format!("address {address} of {id} lies in no block of this node any more"),
                 issues: Vec::new(),
             },
+        }
+    }
+
+    /// Waits until a pass has made the pod's port mappings. The loop was woken; it also was if the lease is older.
+    async fn await_ports(&self, endpoint: &Endpoint) -> Result<(), Response> {
+        if endpoint.port_mappings.is_empty() {
+            return Ok(());
+        }
+        let loopback = loopback_parameter(endpoint);
+        let led_to = |state: &State| {
+            let reachable = loopback.as_ref().is_none_or(|parameter| state.pod_parameters.contains(parameter));
+            reachable && are_mapped(endpoint, &state.host_ports)
+        };
+        if !led_to(&self.state.borrow()) {
+            self.waker.hurry();
+        }
+        let mut state = self.state.clone();
+        let decided = state.wait_for(|state| !state.ready || led_to(state));
+        match tokio::time::timeout(MAPPING, decided).await.map(|decided| decided.map(|state| state.ready)) {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(self.ready()),
+            Ok(Err(_)) => Err(Response::Refused { reason: "the daemon is stopping".into() }),
+            Err(_) => Err(Response::NotReady {
+                reason: format!(
+                    "the host ports of {} do not lead to it after {} s; huskctl status and the daemon's log tell why",
+                    endpoint.display_name(),
+                    MAPPING.as_secs()
+                ),
+                issues: self.state.borrow().issues.clone(),
+            }),
+        }
+    }
+
+    /// Deletes the host interface of a pod and answers when it is gone; see [`pod::vacate`]. The loop takes no part: it may be
+    /// in a pass, and its next one finds what is there then.
+    async fn detach(&self, interface: InterfaceName, index: u32) -> Response {
+        if !marks::is_pod_interface(interface.as_str()) {
+            return Response::Refused { reason: format!("{interface} is no interface of a pod") };
+        }
+        let Ok(busy) = Arc::clone(&self.detaching).try_acquire_owned() else {
+            return Response::Refused { reason: format!("{DETACHING} interfaces are being deleted already") };
+        };
+        match tokio::task::spawn_blocking(move || pod::vacate(&interface, index, busy)).await {
+            Ok(Ok(_)) => Response::Done,
+            Ok(Err(error)) => Response::Refused { reason: error.to_string() },
+            Err(error) => Response::Refused { reason: error.to_string() },
         }
     }
 

@@ -76,8 +76,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 
     /// Releases leases of pods that are provably gone and that nobody deleted: without a host interface, without a network
-    /// namespace, and not being wired. The runtime's GC does this too, where there is one.
+    /// namespace, and not being wired. The runtime's GC does this too, where there is one. Also removes what a killed plugin left
+    /// half-written.
     pub(super) fn reclaim_leases(&mut self) {
+        if let Err(error) = self.parts.leases.sweep() {
+            tracing::warn!(%error, "what a killed plugin left half-written stays");
+        }
         // A store that cannot be read is an issue of the next pass.
         let Ok(leases) = self.parts.leases.load() else { return };
         if leases.endpoints.is_empty() {

@@ -36,7 +36,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Ipam => self.report(Self::ipam),
             Request::Keys => self.keys(),
             Request::RotateKeys => self.rotate_keys(),
-            Request::Admit { .. } | Request::Released | Request::Ready => {
+            Request::Admit { .. } | Request::Detach { .. } | Request::Released | Request::Ready => {
                 Response::Refused { reason: "this question is not for the loop".into() }
             }
         };
@@ -207,8 +207,11 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         };
         let mut findings: Vec<String> =
             self.state.borrow().issues.iter().filter(bad).map(ToString::to_string).collect();
-        let missing =
-            self.leases.endpoints.values().filter(|lease| !last.facts.pod_interfaces.contains(&lease.host_interface));
+        let missing = self
+            .leases
+            .endpoints
+            .values()
+            .filter(|lease| !last.facts.pod_interfaces.contains_key(&lease.host_interface));
         findings.extend(missing.map(|lease| {
             format!(
                 "{}: its lease exists, its host interface {} does not; it is released once the network namespace is gone",
@@ -218,7 +221,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }));
         let leased: std::collections::BTreeSet<_> =
             self.leases.endpoints.values().map(|lease| &lease.host_interface).collect();
-        let orphans = last.facts.pod_interfaces.iter().filter(|interface| !leased.contains(interface));
+        let orphans = last.facts.pod_interfaces.keys().filter(|interface| !leased.contains(interface));
         findings.extend(orphans.map(|interface| {
             format!("{interface}: a pod interface without a lease; the next GC of the runtime removes it")
         }));

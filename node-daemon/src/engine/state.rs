@@ -1,5 +1,6 @@
 //! What the loop leaves for others to read, and what it keeps for the next daemon.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::Issue;
+use husk_overlay::kernel::Map;
 use husk_overlay::record::Snapshot;
 
 use crate::files;
@@ -29,6 +31,10 @@ pub struct State {
     pub node_file: Option<NodeFile>,
     /// What is wrong.
     pub issues: Vec<Issue>,
+    /// What the kernel's maps held of port mappings when the pass ended, by name; nothing if that is not known.
+    pub host_ports: Arc<BTreeMap<String, Map>>,
+    /// Kernel parameters of pods' interfaces, by path, that had the wanted value when the pass ended.
+    pub pod_parameters: Arc<BTreeSet<String>>,
     /// Passes so far; zero means that the daemon has just started.
     pub passes: u64,
 }

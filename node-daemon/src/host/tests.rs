@@ -108,6 +108,8 @@ fn a_living_pod_gets_its_mtu_at_both_ends_and_another_namespace_is_left_alone() 
                 netns: NetnsIdentity { path, ..pod.identity().unwrap() },
                 pod_namespace: None,
                 pod_name: None,
+                port_mappings: Vec::new(),
+                bandwidth: None,
                 id,
             };
             let spec = PodSpec {
@@ -118,6 +120,7 @@ fn a_living_pod_gets_its_mtu_at_both_ends_and_another_namespace_is_left_alone() 
                 pod_mac: endpoint.pod_mac,
                 addresses: endpoint.addresses,
                 mtu: 1500,
+                bandwidth: None,
             };
             pod::attach(&spec, &pod).unwrap();
             assert_eq!(host.pod_interfaces().unwrap(), BTreeMap::from([(spec.host_interface.clone(), 1500)]));

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::port_mapping::TransportProtocol;
 use crate::prefix::{Family, Prefix};
 
 /// Name of a counter object; counters keep their value when rules are rewritten.
@@ -20,6 +21,8 @@ pub struct NftTable {
     pub counters: BTreeSet<CounterName>,
     /// Named sets; elements change one by one, without touching rules.
     pub sets: BTreeMap<String, Set>,
+    /// Named maps; elements change one by one, too.
+    pub maps: BTreeMap<String, Map>,
     /// Chains with their rules in order.
     pub chains: BTreeMap<String, Chain>,
 }
@@ -42,6 +45,8 @@ pub enum ElementType {
     Address(Family),
     /// Prefixes (the same types with flag `interval`).
     Prefix(Family),
+    /// Two addresses, one behind the other.
+    Pair(Family),
 }
 
 /// An element of a set.
@@ -52,6 +57,63 @@ pub enum SetElement {
     Address(IpAddr),
     /// A prefix.
     Prefix(Prefix),
+    /// Two addresses of one family.
+    Pair(IpAddr, IpAddr),
+}
+
+/// A named map: what is found under an addressee.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Map {
+    /// What is looked up.
+    pub key: MapKeyType,
+    /// What is found.
+    pub value: MapValueType,
+    /// Elements.
+    #[serde(with = "super::entries")]
+    pub elements: BTreeMap<Addressee, MapValue>,
+}
+
+/// What a map is looked up by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MapKeyType {
+    /// Transport protocol and destination port.
+    Port,
+    /// Destination address, transport protocol and destination port.
+    AddressAndPort(Family),
+}
+
+/// Whom packets are addressed to: the key of a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Addressee {
+    /// Destination address; none in a map without addresses.
+    pub address: Option<IpAddr>,
+    /// Transport protocol.
+    pub protocol: TransportProtocol,
+    /// Destination port.
+    pub port: u16,
+}
+
+/// Type of what a map holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MapValueType {
+    /// Addresses.
+    Address(Family),
+    /// Ports.
+    Port,
+}
+
+/// What is found in a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MapValue {
+    /// An address.
+    Address(IpAddr),
+    /// A port.
+    Port(u16),
 }
 
 /// A base chain.
@@ -123,6 +185,18 @@ pub enum Statement {
     /// whose packets leave by another interface than before (`nf_nat_oif_changed` in net/netfilter/nf_nat_core.c), it does
     /// not care about interfaces.
     TranslateSource(IpAddr),
+    /// Destination NAT to the address and the port that two maps have for the packet's addressee; nothing happens unless both
+    /// have it. They are two because nft takes no map to an address *and* a port in JSON (seen with 1.0.6).
+    TranslateDestination {
+        /// Family of the packets; implied by addresses in keys.
+        family: Family,
+        /// Keys of both maps.
+        key: MapKeyType,
+        /// Map to addresses.
+        addresses: String,
+        /// Map to ports.
+        ports: String,
+    },
     /// Clamp the TCP MSS option of SYN packets to the route's MTU.
     ClampMss,
 }
@@ -150,6 +224,10 @@ pub enum MatchKey {
     Source(Family),
     /// Destination address; implies the family.
     Destination(Family),
+    /// Source and destination address, one behind the other; implies the family.
+    AddressPair(Family),
+    /// Kind of the destination address in the routing tables (`fib daddr type`): `local` for one of the host's.
+    DestinationKind,
     /// Layer 4 protocol, also behind IPv6 extension headers.
     Protocol,
     /// UDP destination port.

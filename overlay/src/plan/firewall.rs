@@ -1,11 +1,13 @@
 //! The node's nftables table, whatever the mode: antispoofing, the leak guard of tunnelled modes, the VTEP's guest list,
-//! masquerading, MSS clamping.
+//! masquerading, MSS clamping, port mappings.
 //!
 //! ```text
 //! prerouting  -300  IPv6 link-local talk of a pod              drop: its neighbours are permanent, nobody listens
 //!                   pod with a foreign source address          drop, counter spoofed
+//!                   pod to a loopback address                  drop: a port mapping lets these be routed
 //!                   cluster CIDR seen outside the tunnel       drop, counter plaintext_in
 //! prerouting  -300  VXLAN sent by a pod                        drop, counter pod_to_vtep: masqueraded, it would be ours
+//! prerouting  -100  to a mapped port of the host               destination NAT, see [`port_mappings`]; so at output
 //! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
 //!                   VXLAN from an address that is no node      drop, counter unknown_vtep
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
@@ -21,11 +23,18 @@
 //! underlay's interface, and a second time as ESP between nodes. What ESP protected on its way here is known by its security
 //! path; in tunnel mode it also comes out of the xfrm interface.
 
+pub(super) mod port_mappings;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use port_mappings::HostPorts;
+
 use super::Context;
+use super::local::leads_to;
 use super::peers::Peer;
+use crate::endpoint::{Endpoint, Endpoints};
+use crate::issue::Issue;
 use crate::kernel::{
     Chain, ChainKind, Desired, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
     SetElement, Statement,
@@ -50,8 +59,22 @@ pub const POD_TO_VTEP: &str = "pod_to_vtep";
 /// IANA protocol numbers.
 const UDP: u32 = 17;
 
-pub(super) fn render(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, desired: &mut Desired) {
-    let mut table = NftTable::default();
+pub(super) fn render(
+    context: &Context<'_>,
+    peers: &BTreeMap<NodeName, Peer>,
+    endpoints: &Endpoints,
+    desired: &mut Desired,
+    issues: &mut Vec<Issue>,
+) {
+    // A pod without a route, since it is not wired yet or its address is in doubt, gets no packet.
+    let routed = |endpoint: &&Endpoint| endpoint.addresses.iter().all(|address| leads_to(desired, address, endpoint));
+    let host_ports = HostPorts {
+        families: context.families().collect(),
+        router: context.router,
+        tunnel_ports: context.config.tunnel_ports(),
+    };
+    let (mut table, clashes) = port_mappings::host_ports(&host_ports, endpoints.values().filter(routed));
+    issues.extend(clashes);
     let guarded = context.config.mode != Mode::Direct;
     for cidr in &context.config.cluster_cidrs {
         let elements = BTreeSet::from([SetElement::Prefix(*cidr)]);
@@ -150,6 +173,11 @@ fn antispoofing(context: &Context<'_>, table: &mut NftTable) -> Vec<Rule> {
             ],
         ),
     ];
+    if context.families().any(|family| family == Family::Ipv4) {
+        // Where `route_localnet` is set, services that trust who can reach a loopback address would be open to the pod.
+        let loopback = equal(MatchKey::Destination(Family::Ipv4), MatchValue::Prefix(port_mappings::loopback()));
+        rules.push(rule("pod_to_loopback", vec![input("husk*"), loopback, Statement::Drop]));
+    }
     if context.config.mode.uses_vxlan() {
         // To a peer it would come from this node's address, like what this node's own device sends.
         table.counters.insert(POD_TO_VTEP.into());

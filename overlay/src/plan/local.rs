@@ -1,5 +1,8 @@
 //! What a node holds whatever the mode: forwarding, the floor of `unreachable` routes, routes to its own pods.
 
+use std::net::IpAddr;
+
+use super::firewall::port_mappings::loopback_parameter;
 use super::{Context, LAST_METRIC, MAIN_TABLE};
 use crate::endpoint::{Endpoint, Endpoints};
 use crate::issue::{Issue, IssueKind, Severity};
@@ -48,8 +51,11 @@ fn sysctls(context: &Context<'_>, desired: &mut Desired) {
 
 /// The routes and neighbours the plugin made for a pod, so that they come back when somebody removes them.
 fn wire(context: &Context<'_>, endpoint: &Endpoint, desired: &mut Desired, issues: &mut Vec<Issue>) {
-    if !context.facts.pod_interfaces.contains(&endpoint.host_interface) {
+    if !context.facts.pod_interfaces.contains_key(&endpoint.host_interface) {
         return;
+    }
+    if let Some(parameter) = loopback_parameter(endpoint) {
+        desired.sysctls.insert(parameter, "1".to_owned());
     }
     for address in endpoint.addresses.iter() {
         let key = route_key(Prefix::host(address));
@@ -78,6 +84,14 @@ fn wire(context: &Context<'_>, endpoint: &Endpoint, desired: &mut Desired, issue
         desired.routes.insert(key, Route { target, source: None, mtu: None });
         desired.neighbours.insert(NeighbourKey { interface, address }, endpoint.pod_mac);
     }
+}
+
+/// True if the route to an address leads to the endpoint.
+pub(super) fn leads_to(desired: &Desired, address: IpAddr, endpoint: &Endpoint) -> bool {
+    desired.routes.get(&route_key(Prefix::host(address))).is_some_and(|route| match &route.target {
+        RouteTarget::Interface { interface, .. } => *interface == endpoint.host_interface,
+        RouteTarget::Unreachable => false,
+    })
 }
 
 /// Puts the node's own overlay addresses on its tunnel device.

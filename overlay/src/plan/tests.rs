@@ -100,7 +100,7 @@ fn facts(count: u8) -> Facts {
         esp: None,
         uptime: Duration::ZERO,
         rotation_requested: false,
-        pod_interfaces: BTreeSet::new(),
+        pod_interfaces: BTreeMap::new(),
         threaded_napi: true,
         ipv6: true,
         router_advertisements: BTreeSet::new(),
@@ -120,6 +120,8 @@ fn endpoint(name: &str, addresses: &[&str]) -> Endpoint {
         netns: NetnsIdentity { path: format!("/run/netns/{name}"), device: 4, inode: 1 },
         pod_namespace: None,
         pod_name: None,
+        port_mappings: Vec::new(),
+        bandwidth: None,
         id,
     }
 }
@@ -439,7 +441,7 @@ fn pods_get_routes_and_neighbours_while_their_interface_exists() {
     let here = endpoint("a", &["10.42.0.5", "fd42::5"]);
     let gone = endpoint("b", &["10.42.0.6"]);
     let mut facts = facts(1);
-    facts.pod_interfaces.insert(here.host_interface.clone());
+    facts.pod_interfaces.insert(here.host_interface.clone(), 7);
     let endpoints: Endpoints = [here.clone(), gone].into_iter().map(|it| (it.id.clone(), it)).collect();
     let plan = plan(&config(Mode::Wireguard), &snapshot(1), &facts, &endpoints);
     assert_eq!(plan.issues, []);
@@ -454,7 +456,7 @@ fn pods_get_routes_and_neighbours_while_their_interface_exists() {
 fn two_pods_with_one_address_are_an_issue_and_the_first_keeps_it() {
     let (one, two) = (endpoint("a", &["10.42.0.5"]), endpoint("b", &["10.42.0.5"]));
     let mut facts = facts(1);
-    facts.pod_interfaces.extend([one.host_interface.clone(), two.host_interface.clone()]);
+    facts.pod_interfaces.extend([(one.host_interface.clone(), 7), (two.host_interface.clone(), 8)]);
     let endpoints: Endpoints = [two, one.clone()].into_iter().map(|it| (it.id.clone(), it)).collect();
     let plan = plan(&config(Mode::Wireguard), &snapshot(1), &facts, &endpoints);
     assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::BadLease]));

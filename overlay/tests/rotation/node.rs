@@ -183,7 +183,7 @@ impl Node {
             }),
             uptime: now - self.boot,
             rotation_requested: self.requested,
-            pod_interfaces: BTreeSet::new(),
+            pod_interfaces: BTreeMap::new(),
             threaded_napi: false,
             ipv6: true,
             router_advertisements: BTreeSet::new(),

@@ -18,7 +18,7 @@ pub(crate) fn tell(cluster: &Cluster) -> Result<()> {
     eventually("STATUS to say what is missing", SOON, || {
         let status = host.cni_with("STATUS", None, config.clone())?;
         said.clone_from(&status.stdout);
-        Ok(status.error_code() == Some(50) && said.contains("ESP"))
+        Ok(status.error_code() == Some(51) && said.contains("ESP"))
     })
     .with_context(|| format!("{mode}: {said}"))?;
     let status = host.huskctl_json(["status"])?;

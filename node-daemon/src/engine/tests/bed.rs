@@ -323,7 +323,7 @@ impl Node for FakeNode {
             esp,
             uptime: state.uptime,
             rotation_requested: false,
-            pod_interfaces: interfaces.into_iter().filter(is_pod).collect(),
+            pod_interfaces: interfaces.into_iter().filter(is_pod).map(|it| (it, 7)).collect(),
             threaded_napi: true,
             ipv6: true,
             router_advertisements: BTreeSet::new(),
@@ -642,6 +642,8 @@ impl Bed {
             pod_name: None,
             addresses,
             allow_cooling: false,
+            port_mappings: Vec::new(),
+            bandwidth: None,
         };
         self.leases().lock().unwrap().allocate(&supply, &demand, BootTime::now())
     }

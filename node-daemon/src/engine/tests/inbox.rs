@@ -8,7 +8,7 @@ use husk_overlay::ipc::{Request, Response};
 use husk_overlay::mode::Mode;
 
 use super::bed::{Bed, blocks, name, prefix};
-use crate::engine::{Handle, Message, State, channel};
+use crate::engine::{GAP, Handle, Message, SETTLE, State, channel, soonest};
 
 /// Longer than anything here takes, shorter than the loop's own tick, which would hide a lost wake.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -88,6 +88,29 @@ fn a_storm_of_wakes_costs_few_passes_and_the_last_change_is_seen() {
         });
         let most = started.elapsed().as_millis() / 20 + 3;
         assert!(u128::from(running.passes() - before) <= most, "{} passes", running.passes() - before);
+    }
+}
+
+#[test]
+fn events_are_gathered_unless_somebody_waits_for_the_pass() {
+    let now = Instant::now();
+    let earliest = now + GAP;
+    assert_eq!(soonest(now, earliest, false), earliest);
+    assert_eq!(soonest(earliest, now, false), earliest + SETTLE);
+    assert_eq!(soonest(now, earliest, true), now);
+}
+
+#[test]
+fn who_waits_for_a_pass_gets_it_whatever_was_asked_before() {
+    let mut bed = Bed::new(Mode::Direct, 1);
+    let running = Running::start(&mut bed);
+    running.wait("first pass", |state| state.ready);
+    let waker = running.handle.waker();
+    for _ in 0..100 {
+        let before = running.passes();
+        waker.wake();
+        waker.hurry();
+        running.wait("a pass", |state| state.passes > before);
     }
 }
 

@@ -97,7 +97,7 @@ impl Bed {
             esp: Some(EspFacts::default()),
             uptime: Duration::from_secs(1000),
             rotation_requested: false,
-            pod_interfaces: BTreeSet::new(),
+            pod_interfaces: BTreeMap::new(),
             threaded_napi: false,
             ipv6: true,
             router_advertisements: BTreeSet::new(),

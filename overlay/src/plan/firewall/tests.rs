@@ -78,6 +78,7 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
             MatchValue::Set(set) => table.sets[set].elements.iter().any(|element| match element {
                 SetElement::Address(one) => *one == address,
                 SetElement::Prefix(prefix) => prefix.contains(address),
+                SetElement::Pair(..) => panic!("an address is no pair"),
             }),
             MatchValue::Prefix(prefix) => prefix.contains(address),
             other => panic!("an address is compared with {other:?}"),
@@ -107,7 +108,9 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
         MatchKey::Transformation => exists(packet.transformation),
         MatchKey::ReversePathInterface => exists(true),
         MatchKey::TcpSynRst => false,
-        MatchKey::NetworkFamily => panic!("no rule looks at it"),
+        MatchKey::NetworkFamily | MatchKey::AddressPair(_) | MatchKey::DestinationKind => {
+            panic!("no filter looks at it")
+        }
     };
     holds == (it.operator == MatchOperator::Equal)
 }
@@ -125,7 +128,10 @@ fn verdict(table: &NftTable, chain: &str, packet: Packet) -> Verdict {
                 }
                 Statement::Accept => return Verdict::Pass,
                 Statement::Drop => return Verdict::Drop(counter),
-                Statement::Masquerade | Statement::TranslateSource(_) | Statement::ClampMss => {
+                Statement::Masquerade
+                | Statement::TranslateSource(_)
+                | Statement::TranslateDestination { .. }
+                | Statement::ClampMss => {
                     panic!("{} is no filter", rule.name)
                 }
             }
@@ -159,7 +165,7 @@ fn table_over(mode: Mode, family: Family) -> NftTable {
         esp: None,
         uptime: std::time::Duration::ZERO,
         rotation_requested: false,
-        pod_interfaces: BTreeSet::new(),
+        pod_interfaces: BTreeMap::new(),
         threaded_napi: true,
         ipv6: true,
         router_advertisements: BTreeSet::new(),
@@ -268,6 +274,18 @@ fn pods_do_not_speak_vxlan_for_the_node_in_any_mode_that_has_it() {
         assert_eq!(verdict(&table, "prerouting-guard", sent), expected, "{mode}");
         let between_pods = Packet { destination: INNER.destination, ..sent };
         assert_eq!(verdict(&table, "prerouting-guard", between_pods), Verdict::Pass, "{mode}");
+    }
+}
+
+/// Where a port mapping lets loopback addresses be routed, pods must not reach what listens there.
+#[test]
+fn pods_do_not_reach_loopback_addresses_of_the_host() {
+    for mode in Mode::ALL {
+        let table = table(mode);
+        let sent = Packet { input: POD, source: INNER.source, destination: "127.0.0.1", ..UNDERLAY };
+        assert_eq!(verdict(&table, "prerouting-guard", sent), Verdict::Drop(None), "{mode}");
+        let own = Packet { input: "lo", source: "127.0.0.1", ..sent };
+        assert_eq!(verdict(&table, "prerouting-guard", own), Verdict::Pass, "{mode}");
     }
 }
 

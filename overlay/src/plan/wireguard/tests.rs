@@ -83,7 +83,7 @@ impl World {
                 esp: None,
                 uptime: Duration::from_secs(1000),
                 rotation_requested: false,
-                pod_interfaces: BTreeSet::new(),
+                pod_interfaces: BTreeMap::new(),
                 threaded_napi: true,
                 ipv6: false,
                 router_advertisements: BTreeSet::new(),

@@ -1,0 +1,67 @@
+//! `hack/bench`: measures Husk beside others.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+use clap::{Parser, Subcommand};
+use husk_tests::{Mode, bench};
+
+/// Measures Husk beside others.
+#[derive(Parser)]
+#[command(name = "hack/bench", bin_name = "hack/bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// ADD and DEL of the CNI plugin beside those of the reference plugins, and beside what the kernel alone takes
+    Cni(Cni),
+}
+
+#[derive(clap::Args)]
+struct Cni {
+    /// Rounds; in each, every contender adds and deletes a pod
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Pods at once
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u8).range(1..=100))]
+    at_once: u8,
+    /// Pods get addresses of both families, instead of IPv4 alone
+    #[arg(long)]
+    dual_stack: bool,
+    /// Encapsulation of the daemon that runs meanwhile
+    #[arg(long, default_value = "wireguard", value_parser = PossibleValuesParser::new(["wireguard", "ipsec", "vxlan-ipsec", "vxlan", "direct"])
+        .try_map(|text| text.parse::<Mode>()))]
+    mode: Mode,
+    /// Every single time as JSON instead of tables; progress goes to standard error
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let What::Cni(arguments) = Arguments::parse().what;
+    match cni(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hack/bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn cni(arguments: &Cni) -> Result<()> {
+    let plan = bench::Plan {
+        mode: arguments.mode,
+        dual_stack: arguments.dual_stack,
+        rounds: arguments.rounds.into(),
+        at_once: arguments.at_once.into(),
+    };
+    let report = bench::run(&plan, |what| eprint!("\r\x1b[K{what}"))?;
+    eprint!("\r\x1b[K");
+    let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.to_string() };
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}
