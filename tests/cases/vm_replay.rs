@@ -1,6 +1,7 @@
 //! What somebody on the underlay can send without having a key: packets that were sent before, or sent elsewhere, or by
 //! somebody else. None arrives at a pod, and what the kernel can count, it counts.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -231,6 +232,12 @@ impl Stage {
     fn endpoints(&self) -> Result<String> {
         self.host(2).program("wg").args(["show", "all", "endpoints"]).check()
     }
+
+    /// The keys that the second host's devices receive under.
+    fn keys(&self) -> Result<HashSet<String>> {
+        let text = self.host(2).program("wg").args(["show", "all", "public-key"]).check()?;
+        Ok(text.lines().filter_map(|line| Some(line.split_whitespace().nth(1)?.to_owned())).collect())
+    }
 }
 
 /// The ciphertext of one session in the name of another, numbered so that it is not taken for an old one.
@@ -282,7 +289,10 @@ fn wireguard_packets_sent_again_do_not_arrive() -> Result<()> {
 
     // What has never arrived comes too late once the generation is over, and when its device's turn has come again.
     for generations in ["one generation", "two generations"] {
+        let over = stage.keys()?;
         rotate(&stage.cluster, &[1, 2, 3], SOON)?;
+        // A key that is not published any more goes once no peer sends to it.
+        eventually("the old keys to go", SOON, || Ok(stage.keys()?.is_disjoint(&over)))?;
         stage.pods[0].await_answer_of(&stage.pods[1], SOON)?;
         nothing(&format!("{generations} later"), &frames(&late))?;
     }
