@@ -40,17 +40,7 @@ fn lease_only(host: &Host, pod: &Pod) {
         reserved: husk_overlay::plan::router_addresses(&blocks.into()),
         cool_down: Duration::from_secs(30),
     };
-    let demand = Demand {
-        id: id(pod),
-        netns: pod.netns.identity().unwrap(),
-        pod_mac: id(pod).pod_mac(),
-        pod_namespace: None,
-        pod_name: None,
-        addresses: Vec::new(),
-        allow_cooling: false,
-        port_mappings: Vec::new(),
-        bandwidth: None,
-    };
+    let demand = Demand::plain(id(pod), pod.netns.identity().unwrap());
     host.store().lock().unwrap().allocate(&supply, &demand, BootTime::now()).unwrap();
 }
 

@@ -113,6 +113,24 @@ pub struct Demand {
     pub bandwidth: Option<Bandwidth>,
 }
 
+impl Demand {
+    /// What an attachment wants for which nothing is asked but addresses, whichever they are.
+    #[must_use]
+    pub fn plain(id: AttachmentId, netns: NetnsIdentity) -> Self {
+        Self {
+            pod_mac: id.pod_mac(),
+            id,
+            netns,
+            pod_namespace: None,
+            pod_name: None,
+            addresses: Vec::new(),
+            allow_cooling: false,
+            port_mappings: Vec::new(),
+            bandwidth: None,
+        }
+    }
+}
+
 /// A lease just made. While this value lives, the attachment counts as being wired; nobody collects the lease.
 #[derive(Debug)]
 pub struct Lease {

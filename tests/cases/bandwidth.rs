@@ -108,9 +108,7 @@ fn an_impossible_limit_is_refused_and_leaves_nothing() -> Result<()> {
         ensure!(refused.error_code() == Some(7), "{}", refused.stdout);
         ensure!(refused.stdout.contains(&expected.replace('"', "\\\"")), "{}", refused.stdout);
     }
-    let leases = std::fs::read_dir(cluster.host(1).file("/run/husk/leases"));
-    let left =
-        leases.map(|all| all.flatten().filter(|it| it.path().extension().is_some_and(|it| it == "json")).count());
-    ensure!(left.unwrap_or(0) == 0);
+    let left = cluster.host(1).leases()?;
+    ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }

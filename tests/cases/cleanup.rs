@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::probe::Echo;
 use husk_tests::process::{Output, binary};
-use husk_tests::{Cluster, Family, Host, MODES, Mode, Pod, Signal, eventually};
+use husk_tests::{Cluster, Family, Host, MODES, Mode, Signal, eventually};
 
 /// How soon other nodes follow.
 const SOON: Duration = Duration::from_secs(4);
@@ -104,15 +104,6 @@ fn cleanup<'a>(host: &Host, options: impl IntoIterator<Item = &'a str>) -> Resul
     host.program(binary("huskd")?).args(["cleanup"]).args(options).run()
 }
 
-fn all_reached(from: &Pod, to: &Pod) -> Result<()> {
-    for family in Family::ALL {
-        let echo = Echo::to(to.address(family)?).limit(Duration::from_millis(200));
-        let what = format!("{} to reach {} over {family}", from.name(), to.name());
-        eventually(&what, SOON, || Ok(echo.run(from.netns())?.arrived()))?;
-    }
-    Ok(())
-}
-
 #[test]
 fn a_host_is_as_it_was() -> Result<()> {
     for mode in MODES {
@@ -128,14 +119,11 @@ fn a_host_is_as_it_was() -> Result<()> {
         fs::write(host.file("/opt/cni/bin/other"), "")?;
         let before = HostState::of(host)?;
 
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
+        cluster.hosts().iter().try_for_each(Host::start)?;
         cluster.wait_ready()?;
         let pods = [host.add_pod("a")?, host.add_pod("b")?];
         let far = cluster.host(2).add_pod("far")?;
-        pods.iter().try_for_each(|pod| all_reached(pod, &far))?;
+        pods.iter().try_for_each(|pod| pod.await_answer_of(&far, SOON))?;
         let during = before.difference(&HostState::of(host)?);
         ensure!(during.len() > 20, "{mode}: this test does not see what Husk does: {during:#?}");
         let own_blocks = || -> Result<usize> {
@@ -175,10 +163,9 @@ fn a_host_is_as_it_was() -> Result<()> {
         assert_eq!(before.difference(&HostState::of(host)?), Vec::<String>::new());
 
         // And the host can come back.
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         host.wait_ready()?;
-        all_reached(&host.add_pod("again")?, &far)?;
+        host.add_pod("again")?.await_answer_of(&far, SOON)?;
     }
     Ok(())
 }
@@ -188,7 +175,7 @@ fn cleanup_refuses_where_it_would_hurt() -> Result<()> {
     let cluster = Cluster::builder().hosts(2).start()?;
     let (host, two) = (cluster.host(1), cluster.host(2));
     let (a, far) = (host.add_pod("a")?, two.add_pod("far")?);
-    all_reached(&a, &far)?;
+    a.await_answer_of(&far, SOON)?;
 
     let output = cleanup(host, ["--force"])?;
     assert!(!output.status.success());
@@ -197,7 +184,7 @@ fn cleanup_refuses_where_it_would_hurt() -> Result<()> {
         "{}",
         output.stderr
     );
-    all_reached(&a, &far)?;
+    a.await_answer_of(&far, SOON)?;
 
     host.stop_daemon(Signal::SIGTERM)?;
     let before = HostState::of(host)?;
@@ -205,7 +192,7 @@ fn cleanup_refuses_where_it_would_hurt() -> Result<()> {
     assert!(!output.status.success());
     assert!(output.stderr.contains("1 pod") && output.stderr.contains("--force"), "{}", output.stderr);
     assert_eq!(before.difference(&HostState::of(host)?), Vec::<String>::new());
-    all_reached(&a, &far)?;
+    a.await_answer_of(&far, SOON)?;
 
     // With force, and for a node that will be back.
     let record = cluster.manifests().join("nodes/host1.yaml");

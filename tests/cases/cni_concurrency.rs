@@ -1,16 +1,18 @@
 //! Many calls of the plugin at once: whatever their order, no address twice, none lost, nothing left behind.
 
+#[path = "cni_concurrency/blocks.rs"]
+mod blocks;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::probe::Echo;
-use husk_tests::{Cluster, CniOutcome, Family, Host, Mode, Pod, PodSpec, Prefix, Signal, eventually};
+use husk_tests::{Cluster, CniOutcome, Host, Mode, Pod, Signal, eventually};
 use serde_json::{Value, json};
 
 /// How soon the daemon has followed what the plugin did.
@@ -62,54 +64,9 @@ fn pods(host: &Host, count: usize, make: impl Fn(usize) -> Result<Pod> + Sync) -
     Ok(made.into_inner().expect("no worker panics"))
 }
 
-fn succeeded(outcome: &CniOutcome) -> Result<()> {
-    ensure!(outcome.success(), "exit status {:?}: {}{}", outcome.status, outcome.stdout, outcome.stderr);
-    Ok(())
-}
-
-fn lease_directory(host: &Host) -> std::path::PathBuf {
-    host.file("/run/husk/leases")
-}
-
-/// The names of the files that are leases.
-fn leases(host: &Host) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for item in fs::read_dir(lease_directory(host))? {
-        let name = item?.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".json") {
-            names.push(name);
-        }
-    }
-    Ok(names)
-}
-
-/// The host's ends of veth pairs to pods.
-fn pod_interfaces(host: &Host) -> Result<Vec<String>> {
-    let links = host.netns().ip_json(["link", "show", "type", "veth"])?;
-    let names = links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str());
-    Ok(names.filter(|name| name.starts_with("husk")).map(str::to_owned).collect())
-}
-
-/// What of pods is on a host: leases, half-written leases, interfaces, routes.
-fn residue(host: &Host) -> Result<Vec<String>> {
-    let mut left = leases(host)?;
-    left.extend(lease_directory(host).join("new").exists().then(|| "a temporary file".to_owned()));
-    left.extend(pod_interfaces(host)?);
-    for family in ["-4", "-6"] {
-        let routes = host.netns().ip_json([family, "route", "show", "table", "all", "proto", "72"])?;
-        let to_pods = routes.as_array().into_iter().flatten().filter(|route| {
-            let length = if family == "-4" { "/32" } else { "/128" };
-            let host_route = route["dst"].as_str().is_some_and(|to| !to.contains('/') || to.ends_with(length));
-            host_route && route["dev"].as_str().is_some_and(|dev| dev.len() == 15)
-        });
-        left.extend(to_pods.map(ToString::to_string));
-    }
-    Ok(left)
-}
-
 /// Nothing of pods is left, in the firewall and in the daemon's eyes neither.
 fn assert_clean(host: &Host) -> Result<()> {
-    assert_eq!(residue(host)?, Vec::<String>::new());
+    assert_eq!(host.residue()?, Vec::<String>::new());
     let mut said = String::new();
     eventually("the daemon to have forgotten all pods", SOON, || {
         let shown = host.huskctl_json(["ipam", "show"])?;
@@ -131,12 +88,6 @@ fn distinct_addresses<'a>(pods: impl IntoIterator<Item = &'a Pod>) -> Result<BTr
     Ok(seen)
 }
 
-fn reached(from: &Pod, to: &Pod) -> Result<()> {
-    let address = to.address(Family::Ipv6)?;
-    let echo = Echo::to(address).limit(Duration::from_millis(300));
-    eventually(&format!("{} to reach {}", from.name(), to.name()), SOON, || Ok(echo.run(from.netns())?.arrived()))
-}
-
 #[test]
 fn a_hundred_at_once_and_two_hundred_and_fifty_on_a_node() -> Result<()> {
     const BEFORE: usize = 150;
@@ -151,27 +102,27 @@ fn a_hundred_at_once_and_two_hundred_and_fifty_on_a_node() -> Result<()> {
     let started = Instant::now();
     let outcomes = at_once(&mut burst, Pod::add)?;
     eprintln!("{AT_ONCE} ADDs at once took {:?}", started.elapsed());
-    outcomes.iter().try_for_each(succeeded)?;
+    outcomes.iter().try_for_each(CniOutcome::succeeded)?;
     assert_eq!(distinct_addresses(first.iter().chain(&burst))?.len(), 2 * (BEFORE + AT_ONCE));
-    assert_eq!(leases(host)?.len(), BEFORE + AT_ONCE);
+    assert_eq!(host.leases()?.len(), BEFORE + AT_ONCE);
     for pod in burst.iter().step_by(10).chain(first.iter().step_by(15)) {
-        succeeded(&pod.check()?).with_context(|| format!("CHECK of {}", pod.name()))?;
+        pod.check()?.succeeded().with_context(|| format!("CHECK of {}", pod.name()))?;
     }
     eventually("no contradictions", SOON, || Ok(host.huskctl(["ipam", "check"])?.status.code() == Some(0)))?;
-    reached(&first[0], &burst[AT_ONCE - 1])?;
-    reached(&burst[0], &first[BEFORE - 1])?;
+    first[0].await_answer_of(&burst[AT_ONCE - 1], SOON)?;
+    burst[0].await_answer_of(&first[BEFORE - 1], SOON)?;
 
     let started = Instant::now();
-    at_once(&mut burst, |pod| pod.del())?.iter().try_for_each(succeeded)?;
+    at_once(&mut burst, |pod| pod.del())?.iter().try_for_each(CniOutcome::succeeded)?;
     eprintln!("{AT_ONCE} DELs at once took {:?}", started.elapsed());
-    assert_eq!(leases(host)?.len(), BEFORE);
-    assert_eq!(pod_interfaces(host)?.len(), BEFORE);
+    assert_eq!(host.leases()?.len(), BEFORE);
+    assert_eq!(host.pod_interfaces()?.len(), BEFORE);
     for pod in first.iter().step_by(15) {
-        succeeded(&pod.check()?).with_context(|| format!("CHECK of {}", pod.name()))?;
+        pod.check()?.succeeded().with_context(|| format!("CHECK of {}", pod.name()))?;
     }
     // DEL again, and of the others, and some of both at once.
     let mut all: Vec<Pod> = first.into_iter().chain(burst.drain(..20)).collect();
-    at_once(&mut all, |pod| pod.del())?.iter().try_for_each(succeeded)?;
+    at_once(&mut all, |pod| pod.del())?.iter().try_for_each(CniOutcome::succeeded)?;
     assert_clean(host)
 }
 
@@ -179,7 +130,7 @@ fn a_hundred_at_once_and_two_hundred_and_fifty_on_a_node() -> Result<()> {
 fn parts(host: &Host, pod: &Pod) -> Result<[bool; 3]> {
     let inside = pod.netns().ip_json(["link", "show"])?;
     let inside = inside.as_array().into_iter().flatten().any(|link| link["ifname"] == "eth0");
-    Ok([!leases(host)?.is_empty(), !pod_interfaces(host)?.is_empty(), inside])
+    Ok([!host.leases()?.is_empty(), !host.pod_interfaces()?.is_empty(), inside])
 }
 
 /// The outcomes of ADDs of one attachment: one of them won, and the attachment is whole, or none did, and there is nothing.
@@ -195,7 +146,7 @@ fn assert_one_won(host: &Host, pod: &Pod, outcomes: &[CniOutcome]) -> Result<()>
     if let Some(won) = won.first() {
         let mut spec = pod.spec().clone();
         spec.prev_result = Some(won.json.clone());
-        succeeded(&host.cni("CHECK", &spec)?)?;
+        host.cni("CHECK", &spec)?.succeeded()?;
     }
     Ok(())
 }
@@ -210,18 +161,18 @@ fn one_container_added_by_several_at_once() -> Result<()> {
     for round in 0..2 * ROUNDS {
         if round % 2 == 1 {
             // What an ADD leaves that was killed before it made an interface.
-            succeeded(&host.cni("ADD", pod.spec())?)?;
-            let lease = lease_directory(host).join(&leases(host)?[0]);
+            host.cni("ADD", pod.spec())?.succeeded()?;
+            let lease = host.leases()?.remove(0);
             let content = fs::read(&lease)?;
-            succeeded(&pod.del()?)?;
+            pod.del()?.succeeded()?;
             fs::write(&lease, content)?;
         }
         let outcomes = at_once(&mut [(); 3], |()| host.cni("ADD", pod.spec()))?;
         assert_one_won(host, &pod, &outcomes).with_context(|| format!("round {round}"))?;
         winners += usize::from(outcomes.iter().any(CniOutcome::success));
         let dels = at_once(&mut [(); 2], |()| pod.del())?;
-        dels.iter().try_for_each(succeeded)?;
-        assert_eq!(residue(host)?, Vec::<String>::new(), "round {round}");
+        dels.iter().try_for_each(CniOutcome::succeeded)?;
+        assert_eq!(host.residue()?, Vec::<String>::new(), "round {round}");
     }
     eprintln!("one of three won in {winners} of {} rounds", 2 * ROUNDS);
     assert!(winners > ROUNDS, "an ADD wins nearly always: {winners}");
@@ -233,9 +184,9 @@ fn time_of_an_add(host: &Host, pod: &Pod) -> Result<Duration> {
     let mut times = Vec::new();
     for _ in 0..5 {
         let outcome = host.cni("ADD", pod.spec())?;
-        succeeded(&outcome)?;
+        outcome.succeeded()?;
         times.push(outcome.elapsed);
-        succeeded(&pod.del()?)?;
+        pod.del()?.succeeded()?;
     }
     times.sort();
     Ok(times[2])
@@ -272,7 +223,7 @@ fn a_del_races_the_add_of_the_same_attachment() -> Result<()> {
     for step in 0..OFFSETS {
         let offset = span * step / OFFSETS;
         let (added, _, deleted, _) = overlapped(offset, || host.cni("ADD", pod.spec()), || pod.del())?;
-        succeeded(&deleted)?;
+        deleted.succeeded()?;
         slowest = slowest.max(added.elapsed).max(deleted.elapsed);
         let parts = parts(host, &pod)?;
         let whole = parts == [true; 3];
@@ -283,8 +234,8 @@ fn a_del_races_the_add_of_the_same_attachment() -> Result<()> {
             assert!(matches!(added.error_code(), Some(LATER | 5 | 102)), "offset {offset:?}: {}", added.stdout);
         }
         *seen.entry((added.success(), parts)).or_default() += 1;
-        succeeded(&pod.del()?)?;
-        assert_eq!(residue(host)?, Vec::<String>::new(), "offset {offset:?}");
+        pod.del()?.succeeded()?;
+        assert_eq!(host.residue()?, Vec::<String>::new(), "offset {offset:?}");
     }
     eprintln!("ADD succeeded, and what was left: {seen:?}; the slowest call took {slowest:?}");
     assert_clean(host)
@@ -304,16 +255,16 @@ fn a_gc_races_the_add_of_a_container_that_its_list_does_not_have() -> Result<()>
     let span = time_of_an_add(host, &pod)? * 5 / 4;
     let (mut during, mut survived) = (0, 0);
     for step in 0..OFFSETS {
-        succeeded(&host.cni("ADD", stale.spec())?)?;
+        host.cni("ADD", stale.spec())?.succeeded()?;
         let offset = span * step / OFFSETS;
         let (added, ended, collected, began) =
             overlapped(offset, || host.cni("ADD", pod.spec()), || collect(host).map(|it| (it, Instant::now())))?;
-        succeeded(&added).with_context(|| format!("offset {offset:?}"))?;
-        succeeded(&collected.0)?;
+        added.succeeded().with_context(|| format!("offset {offset:?}"))?;
+        collected.0.succeeded()?;
         let inside = |pod: &Pod| Ok::<_, anyhow::Error>(pod.netns().ip_json(["link"])?.to_string().contains("eth0"));
         assert!(!inside(&stale)?, "offset {offset:?}: what is not valid has to go");
-        let kept = leases(host)?.len();
-        assert_eq!((kept, pod_interfaces(host)?.len(), inside(&pod)?), (kept, kept, kept == 1), "offset {offset:?}");
+        let kept = host.leases()?.len();
+        assert_eq!((kept, host.pod_interfaces()?.len(), inside(&pod)?), (kept, kept, kept == 1), "offset {offset:?}");
         if ended > collected.1 {
             // Under way all the time.
             during += 1;
@@ -323,7 +274,7 @@ fn a_gc_races_the_add_of_a_container_that_its_list_does_not_have() -> Result<()>
             assert_eq!(kept, 0, "offset {offset:?}");
         }
         survived += kept;
-        succeeded(&pod.del()?)?;
+        pod.del()?.succeeded()?;
     }
     eprintln!("{survived} of {OFFSETS} survived, {during} were under way during all of the GC");
     assert_clean(host)
@@ -361,7 +312,7 @@ fn a_gc_spares_an_add_that_ends_while_it_runs() -> Result<()> {
     let (added, collected) = thread::scope(|scope| -> Result<_> {
         let adding = scope.spawn(|| host.cni("ADD", pod.spec()));
         await_plugin(host, 1)?;
-        eventually("the ADD to have its lease", SOON, || Ok(leases(host)?.len() == 2))?;
+        eventually("the ADD to have its lease", SOON, || Ok(host.leases()?.len() == 2))?;
         let collecting = scope.spawn(|| host.program("/bin/sh").args(["-c", &script]).run());
         await_plugin(host, 2)?;
         daemon.signal(Signal::SIGCONT)?;
@@ -369,172 +320,12 @@ fn a_gc_spares_an_add_that_ends_while_it_runs() -> Result<()> {
         fs::rename(&written, &late)?;
         Ok((added, collecting.join().expect("a panic is a failed test")?))
     })?;
-    succeeded(&added)?;
+    added.succeeded()?;
     assert!(collected.status.success(), "{}{}", collected.stdout, collected.stderr);
     assert_eq!(parts(host, &pod)?, [true; 3], "GC removed the attachment of an ADD that was under way when it began");
-    assert_eq!(leases(host)?.len(), 1, "and what is stale has to go");
+    assert_eq!(host.leases()?.len(), 1, "and what is stale has to go");
     // The next one begins after that ADD has ended.
-    succeeded(&collect(host)?)?;
+    collect(host)?.succeeded()?;
     drop(stale);
     assert_clean(host)
-}
-
-/// What is true of all hosts at any moment: who has which address, as the runtimes know it.
-#[derive(Default)]
-struct Holders(Mutex<BTreeMap<IpAddr, String>>);
-
-impl Holders {
-    fn take(&self, addresses: &[IpAddr], pod: &str) -> Result<()> {
-        let mut holders = self.0.lock().expect("no holder panics");
-        addresses.iter().try_for_each(|address| {
-            let other = holders.insert(*address, pod.to_owned());
-            ensure!(other.is_none(), "{address} was given to {pod} while {} had it", other.unwrap_or_default());
-            Ok(())
-        })
-    }
-
-    /// Before the DEL, in the course of which the address becomes free.
-    fn leave(&self, addresses: &[IpAddr]) {
-        let mut holders = self.0.lock().expect("no holder panics");
-        for address in addresses {
-            holders.remove(address);
-        }
-    }
-}
-
-/// The blocks that a host serves pods from.
-fn served(host: &Host) -> Result<BTreeSet<Prefix>> {
-    let node: Value = serde_json::from_str(&fs::read_to_string(host.file("/run/husk/node.json"))?)?;
-    let blocks = node["blocks"].as_array().context("no blocks in node.json")?.iter();
-    blocks.map(|block| Ok(block.as_str().unwrap_or_default().parse()?)).collect()
-}
-
-/// Looks at two hosts until told to stop: no block is served by both. A block that changes hands between two looks is seen
-/// with its first owner once only. Returns the number of looks and the most blocks that were served.
-fn watch_blocks(cluster: &Cluster, stop: &AtomicBool) -> Result<(usize, usize)> {
-    let (mut looks, mut most) = (0, 0);
-    while !stop.load(Ordering::Relaxed) {
-        for one in cluster.hosts() {
-            let before = served(one)?;
-            for other in cluster.hosts().iter().filter(|other| other.name() != one.name()) {
-                let theirs = served(other)?;
-                let still: BTreeSet<Prefix> = served(one)?.intersection(&before).copied().collect();
-                let both: Vec<&Prefix> = still.intersection(&theirs).collect();
-                ensure!(both.is_empty(), "{both:?} are served by {} and {}", one.name(), other.name());
-            }
-        }
-        let all: usize = cluster.hosts().iter().map(|host| served(host).map(|it| it.len()).unwrap_or(0)).sum();
-        (looks, most) = (looks + 1, most.max(all));
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok((looks, most))
-}
-
-/// Adds a pod, which may have to wait until another host has given a block back. Returns how often it was told to.
-fn add_at_last(host: &Host, spec: &PodSpec) -> Result<(Vec<IpAddr>, usize)> {
-    let mut refusals = 0;
-    let mut addresses = Vec::new();
-    eventually(&format!("an address for {}", spec.container_id), Duration::from_secs(20), || {
-        let outcome = host.cni("ADD", spec)?;
-        if !outcome.success() {
-            ensure!(matches!(outcome.error_code(), Some(100 | LATER)), "{}{}", outcome.stdout, outcome.stderr);
-            refusals += 1;
-            return Ok(false);
-        }
-        let ips = outcome.json["ips"].as_array().into_iter().flatten();
-        addresses = ips.filter_map(|ip| ip["address"].as_str()?.split('/').next()?.parse().ok()).collect();
-        Ok(true)
-    })?;
-    Ok((addresses, refusals))
-}
-
-#[test]
-fn blocks_come_and_go_under_load() -> Result<()> {
-    const HOSTS: u8 = 3;
-    const WORKERS: usize = 3;
-    const PODS: usize = 7;
-    const ROUNDS: usize = 5;
-    // Sixteen blocks of eight addresses. At their fullest the hosts hold 63 of the 125 addresses for pods, in blocks none of
-    // which another host may touch.
-    let cidrs = ["10.42.0.0/25".parse()?, "fd42::/121".parse()?];
-    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(HOSTS).cluster_cidrs(cidrs).build()?;
-    for host in cluster.hosts() {
-        host.configure(|config| {
-            config["blockLengths"] = json!({"ipv4": 29, "ipv6": 125});
-            config["ipam"] = json!({"coolDown": 1});
-        })?;
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    let least: Vec<BTreeSet<Prefix>> = cluster.hosts().iter().map(served).collect::<Result<_>>()?;
-
-    let (holders, stop) = (Holders::default(), AtomicBool::new(false));
-    let work = |host: &Host, worker: usize| -> Result<usize> {
-        let sandboxes: Vec<Pod> =
-            (0..PODS).map(|number| host.sandbox(&format!("w{worker}n{number}"))).collect::<Result<_>>()?;
-        let mut refusals = 0;
-        for round in 0..ROUNDS {
-            // Hosts and workers grow and shrink at different times, by different numbers.
-            let count = PODS - (round + worker) % 3;
-            let mut live = Vec::new();
-            for sandbox in &sandboxes[..count] {
-                let mut spec = sandbox.spec().clone();
-                spec.container_id = format!("{}-{round}", spec.container_id);
-                let (addresses, refused) = add_at_last(host, &spec)?;
-                holders.take(&addresses, &spec.container_id)?;
-                refusals += refused;
-                live.push((spec, addresses));
-            }
-            for (spec, addresses) in live {
-                holders.leave(&addresses);
-                succeeded(&host.cni("DEL", &spec)?)?;
-            }
-        }
-        Ok(refusals)
-    };
-    let started = Instant::now();
-    let (refusals, (looks, most)) = thread::scope(|scope| -> Result<_> {
-        let watcher = scope.spawn(|| watch_blocks(&cluster, &stop));
-        let work = &work;
-        let workers: Vec<_> = cluster
-            .hosts()
-            .iter()
-            .flat_map(|host| (0..WORKERS).map(move |worker| (host, worker)))
-            .map(|(host, worker)| scope.spawn(move || work(host, worker)))
-            .collect();
-        let ended: Vec<Result<usize>> =
-            workers.into_iter().map(|worker| worker.join().expect("a panic is a failed test")).collect();
-        stop.store(true, Ordering::Relaxed);
-        let watched = watcher.join().expect("a panic is a failed test")?;
-        Ok((ended.into_iter().sum::<Result<usize>>()?, watched))
-    })?;
-    eprintln!(
-        "{} pods after {:?}, {refusals} refusals, {looks} looks at up to {most} blocks",
-        ROUNDS * PODS * WORKERS * usize::from(HOSTS),
-        started.elapsed()
-    );
-    let first: usize = least.iter().map(BTreeSet::len).sum();
-    assert!(most >= 2 * first, "the load never needed more blocks: {most}");
-
-    // The cool-down, the daemon's tick of five seconds, and a pass for the record after the blocks.
-    for (host, least) in cluster.hosts().iter().zip(&least) {
-        eventually(&format!("{} to give its blocks back", host.name()), Duration::from_secs(20), || {
-            Ok(served(host)? == *least)
-        })
-        .with_context(|| format!("{:?}, first {least:?}", served(host)))?;
-        assert_clean(host)?;
-    }
-    let files = fs::read_dir(cluster.manifests().join("blocks"))?.count();
-    assert_eq!(files, first, "one file per block that is left, and no temporary ones");
-
-    // None is lost: one host can have all that the others do not need.
-    let host = cluster.host(1);
-    let rest = 2 * 16 - (first - least[0].len());
-    let pods = pods(host, rest / 2 * 8 - 1, |number| host.add_pod(&format!("all{number}")))?;
-    distinct_addresses(&pods)?;
-    let full = host.sandbox("full")?;
-    let outcome = host.cni("ADD", full.spec())?;
-    assert_eq!(outcome.error_code(), Some(100), "{}", outcome.stdout);
-    Ok(())
 }

@@ -32,8 +32,7 @@ fn start(cluster: &Cluster, block_lengths: serde_json::Value) -> Result<()> {
         config["blockLengths"] = block_lengths;
         config["ipam"] = json!({"coolDown": 0});
     })?;
-    host.install_plugin()?;
-    host.start_daemon()?;
+    host.start()?;
     host.wait_ready()
 }
 
@@ -189,7 +188,7 @@ fn left_to_the_daemon(command: &str, bring: impl Fn(&Host) -> Result<()>) -> Res
     drop(pods);
     bring(host)?;
     settled(host, &bystander, &before)?;
-    let left: BTreeSet<_> = std::fs::read_dir(host.file("/run/husk/leases"))?
+    let left: BTreeSet<_> = std::fs::read_dir(host.lease_directory())?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
     ensure!(!left.contains("new"), "a half-written lease stays: {left:?}");

@@ -61,8 +61,7 @@ fn beside_a_bystander(work: impl FnOnce(&Host, &Pod, &mut Said) -> Result<()>) -
         config["blockLengths"] = json!({"ipv4": 29, "ipv6": 125});
         config["ipam"] = json!({"coolDown": 0});
     })?;
-    host.install_plugin()?;
-    host.start_daemon()?;
+    host.start()?;
     host.wait_ready()?;
     let bystander = bystander(host)?;
     let before = tables(host)?;

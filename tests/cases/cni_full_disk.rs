@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use husk_tests::crash::{Victim, bystander, settled, succeeded, tables, valid_error};
+use husk_tests::host::LEASE_DIRECTORY;
 use husk_tests::{Cluster, CniOutcome, Host, Mode, Signal, eventually};
 use nix::mount::{MsFlags, mount};
 
@@ -106,7 +107,7 @@ fn one_host() -> Result<Cluster> {
 fn says_full(command: &str, outcome: &CniOutcome) -> Result<()> {
     valid_error(command, outcome)?;
     let said = outcome.json["msg"].as_str().unwrap_or_default();
-    let names = said.contains(FULL) && said.contains("/run/husk/leases");
+    let names = said.contains(FULL) && said.contains(LEASE_DIRECTORY);
     ensure!(names && outcome.error_code() == Some(5), "{command} said {}", outcome.stdout);
     Ok(())
 }

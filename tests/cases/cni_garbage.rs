@@ -8,33 +8,26 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use husk_tests::probe::Echo;
-use husk_tests::{Cluster, CniOutcome, Family, Host, Mode, Pod, Signal, eventually};
+use anyhow::{Context, Result};
+use husk_tests::host::LEASE_DIRECTORY;
+use husk_tests::{Cluster, Family, Host, Mode, Pod, Signal, eventually};
 use serde_json::{Value, json};
 
 /// How soon the daemon has followed what lies in its directories; its tick is five seconds.
 const SOON: Duration = Duration::from_secs(8);
 
+/// How long an answer may be under way.
+const AT_ONCE: Duration = Duration::from_millis(300);
+
 fn one_host() -> Result<Cluster> {
     Cluster::builder().mode(Mode::Vxlan).hosts(1).start()
-}
-
-fn succeeded(outcome: &CniOutcome) -> Result<()> {
-    ensure!(outcome.success(), "exit status {:?}: {}{}", outcome.status, outcome.stdout, outcome.stderr);
-    Ok(())
-}
-
-fn lease_directory(host: &Host) -> PathBuf {
-    host.file("/run/husk/leases")
 }
 
 /// The lease files by container id, of those that can be read.
 fn leases(host: &Host) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
-    for item in fs::read_dir(lease_directory(host))? {
-        let path = item?.path();
-        if path.extension().is_some_and(|end| end == "json") && path.metadata().is_ok_and(|it| it.is_file()) {
+    for path in host.leases()? {
+        if path.metadata().is_ok_and(|it| it.is_file()) {
             let lease: Value = serde_json::from_slice(&fs::read(&path)?).unwrap_or_default();
             if let Some(id) = lease["containerId"].as_str() {
                 found.insert(id.to_owned(), path);
@@ -53,11 +46,6 @@ fn edit(lease: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
     let mut content: Value = serde_json::from_slice(&fs::read(lease)?)?;
     change(&mut content);
     Ok(fs::write(lease, content.to_string())?)
-}
-
-fn reaches(from: &Pod, to: &Pod) -> Result<bool> {
-    let echo = Echo::to(to.address(Family::Ipv4)?).limit(Duration::from_millis(300));
-    Ok(echo.run(from.netns())?.arrived())
 }
 
 /// What `huskctl ipam check` prints and how it ends.
@@ -120,7 +108,7 @@ fn litter(host: &Host, directory: &Path, next: &[IpAddr]) -> Result<Litter> {
             3 => fs::create_dir(&path)?,
             4 => symlink("/nonexistent", &path)?,
             5 => symlink(&name, &path)?,
-            6 => host.program("mkfifo").args([Path::new("/run/husk/leases").join(&name)]).check().map(drop)?,
+            6 => host.program("mkfifo").args([Path::new(LEASE_DIRECTORY).join(&name)]).check().map(drop)?,
             _ => fs::write(&path, vec![b'['; 1 << 20])?,
         }
         names.push(name);
@@ -136,7 +124,7 @@ fn litter(host: &Host, directory: &Path, next: &[IpAddr]) -> Result<Litter> {
 fn litter_in_the_lease_directory() -> Result<()> {
     let cluster = one_host()?;
     let host = cluster.host(1);
-    let directory = lease_directory(host);
+    let directory = host.lease_directory();
     let (mut a, b) = (host.add_pod("a")?, host.add_pod("b")?);
     let IpAddr::V4(last) = b.address(Family::Ipv4)? else { unreachable!("an IPv4 address") };
     let next: Vec<IpAddr> =
@@ -153,7 +141,7 @@ fn litter_in_the_lease_directory() -> Result<()> {
         }
         let status = host.huskctl_json(["status"])?;
         assert_eq!(status["ready"], true, "{status}");
-        assert!(reaches(&a, &b)?);
+        assert!(a.reaches(&b, AT_ONCE)?);
         if round == 0 {
             host.restart_daemon(Signal::SIGKILL)?;
         }
@@ -162,7 +150,7 @@ fn litter_in_the_lease_directory() -> Result<()> {
     // ADD avoids the addresses, takes away what a dead writer left, and nothing else.
     let c = host.add_pod("c")?;
     assert!(!c.addresses().iter().any(|address| litter.taken.contains(address)), "{:?}", c.addresses());
-    assert!(reaches(&a, &c)?);
+    assert!(a.reaches(&c, AT_ONCE)?);
     assert!(!directory.join("new").exists());
     let mut wanting = host.sandbox("wanting")?;
     wanting.spec_mut().runtime_config = Some(json!({"ips": [next[0].to_string()]}));
@@ -171,9 +159,9 @@ fn litter_in_the_lease_directory() -> Result<()> {
     assert!(refused.stdout.contains(litter.names[3]), "{}", refused.stdout);
     // CHECK and DEL do not care.
     for pod in [&a, &b, &c] {
-        succeeded(&pod.check()?)?;
+        pod.check()?.succeeded()?;
     }
-    succeeded(&c.del()?)?;
+    c.del()?.succeeded()?;
     // GC collects what it can, and reports what it could not judge.
     let stale = host.add_pod("stale")?;
     let collected = host.cni_gc(&[a.spec(), b.spec()])?;
@@ -192,10 +180,10 @@ fn litter_in_the_lease_directory() -> Result<()> {
         if path.is_dir() { fs::remove_dir_all(path)? } else { fs::remove_file(path)? }
     }
     await_no_findings(host)?;
-    succeeded(&host.cni_gc(&[a.spec(), b.spec()])?)?;
-    succeeded(&a.del()?)?;
-    succeeded(&a.add()?)?;
-    assert!(reaches(&a, &b)?);
+    host.cni_gc(&[a.spec(), b.spec()])?.succeeded()?;
+    a.del()?.succeeded()?;
+    a.add()?.succeeded()?;
+    assert!(a.reaches(&b, AT_ONCE)?);
     assert_no_panic(host);
     Ok(())
 }
@@ -213,21 +201,21 @@ fn a_lease_of_an_older_release() -> Result<()> {
         lease.as_object_mut().expect("a lease is an object").retain(|key, _| known.contains(&key.as_str()));
     })?;
     host.restart_daemon(Signal::SIGKILL)?;
-    assert!(reaches(&other, &old)? && reaches(&old, &other)?);
+    assert!(other.reaches(&old, AT_ONCE)? && old.reaches(&other, AT_ONCE)?);
     await_no_findings(host)?;
-    succeeded(&old.check()?)?;
-    succeeded(&host.cni_gc(&[old.spec(), other.spec()])?)?;
+    old.check()?.succeeded()?;
+    host.cni_gc(&[old.spec(), other.spec()])?.succeeded()?;
     assert_eq!(leases(host)?.len(), 2);
-    succeeded(&old.del()?)?;
+    old.del()?.succeeded()?;
 
     // Of a release to come, nothing but the name is understood: the address stays taken until its DEL.
     let path = lease_of(host, &other)?;
     edit(&path, |lease| lease["version"] = json!(2))?;
     await_findings(host, &[&path.file_name().unwrap_or_default().to_string_lossy(), "version is 2"])?;
-    succeeded(&host.cni_gc(&[other.spec()])?)?;
+    host.cni_gc(&[other.spec()])?.succeeded()?;
     let replacement = host.add_pod("replacement")?;
     assert!(replacement.addresses().iter().all(|address| !other.addresses().contains(address)));
-    succeeded(&other.del()?)?;
+    other.del()?.succeeded()?;
     assert!(!path.exists());
     await_no_findings(host)?;
     assert_no_panic(host);
@@ -254,14 +242,14 @@ fn leases_that_contradict_each_other_or_the_node() -> Result<()> {
     assert!(said.contains(&twin.file_name().unwrap_or_default().to_string_lossy().into_owned()), "{said}");
     // The older one keeps it, across a restart too, and nobody else gets it.
     host.restart_daemon(Signal::SIGKILL)?;
-    assert!(reaches(&third, &first)?, "the older lease keeps its address");
+    assert!(third.reaches(&first, AT_ONCE)?, "the older lease keeps its address");
     assert!(theirs.exists() && twin.exists());
     let checked = second.check()?;
     assert_eq!(checked.error_code(), Some(103), "{}", checked.stdout);
     let fourth = host.add_pod("fourth")?;
     assert!(fourth.address(Family::Ipv4)? != address);
     let collected = host.cni_gc(&[first.spec(), second.spec(), third.spec(), fourth.spec()])?;
-    succeeded(&collected)?;
+    collected.succeeded()?;
     // DEL of the one does not touch the other.
     fs::rename(&twin, &ours)?;
     fs::write(&ours, kept)?;
@@ -277,10 +265,10 @@ fn leases_that_contradict_each_other_or_the_node() -> Result<()> {
     edit(&stray, |lease| lease["addresses"]["ipv4"] = json!("192.0.2.77"))?;
     await_findings(host, &["192.0.2.77", "in no block of this node", "delete the pod"])?;
     host.restart_daemon(Signal::SIGKILL)?;
-    assert!(reaches(&first, &second)?);
-    succeeded(&host.cni_gc(&[first.spec(), second.spec(), third.spec(), fourth.spec()])?)?;
+    assert!(first.reaches(&second, AT_ONCE)?);
+    host.cni_gc(&[first.spec(), second.spec(), third.spec(), fourth.spec()])?.succeeded()?;
     assert!(stray.exists());
-    succeeded(&third.del()?)?;
+    third.del()?.succeeded()?;
     assert!(!stray.exists());
     await_no_findings(host)?;
     assert_no_panic(host);
@@ -304,13 +292,13 @@ fn the_path_of_a_namespace_is_used_again() -> Result<()> {
     // The daemon sees that the namespace is another one, and releases the lease.
     eventually("the lease of a pod that is gone to be released", SOON, || Ok(leases(host)?.len() == 1))?;
     heir.spec_mut().container_id = "heir".to_owned();
-    succeeded(&heir.add()?)?;
+    heir.add()?.succeeded()?;
     assert!(heir.addresses().iter().all(|address| !addresses.contains(address)), "they rest");
-    assert!(reaches(&other, &heir)?);
+    assert!(other.reaches(&heir, AT_ONCE)?);
     // A late DEL of the old pod does not touch the new one.
-    succeeded(&host.cni("DEL", &spec)?)?;
-    succeeded(&heir.check()?)?;
-    assert!(reaches(&other, &heir)?);
+    host.cni("DEL", &spec)?.succeeded()?;
+    heir.check()?.succeeded()?;
+    assert!(other.reaches(&heir, AT_ONCE)?);
 
     // Path and inode are those of a namespace that lives: nothing proves the pod gone, the lease stays until DEL or GC.
     let reused = host.sandbox("reused")?;
@@ -330,11 +318,11 @@ fn the_path_of_a_namespace_is_used_again() -> Result<()> {
     assert!(path.exists(), "nothing proves that the pod is gone");
     // A new pod in that namespace has nothing to do with it.
     let mut reused = reused;
-    succeeded(&reused.add()?)?;
-    succeeded(&host.cni_gc(&[other.spec(), heir.spec(), reused.spec()])?)?;
+    reused.add()?.succeeded()?;
+    host.cni_gc(&[other.spec(), heir.spec(), reused.spec()])?.succeeded()?;
     assert!(!path.exists());
-    succeeded(&reused.check()?)?;
-    succeeded(&host.cni("DEL", &gone_spec)?)?;
+    reused.check()?.succeeded()?;
+    host.cni("DEL", &gone_spec)?.succeeded()?;
     await_no_findings(host)?;
     assert_no_panic(host);
     Ok(())
@@ -366,8 +354,8 @@ fn a_damaged_node_file() -> Result<()> {
         assert_eq!(added.error_code(), Some(11), "{}", added.stdout);
         assert!(added.stdout.contains(said) && added.stdout.contains("huskd"), "{said:?} in {}", added.stdout);
         assert_eq!(host.cni_status()?.error_code(), Some(50));
-        succeeded(&pod.check()?)?;
-        succeeded(&late.del()?)?;
+        pod.check()?.succeeded()?;
+        late.del()?.succeeded()?;
         assert_eq!(leases(host)?.len(), 1);
         host.start_daemon()?;
         host.wait_ready()?;
@@ -377,8 +365,8 @@ fn a_damaged_node_file() -> Result<()> {
     // Damaged under a daemon that runs, it is put right without a restart.
     fs::write(&path, b"{")?;
     eventually("node.json to be whole again", SOON, || Ok(fs::read(&path)? == whole))?;
-    succeeded(&late.add()?)?;
-    assert!(reaches(&late, &pod)?);
+    late.add()?.succeeded()?;
+    assert!(late.reaches(&pod, AT_ONCE)?);
     assert_no_panic(host);
     Ok(())
 }

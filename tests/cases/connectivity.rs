@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::netns::Netns;
+use husk_tests::pod::Served;
 use husk_tests::probe::{Datagram, Echo, EchoServer, Reach, path_mtu, payload, tcp};
 use husk_tests::{Cluster, ClusterBuilder, Family, Host, Kind, Mode, Pod, Trace, eventually};
 use serde_json::json;
@@ -46,22 +47,9 @@ fn wireguard_over_ipv6() -> Result<()> {
     every_pair(Mode::Wireguard, Family::Ipv6, 1420)
 }
 
-/// A pod with a server in it. The server goes first when both are dropped.
-struct Served {
-    server: EchoServer,
-    pod: Pod,
-}
-
-impl Served {
-    fn start(host: &Host, name: &str) -> Result<Self> {
-        let pod = host.add_pod(name)?;
-        Ok(Self { server: EchoServer::start(pod.netns())?, pod })
-    }
-
-    /// Transfers to this pod and returns the address that its server saw the client under.
-    fn seen(&self, client: &Netns, family: Family) -> Result<IpAddr> {
-        seen(&self.server, client, self.pod.address(family)?)
-    }
+/// Transfers to a pod and returns the address that its server saw the client under.
+fn seen_by(served: &Served, client: &Netns, family: Family) -> Result<IpAddr> {
+    seen(&served.server, client, served.pod.address(family)?)
 }
 
 /// Transfers to a server and returns the address that it saw the client under.
@@ -135,7 +123,7 @@ fn every_pair(mode: Mode, family: Family, pod_mtu: usize) -> Result<()> {
 
     let wire = cluster.capture()?;
     for ((from, to), inner) in pairs().filter(|((from, to), _)| !std::ptr::eq(*from, *to)) {
-        let client = to.seen(from.pod.netns(), inner)?;
+        let client = seen_by(to, from.pod.netns(), inner)?;
         assert_eq!(client, from.pod.address(inner)?, "{mode}: pods see each other's own addresses");
     }
     assert_wire(&wire.stop()?, &cluster, mode, (family, 1500));
@@ -157,21 +145,7 @@ fn every_pair(mode: Mode, family: Family, pod_mtu: usize) -> Result<()> {
         let trace = wire.stop()?;
         assert!(trace.largest() > 1400 && trace.largest() <= 1500 && trace.fragments() == 0, "{}", trace.largest());
     }
-    settled(&cluster)
-}
-
-/// The daemons have nothing to do and nothing to complain about.
-fn settled(cluster: &Cluster) -> Result<()> {
-    for host in cluster.hosts() {
-        let diff = host.huskctl(["diff"])?;
-        assert_eq!(diff.status.code(), Some(0), "{}: {}{}", host.name(), diff.stdout, diff.stderr);
-        let status = host.huskctl_json(["status"])?;
-        assert_eq!((&status["ready"], &status["issues"]), (&json!(true), &json!([])), "{status:#}");
-        for counter in ["plaintext_in", "plaintext_out", "unknown_vtep"] {
-            assert_eq!(status["counters"][counter]["packets"].as_u64().unwrap_or(0), 0, "{}: {status:#}", host.name());
-        }
-    }
-    Ok(())
+    cluster.ensure_settled()
 }
 
 #[test]
@@ -189,14 +163,6 @@ fn hosts_and_the_outside_in_wireguard_mode() -> Result<()> {
     around(Mode::Wireguard)
 }
 
-/// The node's address inside the overlay.
-fn router(host: &Host, family: Family) -> Result<IpAddr> {
-    let status = host.huskctl_json(["status"])?;
-    let key = if family == Family::Ipv4 { "ipv4" } else { "ipv6" };
-    let text = status["router"][key].as_str().with_context(|| format!("no {key} router address: {status}"))?;
-    Ok(text.parse()?)
-}
-
 fn around(mode: Mode) -> Result<()> {
     for underlay in Family::ALL {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).dual_stack().start()?;
@@ -210,14 +176,15 @@ fn around(mode: Mode) -> Result<()> {
             let own = a.pod.address(family)?;
             assert_eq!(seen(&at_one, pod, one.address(family)?)?, own, "{what}: a pod to its own host");
             assert!(Echo::to(own).run(one.netns())?.arrived(), "{what}: a host to its own pod");
-            a.seen(one.netns(), family).with_context(|| format!("{what}: a host to its own pod"))?;
+            seen_by(&a, one.netns(), family).with_context(|| format!("{what}: a host to its own pod"))?;
 
-            let host_at_pod = b.seen(one.netns(), family).with_context(|| format!("{what}: a host to a remote pod"))?;
+            let host_at_pod =
+                seen_by(&b, one.netns(), family).with_context(|| format!("{what}: a host to a remote pod"))?;
             if mode.tunnelled() {
-                assert_eq!(seen(&at_one, pod, router(one, family)?)?, own, "{what}: a pod to its own router");
-                assert_eq!(seen(&at_two, pod, router(two, family)?)?, own, "{what}: a pod to another router");
-                assert_eq!(host_at_pod, router(one, family)?, "{what}: a host to a remote pod");
-                assert_eq!(seen(&at_two, one.netns(), router(two, family)?)?, host_at_pod, "{what}: host to host");
+                assert_eq!(seen(&at_one, pod, one.router(family)?)?, own, "{what}: a pod to its own router");
+                assert_eq!(seen(&at_two, pod, two.router(family)?)?, own, "{what}: a pod to another router");
+                assert_eq!(host_at_pod, one.router(family)?, "{what}: a host to a remote pod");
+                assert_eq!(seen(&at_two, one.netns(), two.router(family)?)?, host_at_pod, "{what}: host to host");
             } else {
                 assert_eq!(host_at_pod, one.address(family)?, "{what}: a host to a remote pod");
             }
@@ -240,7 +207,7 @@ fn around(mode: Mode) -> Result<()> {
             let clients: BTreeSet<_> = datagrams.peers().iter().map(std::net::SocketAddr::ip).collect();
             assert_eq!(clients, BTreeSet::from([node]), "{what}");
         }
-        settled(&cluster)?;
+        cluster.ensure_settled()?;
     }
     Ok(())
 }
@@ -278,7 +245,7 @@ fn odd_underlays_are_used_to_the_byte() -> Result<()> {
             for inner in Family::ALL {
                 assert_exact(from.pod.netns(), to.pod.address(inner)?, pod_mtu)
                     .with_context(|| format!("{mode} over {family} of {underlay_mtu}"))?;
-                to.seen(from.pod.netns(), inner)?;
+                seen_by(to, from.pod.netns(), inner)?;
             }
         }
         assert_wire(&wire.stop()?, &cluster, mode, (family, underlay_mtu));
@@ -300,8 +267,7 @@ fn an_underlay_too_small_for_ipv6_gets_no_pod_and_a_reason() -> Result<()> {
         let what = format!("{mode} over {family} of {mtu}");
         let cluster = Cluster::builder().mode(mode).underlay(family).hosts(1).mtu(mtu).build()?;
         let host = cluster.host(1);
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         eventually("the daemon's verdict", PATIENCE, || {
             Ok(host.cni_with("STATUS", None, bare_config())?.stdout.contains("1280"))
         })?;
@@ -354,12 +320,7 @@ fn a_host_with_a_smaller_underlay_gets_packets_of_its_own_size() -> Result<()> {
         let what = format!("{mode} over {family}");
         let cluster = Cluster::builder().mode(mode).underlay(family).hosts(3).build()?;
         cluster.host(2).set_underlay_mtu(1400)?;
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
-        cluster.wait_ready()?;
-        cluster.wait_meshed()?;
+        cluster.start()?;
         let pods: Vec<_> = cluster.hosts().iter().map(|host| Served::start(host, "a")).collect::<Result<_>>()?;
         let mtus: Vec<_> = pods.iter().map(|served| served.pod.mtu()).collect::<Result<_>>()?;
         assert_eq!(mtus, [larger, smaller, larger], "{what}");
@@ -375,7 +336,7 @@ fn a_host_with_a_smaller_underlay_gets_packets_of_its_own_size() -> Result<()> {
             assert_exact(pods[1].pod.netns(), to[0], smaller)?;
             assert_exact(pods[2].pod.netns(), to[0], larger)?;
             // TCP is told by its peer's segment size, also where no packet was ever refused.
-            pods[1].seen(pods[2].pod.netns(), inner)?;
+            seen_by(&pods[1], pods[2].pod.netns(), inner)?;
         }
         let trace = wire.stop()?;
         assert_eq!((trace.largest(), trace.fragments()), (1500, 0), "{what}");
@@ -386,7 +347,7 @@ fn a_host_with_a_smaller_underlay_gets_packets_of_its_own_size() -> Result<()> {
             let largest = trace.packets().iter().filter(concerns).map(|packet| packet.ip_length).max();
             assert_eq!(largest, Some(1400), "{what}");
         }
-        settled(&cluster)?;
+        cluster.ensure_settled()?;
 
         // The other hosts follow while everything runs.
         cluster.host(2).set_underlay_mtu(1450)?;

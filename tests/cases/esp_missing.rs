@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use husk_tests::kernel::{self, Part};
-use husk_tests::{Cluster, ESP_MODES, Leak};
+use husk_tests::{Cluster, ESP_MODES, Host, Leak};
 use serde_json::json;
 
 #[path = "esp_missing/refusal.rs"]
@@ -17,10 +17,7 @@ fn a_kernel_without_esp_is_told_of_and_sends_nothing() -> Result<()> {
         let cluster = Cluster::builder().mode(mode).build()?;
         let leak = Leak::watch(&cluster)?;
         let host = cluster.host(1);
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
+        cluster.hosts().iter().try_for_each(Host::start)?;
         if has_esp {
             cluster.wait_ready()?;
             host.add_pod("a")?;

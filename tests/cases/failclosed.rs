@@ -44,14 +44,23 @@ impl Stage {
         Ok(Self { wire: cluster.capture()?, cluster })
     }
 
+    /// With a pod each on the first two hosts, whose daemons run.
+    fn connected(mode: Mode, hosts: u8) -> Result<(Self, Pod, Pod)> {
+        let stage = Self::set(mode, hosts)?;
+        stage.start(1)?;
+        stage.start(2)?;
+        let (a, b) = (stage.host(1).add_pod("a")?, stage.host(2).add_pod("b")?);
+        a.await_answer_of(&b, SOON)?;
+        Ok((stage, a, b))
+    }
+
     fn host(&self, number: usize) -> &Host {
         self.cluster.host(number)
     }
 
     fn start(&self, number: usize) -> Result<()> {
         let host = self.host(number);
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         host.wait_ready()
     }
 
@@ -122,15 +131,6 @@ impl Traffic {
     }
 }
 
-fn connected(one: &Pod, other: &Pod) -> Result<()> {
-    for family in Family::ALL {
-        let echo = Echo::to(other.address(family)?).limit(Duration::from_millis(200));
-        let what = format!("{} to reach {} over {family}", one.name(), other.name());
-        eventually(&what, SOON, || Ok(echo.run(one.netns())?.arrived()))?;
-    }
-    Ok(())
-}
-
 /// What an outsider removes; that it is gone already is fine.
 fn remove(host: &Host, commands: &[&str]) -> Result<()> {
     for command in commands {
@@ -182,7 +182,7 @@ fn nothing_is_readable_from_the_first_packet_to_the_last() -> Result<()> {
             two.add_pod("b")
         })?;
         assert_eq!(b.addresses(), to);
-        connected(&a, &b)?;
+        a.await_answer_of(&b, SOON)?;
         let traffic = Traffic::between(&a, &b, one)?;
         let server = EchoServer::start(b.netns())?;
         tcp::transfer(a.netns(), server.at(b.address(Family::Ipv4)?), 200_000)?;
@@ -204,7 +204,7 @@ fn nothing_is_readable_from_the_first_packet_to_the_last() -> Result<()> {
             traffic.run()?;
             stands(one)?;
         }
-        connected(&a, &b)?;
+        a.await_answer_of(&b, SOON)?;
 
         // The peer's record vanishes, and comes back.
         let record = stage.cluster.manifests().join("nodes/host2.yaml");
@@ -216,14 +216,14 @@ fn nothing_is_readable_from_the_first_packet_to_the_last() -> Result<()> {
         traffic.run()?;
         two.start_daemon()?;
         two.wait_ready()?;
-        connected(&a, &b)?;
+        a.await_answer_of(&b, SOON)?;
 
         // Nobody is left to put anything back: one after the other goes, and each that is left holds.
         for host in [one, two] {
             host.stop_daemon(Signal::SIGKILL)?;
         }
         traffic.run()?;
-        connected(&a, &b).context("the data plane of a dead daemon")?;
+        a.await_answer_of(&b, SOON).context("the data plane of a dead daemon")?;
         end_tunnel(one, mode)?;
         traffic.run()?;
         // Without the device its routes are gone; the table and the unreachable routes stand.
@@ -253,11 +253,7 @@ fn end_tunnel(host: &Host, mode: Mode) -> Result<()> {
 
 #[test]
 fn a_dead_wireguard_process_leaks_nothing_and_comes_back() -> Result<()> {
-    let stage = Stage::set(Mode::Wireguard, 2)?;
-    stage.start(1)?;
-    stage.start(2)?;
-    let (a, b) = (stage.host(1).add_pod("a")?, stage.host(2).add_pod("b")?);
-    connected(&a, &b)?;
+    let (stage, a, b) = Stage::connected(Mode::Wireguard, 2)?;
     let traffic = Traffic::between(&a, &b, stage.host(1))?;
     for round in 0..4 {
         let host = stage.host(1 + round % 2);
@@ -268,7 +264,7 @@ fn a_dead_wireguard_process_leaks_nothing_and_comes_back() -> Result<()> {
         };
         process.signal(Signal::SIGKILL)?;
         traffic.run()?;
-        connected(&a, &b)?;
+        a.await_answer_of(&b, SOON)?;
     }
     drop(traffic);
     stage.nothing_leaked(Mode::Wireguard, 100)?;
@@ -278,11 +274,7 @@ fn a_dead_wireguard_process_leaks_nothing_and_comes_back() -> Result<()> {
 #[test]
 fn a_host_whose_daemon_never_ran_sends_nothing_of_the_pods() -> Result<()> {
     // The third host has been configured and has no daemon: nobody sends it anything but ciphertext, and it has no pods.
-    let stage = Stage::set(Mode::Wireguard, 3)?;
-    stage.start(1)?;
-    stage.start(2)?;
-    let (a, b) = (stage.host(1).add_pod("a")?, stage.host(2).add_pod("b")?);
-    connected(&a, &b)?;
+    let (stage, a, b) = Stage::connected(Mode::Wireguard, 3)?;
     // Its record is there before its daemon is, as when it was restored from a backup: the others send it handshakes.
     let manifests = stage.cluster.manifests();
     let mut third = stage.cluster.record(2)?;
@@ -309,7 +301,7 @@ fn a_host_whose_daemon_never_ran_sends_nothing_of_the_pods() -> Result<()> {
         std::thread::sleep(WHILE);
         Ok(())
     })?;
-    connected(&a, &b)?;
+    a.await_answer_of(&b, SOON)?;
     let trace = stage.nothing_leaked(Mode::Wireguard, 10)?;
     assert_eq!(trace.count(|packet| to_third(packet) && packet.kind == Kind::Icmp), 0);
     Ok(())
@@ -338,11 +330,7 @@ fn plaintext_for_pods_that_arrives_is_dropped() -> Result<()> {
 
 #[test]
 fn table_and_routes_at_once_leak_until_the_daemon_notices() -> Result<()> {
-    let stage = Stage::set(Mode::Wireguard, 2)?;
-    stage.start(1)?;
-    stage.start(2)?;
-    let (a, b) = (stage.host(1).add_pod("a")?, stage.host(2).add_pod("b")?);
-    connected(&a, &b)?;
+    let (stage, a, b) = Stage::connected(Mode::Wireguard, 2)?;
     let traffic = Traffic::between(&a, &b, stage.host(1))?;
     let one = stage.host(1);
     let mut longest = Duration::ZERO;
@@ -353,7 +341,7 @@ fn table_and_routes_at_once_leak_until_the_daemon_notices() -> Result<()> {
             "nft delete table inet husk; ip -4 route flush table main proto 72; ip -6 route flush table main proto 72";
         one.program("sh").args(["-c", both]).check()?;
         traffic.run()?;
-        connected(&a, &b)?;
+        a.await_answer_of(&b, SOON)?;
         let seen = stage.wire.so_far()?;
         let leaked = seen
             .packets()

@@ -1,14 +1,19 @@
 //! What somebody removes or changes by hand is back within a second; what is not Husk's is never touched.
 
-use std::fs;
+#[path = "healing/state.rs"]
+mod state;
+
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use husk_tests::pod::await_answers_among;
 use husk_tests::probe::Echo;
 use husk_tests::process::binary;
 use husk_tests::{Cluster, Family, Host, Mode, Pod, Signal, eventually};
 use serde_json::Value;
+
+use state::State;
 
 /// What is promised.
 const PROMISE: Duration = Duration::from_secs(1);
@@ -38,14 +43,7 @@ impl Pair {
     }
 
     fn connected(&self) -> Result<()> {
-        for (from, to) in [(&self.a, &self.b), (&self.b, &self.a)] {
-            for family in Family::ALL {
-                let echo = Echo::to(to.address(family)?).limit(Duration::from_millis(200));
-                let what = format!("{} to reach {} over {family}", from.name(), to.name());
-                eventually(&what, Duration::from_secs(4), || Ok(echo.run(from.netns())?.arrived()))?;
-            }
-        }
-        Ok(())
+        await_answers_among(&[&self.a, &self.b], Duration::from_secs(4))
     }
 
     /// Does `harm` to the first host, sees that it took, and that all is back in time, to the last rule.
@@ -69,74 +67,6 @@ impl Pair {
         eprintln!("{what}: back after {:?}", started.elapsed());
         self.connected().with_context(|| format!("after {what}"))
     }
-}
-
-/// Everything of Husk that `ip`, `bridge`, `nft` and `wg` show of a host, without counters and ages.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct State(Vec<(&'static str, Vec<String>)>);
-
-impl State {
-    fn of(host: &Host) -> Result<Self> {
-        let run = |program: &str, arguments: &str| -> Result<Vec<String>> {
-            let text = host.program(program).args(arguments.split(' ')).check()?;
-            Ok(text.lines().map(|line| line.trim().to_owned()).collect())
-        };
-        let of_husk = |lines: Vec<String>| lines.into_iter().filter(|line| line.contains("husk")).collect();
-        let links = host.netns().ip_json(["link", "show"])?;
-        let links = links.as_array().into_iter().flatten().map(|link| {
-            let flags = link["flags"].as_array().into_iter().flatten().filter_map(Value::as_str);
-            let up = flags.into_iter().any(|flag| flag == "UP");
-            format!("{} mtu {} {} up {up}", link["ifname"], link["mtu"], link["address"])
-        });
-        let mut state = vec![
-            ("links", links.filter(|link| link.contains("husk")).collect()),
-            ("addresses", without_index(of_husk(run("ip", "-o addr show")?))),
-            ("routes", run("ip", "route show table all proto 72")?),
-            ("IPv6 routes", run("ip", "-6 route show table all proto 72")?),
-            // The plugin's entries carry no protocol number, the daemon's do; who made one is no difference.
-            ("neighbours", without_protocol(of_husk(run("ip", "neigh show nud permanent")?))),
-            ("forwarding", of_husk(run("bridge", "fdb show")?)),
-            ("rules", run("nft", "--stateless list table inet husk").unwrap_or_default()),
-            ("sysctls", vec![sysctl(host, "net/ipv4/ip_forward")?, sysctl(host, "net/ipv6/conf/all/forwarding")?]),
-        ];
-        if links_name(&state).contains("husk-wg0") {
-            for part in ["peers", "allowed-ips", "endpoints", "listen-port", "public-key"] {
-                state.push((part, run("wg", &format!("show husk-wg0 {part}")).unwrap_or_default()));
-            }
-        }
-        // What was made anew has another index, and comes elsewhere in a listing.
-        state.iter_mut().for_each(|(_, lines)| lines.sort());
-        Ok(Self(state))
-    }
-
-    fn difference(&self, other: &Self) -> String {
-        let parts = self.0.iter().map(|(name, before)| {
-            let after = other.0.iter().find(|(it, _)| it == name).map(|(_, lines)| lines.clone()).unwrap_or_default();
-            let lost: Vec<_> = before.iter().filter(|line| !after.contains(line)).collect();
-            let new: Vec<_> = after.iter().filter(|line| !before.contains(line)).collect();
-            if lost.is_empty() && new.is_empty() { String::new() } else { format!("{name}: -{lost:?} +{new:?} ") }
-        });
-        parts.collect()
-    }
-}
-
-fn without_index(lines: Vec<String>) -> Vec<String> {
-    let rest = |line: &String| line.split_once(": ").map_or(String::new(), |(_, rest)| rest.to_owned());
-    lines.iter().map(rest).collect()
-}
-
-fn without_protocol(lines: Vec<String>) -> Vec<String> {
-    lines.into_iter().map(|line| line.trim_end_matches("proto 72").trim_end().to_owned()).collect()
-}
-
-fn links_name(state: &[(&'static str, Vec<String>)]) -> String {
-    state.first().map(|(_, links)| links.join(" ")).unwrap_or_default()
-}
-
-fn sysctl(host: &Host, key: &str) -> Result<String> {
-    let path = format!("/proc/sys/{key}");
-    let value = host.netns().run(|| fs::read_to_string(path))?;
-    Ok(value.with_context(|| format!("reading {key}"))?.trim().to_owned())
 }
 
 /// Passes of the daemon that changed something.
@@ -380,10 +310,7 @@ fn what_is_not_ours_is_never_touched() -> Result<()> {
             ensure!(lost.is_empty() && new.is_empty(), "{mode}, {when}: lost {lost:#?}, new {new:#?}");
             Ok(())
         };
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
+        cluster.hosts().iter().try_for_each(Host::start)?;
         cluster.wait_ready()?;
         in_sync(host, Duration::from_secs(3))?;
         unchanged("with the daemon running")?;

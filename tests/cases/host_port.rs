@@ -76,27 +76,9 @@ fn both_protocols(host_port: u16) -> Value {
     ])
 }
 
-/// The node's address inside the overlay.
-fn router(host: &Host, family: Family) -> Result<IpAddr> {
-    let status = host.huskctl_json(["status"])?;
-    let key = family.to_string().to_lowercase();
-    let text = status["router"][&key].as_str().with_context(|| format!("no {key} router address: {status}"))?;
-    Ok(text.parse()?)
-}
-
 /// True if somebody answers there over TCP.
 fn answers(client: &Netns, at: SocketAddr) -> bool {
     tcp::connect(client, at, Duration::from_secs(1)).is_ok()
-}
-
-fn settled(cluster: &Cluster) -> Result<()> {
-    for host in cluster.hosts() {
-        let diff = host.huskctl(["diff"])?;
-        ensure!(diff.status.code() == Some(0), "{}: {}{}", host.name(), diff.stdout, diff.stderr);
-        let status = host.huskctl_json(["status"])?;
-        ensure!((&status["ready"], &status["issues"]) == (&json!(true), &json!([])), "{status:#}");
-    }
-    Ok(())
 }
 
 #[test]
@@ -126,7 +108,7 @@ fn everybody(mode: Mode) -> Result<()> {
     for family in Family::ALL {
         let what = |who: &str| format!("{mode}, {family}: {who}");
         let at = SocketAddr::new(one.address(family)?, 8080);
-        let own = router(one, family)?;
+        let own = one.router(family)?;
         let seen = |client: &Netns, at| web.seen(client, at).with_context(|| what(client.name()));
         assert_eq!(seen(two.netns(), at)?, two.address(family)?, "{}", what("another host"));
         assert_eq!(seen(far.netns(), at)?, two.address(family)?, "{}", what("a pod of another host, masqueraded"));
@@ -155,7 +137,7 @@ fn everybody(mode: Mode) -> Result<()> {
         assert_eq!(trace.readable(cluster.cluster_cidrs()), 0, "{:?}", trace.kinds());
     }
     web.pod.check()?.into_result()?;
-    settled(&cluster)
+    cluster.ensure_settled()
 }
 
 /// A mapping of one address leads from there and from nowhere else, so that two pods can have one port.
@@ -188,7 +170,7 @@ fn a_mapping_may_be_for_one_address_of_the_host() -> Result<()> {
     };
     let set: Result<Vec<String>> = pods.iter().map(|(published, _)| Ok(routed(published)?.trim().to_owned())).collect();
     assert_eq!(set?, ["1", "0", "0"], "loopback addresses are routed only where they have to be");
-    settled(&cluster)
+    cluster.ensure_settled()
 }
 
 /// What is refused, why, and that nothing is left of it.
@@ -297,7 +279,7 @@ fn a_client_that_goes_on_sending_gets_to_whom_the_port_belongs() -> Result<()> {
         chatter.answered();
         Ok(!mapped()?.contains("udp . 5353") && !entries(&stale)?)
     })?;
-    settled(&cluster)
+    cluster.ensure_settled()
 }
 
 /// What an outsider takes away comes back, for connections of before, too; while it is away, CHECK says so.
@@ -335,7 +317,7 @@ fn mappings_that_an_outsider_removes_come_back() -> Result<()> {
     // With the daemon there, nobody has to start it.
     host.program("nft").args(["flush", "ruleset"]).check()?;
     eventually("the flush to be undone", PATIENCE, || Ok(answers(cluster.outside(), at) && chatter.answered()))?;
-    settled(&cluster)
+    cluster.ensure_settled()
 }
 
 /// That loopback addresses are routed to a pod must not let the pod reach what listens on its host's.
@@ -398,7 +380,7 @@ fn the_reference_plugin_works_in_the_place_of_it() -> Result<()> {
     }
     let loopback = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 8080);
     seen(&server, one.netns(), loopback)?;
-    settled(&cluster)?;
+    cluster.ensure_settled()?;
     // Husk finds nothing amiss in what was chained behind it. The CHECK of Debian's plugin (1.1.1) fails wherever there is
     // ip6tables: it looks for the rules of each family in the tables of both.
     if let Err(error) = network.check(&web) {
@@ -415,7 +397,7 @@ fn the_reference_plugin_works_in_the_place_of_it() -> Result<()> {
         !answers(one.netns(), loopback)
             && !answers(cluster.outside(), SocketAddr::new(one.address(Family::Ipv4)?, 8080))
     );
-    settled(&cluster)
+    cluster.ensure_settled()
 }
 
 /// CRC-32c, reflected (RFC 9260, appendix A).

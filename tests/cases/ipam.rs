@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use husk_overlay::manifest::{self, Manifest};
-use husk_tests::probe::Echo;
 use husk_tests::{Cluster, ClusterBuilder, Family, Host, Pod, Prefix, eventually};
 use serde_json::json;
 
@@ -60,19 +59,6 @@ fn blocks_of(cluster: &Cluster, node: &str, family: Family) -> Result<Vec<Prefix
     Ok(owners.filter(|(block, owner)| owner == node && block.family() == family).map(|(block, _)| block).collect())
 }
 
-/// The blocks that a host says it serves pods from.
-fn served(host: &Host) -> Result<BTreeSet<Prefix>> {
-    let text = fs::read_to_string(host.file("/run/husk/node.json"))?;
-    let node: serde_json::Value = serde_json::from_str(&text)?;
-    let blocks = node["blocks"].as_array().context("no blocks in node.json")?.iter();
-    blocks.map(|block| Ok(block.as_str().unwrap_or_default().parse()?)).collect()
-}
-
-fn reached(from: &Pod, to: IpAddr) -> Result<()> {
-    let echo = Echo::to(to).limit(Duration::from_millis(300));
-    eventually(&format!("{} to reach {to}", from.name()), SOON, || Ok(echo.run(from.netns())?.arrived()))
-}
-
 #[test]
 fn seventy_pods_on_one_host_and_back_to_none() -> Result<()> {
     const PODS: usize = 70;
@@ -80,7 +66,7 @@ fn seventy_pods_on_one_host_and_back_to_none() -> Result<()> {
     start(&cluster)?;
     let (one, two) = (cluster.host(1), cluster.host(2));
     let far = two.add_pod("far")?;
-    let first: BTreeSet<Prefix> = served(one)?;
+    let first: BTreeSet<Prefix> = one.blocks()?;
     assert_eq!(first.len(), 2, "{first:?}");
 
     let started = Instant::now();
@@ -105,7 +91,7 @@ fn seventy_pods_on_one_host_and_back_to_none() -> Result<()> {
         // One pod of every block from the other host, which has to know each of them.
         for block in &blocks {
             let inside = pods.iter().find_map(|pod| pod.address(family).ok().filter(|it| block.contains(*it)));
-            reached(&far, inside.with_context(|| format!("no pod has an address of {block}"))?)?;
+            far.await_answer_at(inside.with_context(|| format!("no pod has an address of {block}"))?, SOON)?;
         }
     }
     let mut shown = json!(null);
@@ -128,7 +114,7 @@ fn seventy_pods_on_one_host_and_back_to_none() -> Result<()> {
     eventually("the blocks to be given back", Duration::from_secs(20), || {
         let owned: BTreeSet<Prefix> =
             owners(&cluster)?.into_iter().filter(|(_, node)| node == "host1").map(|(it, _)| it).collect();
-        Ok(owned == least && served(one)? == least)
+        Ok(owned == least && one.blocks()? == least)
     })
     .with_context(|| format!("host1 owns {:?}, first {least:?}", owners(&cluster)))?;
     let routes = |host: &Host| host.ip(["-4", "route", "show", "proto", "72"]);
@@ -138,13 +124,13 @@ fn seventy_pods_on_one_host_and_back_to_none() -> Result<()> {
     .with_context(|| routes(two).unwrap_or_default())?;
     for pod in kept {
         for address in pod.addresses() {
-            reached(&far, address)?;
+            far.await_answer_at(address, SOON)?;
         }
     }
     // What was given back can be had again, by anybody.
     for number in 0..8 {
         let pod = two.add_pod(&format!("q{number}"))?;
-        reached(&kept[0], pod.address(Family::Ipv4)?)?;
+        kept[0].await_answer_at(pod.address(Family::Ipv4)?, SOON)?;
         std::mem::drop(pod.del()?);
     }
     Ok(())
@@ -174,10 +160,10 @@ fn an_exhausted_pool_says_so_and_recovers() -> Result<()> {
         );
     }
     // The failed ADD left nothing, and the node goes on serving the pods it has.
-    assert_eq!(fs::read_dir(one.file("/run/husk/leases"))?.flatten().filter(|it| is_lease(&it.file_name())).count(), 7);
+    assert_eq!(one.leases()?.len(), 7);
     assert_eq!(late.netns().ip_json(["link", "show"])?.as_array().map(Vec::len), Some(1));
     let far = cluster.host(2).add_pod("far")?;
-    reached(&far, pods[6].address(Family::Ipv4)?)?;
+    far.await_answer_at(pods[6].address(Family::Ipv4)?, SOON)?;
     // A pod that goes makes room for another at once, as nothing has to rest here.
     let freed = pods[3].addresses();
     assert!(pods[3].del()?.success());
@@ -190,8 +176,7 @@ fn an_exhausted_pool_says_so_and_recovers() -> Result<()> {
     let third = cluster.add_host()?;
     let third = cluster.host(third);
     third.configure(|config| config["blockLengths"] = json!({"ipv4": BLOCK_LENGTHS.0, "ipv6": BLOCK_LENGTHS.1}))?;
-    third.install_plugin()?;
-    third.start_daemon()?;
+    third.start()?;
     let mut status = json!(null);
     eventually("the third host to say why it is not ready", SOON, || {
         status = third.huskctl_json(["status"]).unwrap_or_default();
@@ -201,11 +186,6 @@ fn an_exhausted_pool_says_so_and_recovers() -> Result<()> {
     assert_eq!(status["ready"], false);
     assert!(status["reason"].as_str().is_some_and(|reason| reason.contains("clusterCIDRs")), "{status}");
     Ok(())
-}
-
-/// Files of the lease store that are leases: not its lock, its cursors, tombstones or temporary files.
-fn is_lease(name: &std::ffi::OsStr) -> bool {
-    name.to_string_lossy().ends_with(".json")
 }
 
 #[test]
@@ -220,16 +200,16 @@ fn hosts_that_start_at_once_never_share_a_block() -> Result<()> {
         assert_eq!(owners.len(), 12, "{owners:?}");
         let mut seen: BTreeMap<Prefix, &str> = BTreeMap::new();
         for host in cluster.hosts() {
-            let served = served(host)?;
+            let served = host.blocks()?;
             assert_eq!(served.len(), 2, "{served:?}");
             for block in served {
                 assert_eq!(owners.get(&block).map(String::as_str), Some(host.name()), "{block}");
                 assert_eq!(seen.insert(block, host.name()), None, "{block} is served by two hosts");
             }
         }
-        let pods: Vec<Pod> = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<_>>()?;
+        let pods = cluster.add_pods("p")?;
         for pod in &pods[1..] {
-            reached(&pods[0], pod.address(Family::Ipv4)?)?;
+            pods[0].await_answer_at(pod.address(Family::Ipv4)?, SOON)?;
         }
         first.push(owners);
     }
@@ -288,6 +268,5 @@ fn an_address_pool_manifest_replaces_the_default() -> Result<()> {
         assert!(pool.covers(block) && block.size() == 16, "{block}");
     }
     let (a, b) = (cluster.host(1).add_pod("a")?, cluster.host(2).add_pod("b")?);
-    reached(&a, b.address(Family::Ipv4)?)?;
-    reached(&a, b.address(Family::Ipv6)?)
+    a.await_answer_of(&b, SOON)
 }

@@ -1,18 +1,21 @@
 //! Nodes that come, go, move, change their keys or lie about them, and manifests that are wrong: the mesh follows, and
 //! between the others not a packet is lost.
 
+#[path = "membership/mesh.rs"]
+mod mesh;
+
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_overlay::manifest::{self, Manifest};
+use husk_overlay::manifest::{self};
 use husk_overlay::name::NodeName;
 use husk_overlay::record::NodeRecord;
-use husk_tests::probe::Echo;
 use husk_tests::process::binary;
 use husk_tests::steady::{Steady, Tunnel, issues};
-use husk_tests::{Cluster, Family, Host, Mode, Pod, Prefix, Signal, eventually};
+use husk_tests::{Cluster, Family, Host, Mode, Prefix, Signal, eventually};
+
+use mesh::{Mesh, all_reached, is_untouched, join, key_of, nothing_reported, peer_names, put, put_record, reported};
 
 /// How soon the others follow a change of the cluster's manifests. A pass follows a change within milliseconds; the rest is
 /// for a WireGuard handshake and for a machine that does other things too.
@@ -20,131 +23,6 @@ const SOON: Duration = Duration::from_secs(4);
 
 /// How soon something is noticed that announces itself to nobody: the daemon looks every five seconds.
 const NEXT_TICK: Duration = Duration::from_secs(8);
-
-/// A mesh of three, of which the third joined last, and one pod on each host.
-struct Mesh {
-    a: Pod,
-    b: Pod,
-    c: Pod,
-    cluster: Cluster,
-}
-
-impl Mesh {
-    fn start() -> Result<Self> {
-        let mut cluster = Cluster::builder().hosts(2).start()?;
-        let third = cluster.add_host()?;
-        join(cluster.host(third))?;
-        let (a, b) = (cluster.host(1).add_pod("a")?, cluster.host(2).add_pod("b")?);
-        let mesh = Self { a, b, c: cluster.host(3).add_pod("c")?, cluster };
-        mesh.third_is_reached("at the start")?;
-        Ok(mesh)
-    }
-
-    fn host(&self, number: usize) -> &Host {
-        self.cluster.host(number)
-    }
-
-    fn third_is_reached(&self, when: &str) -> Result<()> {
-        all_reached(&self.a, &self.c, when)?;
-        all_reached(&self.c, &self.b, when)
-    }
-
-    fn third_is_not_reached(&self) -> Result<()> {
-        eventually("host1 to drop the thief's packets", SOON, || Ok(!reaches(&self.a, &self.c)?))
-    }
-
-    fn node_file(&self, number: usize) -> PathBuf {
-        self.cluster.manifests().join("nodes").join(format!("host{number}.yaml"))
-    }
-
-    fn record(&self, number: usize) -> Result<NodeRecord> {
-        read_record(&self.node_file(number))
-    }
-}
-
-fn join(host: &Host) -> Result<()> {
-    host.install_plugin()?;
-    host.start_daemon()?;
-    host.wait_ready()
-}
-
-fn reaches(from: &Pod, to: &Pod) -> Result<bool> {
-    for family in Family::ALL {
-        let echo = Echo::to(to.address(family)?).limit(Duration::from_millis(200));
-        if !echo.run(from.netns())?.arrived() {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-fn all_reached(from: &Pod, to: &Pod, when: &str) -> Result<()> {
-    eventually(&format!("{} to reach {} {when}", from.name(), to.name()), SOON, || reaches(from, to))
-}
-
-fn read_record(path: &Path) -> Result<NodeRecord> {
-    let (manifests, _) = manifest::parse_all("manifest", &fs::read_to_string(path)?);
-    let nodes = manifests.into_iter().find_map(|manifest| match manifest {
-        Manifest::Node(record) => Some(record),
-        _ => None,
-    });
-    nodes.with_context(|| format!("{} holds no node", path.display()))
-}
-
-/// Puts a manifest in place in one step, as a careful writer does.
-fn put(path: &Path, text: &str) -> Result<()> {
-    let temporary = path.with_file_name(".being-written");
-    fs::write(&temporary, text)?;
-    fs::rename(&temporary, path).with_context(|| format!("writing {}", path.display()))
-}
-
-fn put_record(path: &Path, record: &NodeRecord) -> Result<()> {
-    put(path, &Manifest::Node(record.clone()).to_yaml())
-}
-
-/// Waits until these hosts report an issue of this kind about this subject, whose message has `part`.
-fn reported(hosts: &[&Host], kind: &str, subject: &str, part: &str) -> Result<()> {
-    for host in hosts {
-        let mut last = Vec::new();
-        let found = eventually("the issue", SOON, || {
-            last = issues(host)?;
-            Ok(last.iter().any(|(it, about, why)| it == kind && about.contains(subject) && why.contains(part)))
-        });
-        found.with_context(|| format!("{} reports no {kind} of {subject} with {part:?}: {last:?}", host.name()))?;
-    }
-    Ok(())
-}
-
-/// Waits until these hosts report nothing.
-fn nothing_reported(hosts: &[&Host]) -> Result<()> {
-    for host in hosts {
-        let mut last = Vec::new();
-        let found = eventually("an end of issues", NEXT_TICK, || {
-            last = issues(host)?;
-            Ok(last.is_empty())
-        });
-        found.with_context(|| format!("{} still reports {last:?}", host.name()))?;
-    }
-    Ok(())
-}
-
-/// The peers of a host, as `huskctl peers` lists them.
-fn peer_names(host: &Host) -> Result<Vec<String>> {
-    let peers = host.huskctl_json(["peers"])?;
-    let rows = peers.as_array().context("peers are no list")?.iter();
-    Ok(rows.filter_map(|row| row["node"].as_str().map(str::to_owned)).collect())
-}
-
-/// That a host kept its device and, with the peer of that key, its session.
-fn is_untouched(before: &Tunnel, after: &Tunnel, with: &str) -> Result<()> {
-    ensure!(before.index == after.index, "the device was made anew: {before:?}, {after:?}");
-    ensure!(before.handshakes.get(with) == after.handshakes.get(with), "the session is another: {before:?}, {after:?}");
-    Ok(())
-}
-
-fn key_of(record: &NodeRecord) -> String {
-    record.wireguard.iter().map(|device| device.public_key.to_string()).collect()
-}
 
 #[test]
 fn a_node_joins_and_leaves_and_the_others_do_not_notice() -> Result<()> {
@@ -261,7 +139,7 @@ fn a_thief_of_blocks_keys_and_addresses_harms_only_itself() -> Result<()> {
     let second = key_of(&victim);
 
     // A daemon that runs corrects what others write about its node.
-    let file = mesh.node_file(3);
+    let file = mesh.cluster.record_path(3);
     put_record(&file, &NodeRecord { wireguard: victim.wireguard.clone(), ..honest.clone() })?;
     eventually("the daemon to correct its record", SOON, || Ok(mesh.record(3)? == honest))?;
     mesh.third_is_reached("after the correction")?;
@@ -380,11 +258,11 @@ fn a_record_that_flaps_costs_bounded_work() -> Result<()> {
     let (cpu, started, count) = (daemon_cpu(one)?, Instant::now(), passes(one)?);
     for round in 0..TIMES {
         let variant = [&narrow, &gone, &honest][usize::try_from(round % 3)?];
-        put_record(&mesh.node_file(3), variant)?;
+        put_record(&mesh.cluster.record_path(3), variant)?;
         // As fast as another daemon could write, not as fast as this machine can.
         std::thread::sleep(Duration::from_millis(2));
     }
-    put_record(&mesh.node_file(3), &honest)?;
+    put_record(&mesh.cluster.record_path(3), &honest)?;
     mesh.third_is_reached("after its record flapped")?;
     let (cpu, elapsed, count) = (daemon_cpu(one)? - cpu, started.elapsed(), passes(one)? - count);
     eprintln!("{TIMES} rewrites in {elapsed:?}: {count} passes, {cpu:?} of processor time");

@@ -76,13 +76,13 @@ fn pods_live_and_die_without_a_daemon() -> Result<()> {
         );
         assert!(refused.mtu().is_err(), "{what}: an ADD that failed left an interface");
 
-        let leases = leases(host)?;
+        let leases = host.leases()?.len();
         for attempt in ["DEL", "a second DEL"] {
             let del = doomed.del()?;
             assert!(del.success() && del.elapsed < patience(Duration::from_secs(2)), "{what}, {attempt}: {del:?}");
         }
         assert!(doomed.mtu().is_err(), "{what}: the pod still has its interface");
-        assert_eq!(self::leases(host)?, leases - 1, "{what}: leases");
+        assert_eq!(host.leases()?.len(), leases - 1, "{what}: leases");
         for address in &gone {
             let route = host.netns().ip_json([
                 if address.is_ipv4() { "-4" } else { "-6" },
@@ -103,12 +103,6 @@ fn pods_live_and_die_without_a_daemon() -> Result<()> {
         unchanged(host)?;
     }
     Ok(())
-}
-
-/// Number of attachments with a lease, as the files of the lease store tell.
-fn leases(host: &Host) -> Result<usize> {
-    let entries = std::fs::read_dir(host.file("/run/husk/leases")).context("reading the lease directory")?;
-    Ok(entries.flatten().filter(|entry| entry.path().extension().is_some_and(|it| it == "json")).count())
 }
 
 #[test]
@@ -282,8 +276,7 @@ fn a_daemon_killed_while_it_starts_converges_at_the_next_start() -> Result<()> {
         for milestone in milestones(userspace) {
             let number = cluster.add_host()?;
             let host = cluster.host(number);
-            host.install_plugin()?;
-            host.start_daemon()?;
+            host.start()?;
             await_file(&host.file(milestone)).with_context(|| format!("{mode}: {milestone}"))?;
             host.stop_daemon(Signal::SIGKILL)?;
         }

@@ -9,9 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::cri::{Cri, Message};
 use husk_tests::engine::Engine;
-use husk_tests::probe::{Echo, tcp};
+use husk_tests::probe::tcp;
 use husk_tests::process::Program;
-use husk_tests::{Cluster, Family, Host, Mode, eventually};
+use husk_tests::{Cluster, Family, Mode, eventually};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -192,26 +192,6 @@ impl Sandbox<'_> {
     }
 }
 
-fn reached(from: &husk_tests::Pod, to: IpAddr) -> Result<()> {
-    let what = format!("{} to reach {to}", from.name());
-    eventually(&what, SOON, || Ok(Echo::to(to).limit(Duration::from_millis(300)).run(from.netns())?.arrived()))
-}
-
-/// Leases, ends of pods and routes to them.
-fn residue(host: &Host) -> Result<Vec<String>> {
-    let leases = fs::read_dir(host.file("/run/husk/leases"))?.flatten().map(|it| it.path());
-    let mut left: Vec<String> =
-        leases.filter(|it| it.extension().is_some_and(|it| it == "json")).map(|it| it.display().to_string()).collect();
-    let links = host.netns().ip_json(["link", "show", "type", "veth"])?;
-    let names = links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str());
-    left.extend(names.filter(|name| *name != "eth0").map(str::to_owned));
-    for family in ["-4", "-6"] {
-        let routes = host.ip([family, "route", "show", "table", "all", "scope", "link", "proto", "72"])?;
-        left.extend(routes.lines().map(str::to_owned));
-    }
-    Ok(left)
-}
-
 /// The limits of a pod are there on both of its ends.
 fn limited(sandbox: &Sandbox<'_>) -> Result<()> {
     let (_, result) = sandbox.status()?;
@@ -234,7 +214,7 @@ fn pods_of_containerd() -> Result<()> {
     let cluster = Cluster::builder().mode(Mode::Vxlan).start()?;
     let host = cluster.host(1);
     let peer = cluster.host(2).add_pod("peer")?;
-    let before = residue(host)?;
+    let before = host.residue()?;
     ensure!(before.is_empty(), "{before:?}");
     let containerd = Containerd::start(Engine::on(host, cluster.scope())?)?;
 
@@ -245,7 +225,7 @@ fn pods_of_containerd() -> Result<()> {
         ensure!(result["Interfaces"]["eth0"]["IPConfigs"].as_array().is_some_and(|it| it.len() == 2), "{result}");
         let addresses = sandbox.addresses()?;
         ensure!(addresses.len() == 2, "{addresses:?}");
-        addresses.iter().try_for_each(|address| reached(&peer, *address))?;
+        addresses.iter().try_for_each(|address| peer.await_answer_at(*address, SOON))?;
     }
     let [one, ..] = &sandboxes[..] else { anyhow::bail!("no sandbox") };
     let container = one.start(&["httpd", "-f", "-p", &CONTAINER_PORT.to_string(), "-h", "/bin"])?;
@@ -258,13 +238,13 @@ fn pods_of_containerd() -> Result<()> {
     let answers = || tcp::connect(cluster.host(2).netns(), at, Duration::from_secs(1)).is_ok();
     eventually("the host port to lead to the pod", SOON, || Ok(answers()))?;
     limited(one)?;
-    ensure!(!residue(host)?.is_empty());
+    ensure!(!host.residue()?.is_empty());
     for sandbox in &sandboxes {
         sandbox.stop()?;
         sandbox.stop()?;
         sandbox.remove()?;
     }
-    let after = residue(host)?;
+    let after = host.residue()?;
     ensure!(after.is_empty(), "pods that were removed left {after:?}");
     eventually("the host port to lead nowhere", SOON, || Ok(!answers()))?;
 
@@ -272,15 +252,15 @@ fn pods_of_containerd() -> Result<()> {
     host.stop_daemon(husk_tests::Signal::SIGKILL)?;
     ensure!(containerd.run_sandbox(containerd.plain("four")).is_err());
     ensure!(containerd.last_words().contains("huskd is not running"), "{}", containerd.last_words());
-    ensure!(residue(host)?.is_empty(), "a pod that could not be made left {:?}", residue(host)?);
+    ensure!(host.residue()?.is_empty(), "a pod that could not be made left {:?}", host.residue()?);
     host.start_daemon()?;
     host.wait_ready()?;
     let four = containerd.run_sandbox(containerd.plain("four"))?;
-    four.addresses()?.iter().try_for_each(|address| reached(&peer, *address))?;
+    four.addresses()?.iter().try_for_each(|address| peer.await_answer_at(*address, SOON))?;
     // Nor does a pod need a daemon to go.
     host.stop_daemon(husk_tests::Signal::SIGKILL)?;
     four.stop()?;
     four.remove()?;
-    ensure!(residue(host)?.is_empty(), "{:?}", residue(host)?);
+    ensure!(host.residue()?.is_empty(), "{:?}", host.residue()?);
     Ok(())
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::engine::Engine;
-use husk_tests::probe::{Echo, tcp};
-use husk_tests::{Cluster, Family, Host, Mode, eventually};
+use husk_tests::probe::tcp;
+use husk_tests::{Cluster, Family, Mode, eventually};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -65,36 +65,20 @@ impl<'a> Podman<'a> {
     }
 }
 
-fn reached(from: &husk_tests::Pod, to: IpAddr) -> Result<()> {
-    let what = format!("{} to reach {to}", from.name());
-    eventually(&what, SOON, || Ok(Echo::to(to).limit(Duration::from_millis(300)).run(from.netns())?.arrived()))
-}
-
-/// Leases and ends of pods.
-fn residue(host: &Host) -> Result<Vec<String>> {
-    let leases = fs::read_dir(host.file("/run/husk/leases"))?.flatten().map(|it| it.path());
-    let mut left: Vec<String> =
-        leases.filter(|it| it.extension().is_some_and(|it| it == "json")).map(|it| it.display().to_string()).collect();
-    let links = host.netns().ip_json(["link", "show", "type", "veth"])?;
-    let names = links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str());
-    left.extend(names.filter(|name| *name != "eth0").map(str::to_owned));
-    Ok(left)
-}
-
 #[test]
 fn containers_of_podman() -> Result<()> {
     let cluster = Cluster::builder().mode(Mode::Vxlan).start()?;
     let host = cluster.host(1);
     let peer = cluster.host(2).add_pod("peer")?;
-    let before = fs::read_dir(host.file("/run/husk/leases")).map_or(0, Iterator::count);
-    ensure!(before == 0, "leases are there before anybody came");
+    let before = host.residue()?;
+    ensure!(before.is_empty(), "{before:?}");
     let podman = Podman::new(Engine::on(host, cluster.scope())?)?;
 
     podman.run("one", &[])?;
     podman.run("two", &[])?;
     let (one, two) = (podman.addresses("one")?, podman.addresses("two")?);
     for address in one.iter().chain(&two) {
-        reached(&peer, *address)?;
+        peer.await_answer_at(*address, SOON)?;
     }
     for to in Family::ALL.iter().map(|family| peer.address(*family)).chain(two.iter().copied().map(Ok)) {
         let to = to?.to_string();
@@ -102,9 +86,9 @@ fn containers_of_podman() -> Result<()> {
         ensure!(said.contains("1 packets received"), "{said}");
     }
     podman.remove("one")?;
-    reached(&peer, two[0])?;
+    peer.await_answer_at(two[0], SOON)?;
     podman.remove("two")?;
-    ensure!(residue(host)?.is_empty(), "containers that were removed left {:?}", residue(host)?);
+    ensure!(host.residue()?.is_empty(), "containers that were removed left {:?}", host.residue()?);
 
     // What the user chose, by the capabilities that the network declares.
     let (wish, mac) = (one[0].to_string(), "02:00:5e:10:20:30");
@@ -112,12 +96,12 @@ fn containers_of_podman() -> Result<()> {
     ensure!(podman.addresses("three")?[0] == one[0]);
     let link = podman.call(["exec", "three", "/bin/busybox", "ip", "link", "show", "eth0"])?;
     ensure!(link.contains(mac), "{link}");
-    reached(&peer, one[0])?;
+    peer.await_answer_at(one[0], SOON)?;
     let at = SocketAddr::new(host.address(Family::Ipv4)?, 8080);
     let answers = || tcp::connect(cluster.host(2).netns(), at, Duration::from_secs(1)).is_ok();
     eventually("the published port to lead to the container", SOON, || Ok(answers()))?;
     podman.remove("three")?;
-    ensure!(residue(host)?.is_empty(), "{:?}", residue(host)?);
+    ensure!(host.residue()?.is_empty(), "{:?}", host.residue()?);
     eventually("the published port to lead nowhere", SOON, || Ok(!answers()))?;
     Ok(())
 }

@@ -28,13 +28,8 @@ fn colliding_spis_are_made_anew_unnoticed() -> Result<()> {
     let builder = Cluster::builder().mode(Mode::Ipsec).hosts(3).set("ipsec.spiBits", BITS);
     let cluster = builder.set("keys.grace", 1).set("keys.hardLifetime", 1800).build()?;
     let leak = Leak::watch(&cluster)?;
-    for host in cluster.hosts() {
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    cluster.wait_meshed()?;
-    let pods = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<Vec<_>>>()?;
+    cluster.start()?;
+    let pods = cluster.add_pods("p")?;
     for (from, to) in [(0, 1), (1, 2), (2, 0)] {
         pods[from].await_answer_of(&pods[to], LIMIT)?;
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::kernel::{self, Part};
 use husk_tests::process::Program;
-use husk_tests::{Cluster, ESP_MODES, Leak, eventually};
+use husk_tests::{Cluster, ESP_MODES, Host, Leak, eventually};
 use serde_json::json;
 
 #[path = "esp_missing/refusal.rs"]
@@ -71,10 +71,7 @@ fn esp_that_goes_is_told_of_and_esp_that_comes_is_used() -> Result<()> {
         let cluster = Cluster::builder().mode(mode).build()?;
         let leak = Leak::watch(&cluster)?;
         let machine = Without::esp()?;
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
+        cluster.hosts().iter().try_for_each(Host::start)?;
         refusal::tell(&cluster)?;
         drop(machine);
         for host in cluster.hosts() {
@@ -84,7 +81,7 @@ fn esp_that_goes_is_told_of_and_esp_that_comes_is_used() -> Result<()> {
         }
         cluster.wait_ready()?;
         cluster.wait_meshed()?;
-        let pods = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<Vec<_>>>()?;
+        let pods = cluster.add_pods("p")?;
         pods[0].await_answer_of(&pods[1], UNUSED)?;
         leak.finish(&cluster)?.with_tunnelled(4).context(mode)?;
     }

@@ -53,12 +53,7 @@ fn tell(builder: ClusterBuilder) -> Result<()> {
     let mut cluster = builder.hosts(3).set("keys.grace", 1).set("keys.hardLifetime", 600).build()?;
     let esp = cluster.mode().uses_esp();
     let leak = Leak::watch(&cluster)?;
-    for host in cluster.hosts() {
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    cluster.wait_meshed()?;
+    cluster.start()?;
     let [a, b, c] = ["a", "b", "c"];
     let [a, b, c] = [cluster.host(1).add_pod(a)?, cluster.host(REBOOTED).add_pod(b)?, cluster.host(3).add_pod(c)?];
     for (from, to) in [(&a, &b), (&b, &c), (&c, &a)] {
@@ -78,8 +73,7 @@ fn tell(builder: ClusterBuilder) -> Result<()> {
         cluster.reboot(REBOOTED)?;
         let host = cluster.host(REBOOTED);
         ensure!(xfrm::states(host.netns())?.is_empty(), "the kernel remembers associations of {}", host.name());
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         host.wait_ready()?;
         cluster.wait_meshed()?;
         let again = host.add_pod("b")?;

@@ -13,6 +13,7 @@ use husk_overlay::manifest::{self, Manifest};
 use husk_overlay::name::NodeName;
 use husk_tests::kernel::{self, Part};
 use husk_tests::load::while_knocking;
+use husk_tests::pod::await_answers_among;
 use husk_tests::rotation::rotate;
 use husk_tests::{Cluster, ClusterBuilder, Host, Leak, Mode, Pod, Prefix, Signal, eventually, xfrm};
 
@@ -64,21 +65,16 @@ fn whatever_happens(builder: ClusterBuilder, device: &'static str) -> Result<()>
     // found its way.
     while_knocking(&[b.netns(), stage.host(2).netns()], &a.addresses(), || {
         while_knocking(&from, &to, || -> Result<()> {
-            connected(&a, &b).context("joined")?;
+            await_answers_among(&[&a, &b], SOON).context("joined")?;
             stage.removed_by_hand(&a, &b)?;
             rotate(&stage.cluster, &[1, 2], SOON)?;
-            connected(&a, &b).context("rotated")?;
+            await_answers_among(&[&a, &b], SOON).context("rotated")?;
             stage.forged_key(&a, &b)?;
             stage.left_and_back(&a, &b)?;
             stage.nobody_is_left(&a, &b)
         })
     })?;
     leak.finish(&stage.cluster)?.with_tunnelled(100).map(drop)
-}
-
-fn connected(a: &Pod, b: &Pod) -> Result<()> {
-    a.await_answer_of(b, SOON)?;
-    b.await_answer_of(a, SOON)
 }
 
 impl Stage {
@@ -100,8 +96,7 @@ impl Stage {
 
     fn start(&self, number: usize) -> Result<()> {
         let host = self.host(number);
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         host.wait_ready()
     }
 
@@ -130,7 +125,7 @@ impl Stage {
             let before = self.keys(*number)?;
             self.harm(*number, command)?;
             std::thread::sleep(WHILE);
-            connected(a, b).with_context(|| format!("after `{command}` on host{number}"))?;
+            await_answers_among(&[a, b], SOON).with_context(|| format!("after `{command}` on host{number}"))?;
             if command.contains("state flush") {
                 let after = self.keys(*number)?;
                 let again = after.intersection(&before).count();
@@ -157,7 +152,7 @@ impl Stage {
         // For some time the first host may still use what it has; afterwards it can reach nobody.
         std::thread::sleep(WHILE * 4);
         self.start(2)?;
-        connected(a, b).context("after a forged record")
+        await_answers_among(&[a, b], SOON).context("after a forged record")
     }
 
     fn left_and_back(&self, a: &Pod, b: &Pod) -> Result<()> {
@@ -168,7 +163,7 @@ impl Stage {
         })?;
         std::thread::sleep(WHILE);
         self.start(2)?;
-        connected(a, b).context("back again")
+        await_answers_among(&[a, b], SOON).context("back again")
     }
 
     /// All daemons are dead, and one thing after the other goes: each that is left holds.
@@ -177,7 +172,7 @@ impl Stage {
             self.host(number).stop_daemon(Signal::SIGKILL)?;
         }
         std::thread::sleep(WHILE);
-        connected(a, b).context("the data plane of dead daemons")?;
+        await_answers_among(&[a, b], SOON).context("the data plane of dead daemons")?;
         let (table, device) = ("nft delete table inet husk", format!("ip link del {}", self.device));
         let (states, policies) = ("ip xfrm state flush", "ip xfrm policy flush");
         // On the first host the table stands to the end but for the routes, on the second it goes before the policies.

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::kernel::{self, Part};
-use husk_tests::probe::{Echo, EchoServer, Reach, tcp};
-use husk_tests::{Cluster, ClusterBuilder, Family, Host, Kind, Leak, Mode, Pod, eventually, xfrm};
+use husk_tests::pod::Served;
+use husk_tests::probe::{Echo, Reach, tcp};
+use husk_tests::{Cluster, ClusterBuilder, Family, Host, Kind, Leak, Mode, eventually, xfrm};
 use serde_json::json;
 
 /// Bytes of one verified transfer: some full segments each way.
@@ -79,37 +80,15 @@ fn esp(mode: Mode, family: Family) -> ClusterBuilder {
     Cluster::builder().mode(mode).underlay(family)
 }
 
-/// A pod with a server in it. The server goes first when both are dropped.
-struct Served {
-    server: EchoServer,
-    pod: Pod,
-}
-
-impl Served {
-    fn start(host: &Host, name: &str) -> Result<Self> {
-        let pod = host.add_pod(name)?;
-        Ok(Self { server: EchoServer::start(pod.netns())?, pod })
-    }
-}
-
-fn start_daemons(cluster: &Cluster) -> Result<()> {
-    for host in cluster.hosts() {
-        let secret = host.file(SECRET);
-        std::fs::write(&secret, "of the cluster, and of this test\n")?;
-        std::fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    cluster.wait_meshed()
-}
-
 /// Starts the hosts with a pod each and asks every pod for every other; the wire is watched all the time.
 fn every_pair(builder: ClusterBuilder, pod_mtu: usize, kind: Kind) -> Result<Cluster> {
     kernel::require(&[Part::Esp, Part::Wireguard])?;
     let cluster = builder.build()?;
     let leak = Leak::watch(&cluster)?;
-    start_daemons(&cluster)?;
+    for host in cluster.hosts() {
+        host.write_secret(SECRET, "of the cluster, and of this test\n")?;
+    }
+    cluster.start()?;
     let pods = cluster.hosts().iter().map(|host| Served::start(host, "p")).collect::<Result<Vec<_>>>()?;
     for (from, to) in pairs(&pods) {
         assert_eq!(from.pod.mtu()?, pod_mtu);
@@ -152,13 +131,7 @@ fn reaches(from: &Served, to: &Served, mtu: usize) -> Result<()> {
 /// The daemons have nothing to do and nothing to complain about, and the kernel dropped nothing that was encrypted.
 fn settled(cluster: &Cluster) -> Result<()> {
     for host in cluster.hosts() {
-        let diff = host.huskctl(["diff"])?;
-        assert_eq!(diff.status.code(), Some(0), "{}: {}{}", host.name(), diff.stdout, diff.stderr);
-        let status = host.huskctl_json(["status"])?;
-        assert_eq!((&status["ready"], &status["issues"]), (&json!(true), &json!([])), "{status:#}");
-        for counter in ["plaintext_in", "plaintext_out", "unknown_vtep"] {
-            assert_eq!(status["counters"][counter]["packets"].as_u64().unwrap_or(0), 0, "{}: {status:#}", host.name());
-        }
+        host.ensure_settled()?;
         let dropped = xfrm::counters(host.netns())?;
         // While a mesh comes up, a peer may be a moment ahead; none of it was forged.
         let forged = ["XfrmInStateProtoError", "XfrmInStateSeqError", "XfrmInTmplMismatch", "XfrmOutError"];
@@ -175,7 +148,7 @@ fn devices_of_the_kernel_and_in_userspace_in_one_mesh() -> Result<()> {
     for (host, device) in cluster.hosts().iter().zip(["kernel", "userspace", "kernel"]) {
         host.configure(|config| config["wireguard"]["device"] = json!(device))?;
     }
-    start_daemons(&cluster)?;
+    cluster.start()?;
     let devices = cluster.hosts().iter().map(|host| Ok(host.huskctl_json(["status"])?["wireguardDevice"].clone()));
     assert_eq!(devices.collect::<Result<Vec<_>>>()?, ["kernel", "userspace", "kernel"]);
     let pods = cluster.hosts().iter().map(|host| Served::start(host, "p")).collect::<Result<Vec<_>>>()?;
@@ -194,10 +167,7 @@ fn hosts_that_differ_in_cipher_or_encapsulation_refuse_each_other_with_the_reaso
     let leak = Leak::watch(&cluster)?;
     cluster.host(2).configure(|config| config["ipsec"]["cipher"] = json!("aes-gcm-256"))?;
     cluster.host(3).configure(|config| config["ipsec"]["udpEncapsulation"] = json!(4500))?;
-    for host in cluster.hosts() {
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
+    cluster.hosts().iter().try_for_each(Host::start)?;
     cluster.wait_ready()?;
     let mut said = String::new();
     eventually("the first host to tell what does not fit", SOON, || {

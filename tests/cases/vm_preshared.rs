@@ -1,9 +1,7 @@
 //! One node has another preshared key than the rest: it reaches nobody and nobody reaches it, nothing goes in plaintext
 //! instead, and its neighbours say what is wrong.
 
-use std::fs;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -21,12 +19,6 @@ const WRONG: &str = "correct horse battery stable";
 
 /// Packets that nobody could decrypt, so that it is seen that there are some.
 const REFUSED: u64 = 10;
-
-fn give(host: &Host, secret: &str) -> Result<()> {
-    let path = host.file(SECRET_FILE);
-    fs::write(&path, secret)?;
-    Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?)
-}
 
 /// What a host says about a peer whose packets it cannot decrypt.
 fn said_of(host: &Host, peer: &Host) -> Result<Option<Value>> {
@@ -51,13 +43,10 @@ fn a_node_with_another_preshared_key_is_out_and_is_told_of() -> Result<()> {
         let cluster = builder.set("keys.grace", 1).build()?;
         let leak = Leak::watch(&cluster)?;
         for (host, secret) in cluster.hosts().iter().zip([SECRET, WRONG, SECRET]) {
-            give(host, secret)?;
-            host.install_plugin()?;
-            host.start_daemon()?;
+            host.write_secret(SECRET_FILE, secret)?;
         }
-        cluster.wait_ready()?;
-        cluster.wait_meshed()?;
-        let pods = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<Vec<_>>>()?;
+        cluster.start()?;
+        let pods = cluster.add_pods("p")?;
         let [a, odd, c] = [&pods[0], &pods[1], &pods[2]];
         let [first, second, third] = [1, 2, 3].map(|number| cluster.host(number));
         a.await_answer_of(c, SOON)?;
@@ -87,7 +76,7 @@ fn a_node_with_another_preshared_key_is_out_and_is_told_of() -> Result<()> {
         ensure!(remedy.contains("presharedKeyFile"), "{mode}: {issue:#}");
         eprintln!("{mode}: {issue:#}\n{}", first.huskctl(["peers"])?.stdout);
 
-        give(second, SECRET)?;
+        second.write_secret(SECRET_FILE, SECRET)?;
         second.restart_daemon(Signal::SIGTERM)?;
         for (from, to) in [(a, odd), (odd, c)] {
             from.await_answer_of(to, SOON).with_context(|| format!("{mode}: the right key"))?;

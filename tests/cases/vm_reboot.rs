@@ -18,6 +18,7 @@ use anyhow::{Context, Result, ensure};
 use husk_overlay::keys::PublicKey;
 use husk_tests::kernel::{self, Part};
 use husk_tests::load::while_knocking;
+use husk_tests::pod::await_answers_among;
 use husk_tests::rotation::{published, rotate};
 use husk_tests::{Cluster, ClusterBuilder, Family, Leak, Mode, Pod, xfrm};
 use serde::{Deserialize, Serialize};
@@ -61,19 +62,9 @@ fn cluster(mode: Mode, disk: &Path) -> ClusterBuilder {
     Cluster::builder().mode(mode).disk(&own).set("keys.grace", 1).set("keys.hardLifetime", 600)
 }
 
-fn start(cluster: &Cluster) -> Result<()> {
-    for host in cluster.hosts() {
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    cluster.wait_meshed()
-}
-
-fn pods(cluster: &Cluster) -> Result<Vec<Pod>> {
-    let pods = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<Vec<_>>>()?;
-    pods[0].await_answer_of(&pods[1], SOON)?;
-    pods[1].await_answer_of(&pods[0], SOON)?;
+fn connected(cluster: &Cluster) -> Result<Vec<Pod>> {
+    let pods = cluster.add_pods("p")?;
+    await_answers_among(&pods, SOON)?;
     Ok(pods)
 }
 
@@ -98,8 +89,8 @@ fn before_the_reboot() -> Result<()> {
     let mut before = Before { boot, published: nothing, associations: BTreeSet::new(), spis: BTreeSet::new() };
     for mode in ENCRYPTED {
         let cluster = cluster(mode, &disk).build()?;
-        start(&cluster)?;
-        let _pods = pods(&cluster)?;
+        cluster.start()?;
+        let _pods = connected(&cluster)?;
         look(&cluster, &mut before)?;
         // So that numbers are not where they begin.
         rotate(&cluster, &[1], SOON)?;
@@ -123,15 +114,13 @@ fn after_the_reboot() -> Result<()> {
         let to = cluster.record(2)?.blocks.iter().filter_map(|block| block.nth(1)).collect::<Vec<_>>();
         // What a host sends before its daemon's first pass is not Husk's to hold back.
         let one = cluster.host(1);
-        one.install_plugin()?;
-        one.start_daemon()?;
+        one.start()?;
         one.wait_ready()?;
         let pods = while_knocking(&[one.netns()], &to, || {
-            cluster.host(2).install_plugin()?;
-            cluster.host(2).start_daemon()?;
+            cluster.host(2).start()?;
             cluster.wait_ready()?;
             cluster.wait_meshed()?;
-            pods(&cluster)
+            connected(&cluster)
         })
         .with_context(|| format!("{mode}: traffic returns by itself"))?;
         let mut after =

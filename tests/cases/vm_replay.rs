@@ -40,7 +40,7 @@ impl Stage {
         let builder = Cluster::builder().mode(mode).hosts(3).set("keys.grace", 1).set("keys.hardLifetime", 5);
         let cluster = builder.start()?;
         let wire = cluster.capture()?;
-        let pods = cluster.hosts().iter().map(|host| host.add_pod("p")).collect::<Result<Vec<_>>>()?;
+        let pods = cluster.add_pods("p")?;
         for (from, to) in [(0, 1), (2, 0), (2, 1)] {
             pods[from].await_answer_of(&pods[to], SOON)?;
         }

@@ -64,8 +64,7 @@ fn both_kinds_of_device_meet_and_change_places() -> Result<()> {
     let (changing, other) = (cluster.host(1), cluster.host(2));
     for host in cluster.hosts() {
         choose(host, "userspace")?;
-        host.install_plugin()?;
-        host.start_daemon()?;
+        host.start()?;
         host.wait_ready()?;
         uses(host, "userspace")?;
     }

@@ -31,6 +31,7 @@ use crate::eventually;
 use crate::host::{Host, Place, UNDERLAY_INTERFACE, lock};
 use crate::inject;
 use crate::netns::Netns;
+use crate::pod::Pod;
 use crate::scope::Scope;
 
 /// The last byte of the gateway's underlay addresses.
@@ -218,6 +219,24 @@ impl Cluster {
         Ok(host)
     }
 
+    /// Installs plugin and daemon on every host and waits until all are ready and know each other.
+    ///
+    /// # Errors
+    /// When a daemon does not start, or does not become ready.
+    pub fn start(&self) -> Result<()> {
+        self.hosts.iter().try_for_each(Host::start)?;
+        self.wait_ready()?;
+        self.wait_meshed()
+    }
+
+    /// A pod of this name on every host, in the hosts' order.
+    ///
+    /// # Errors
+    /// When one cannot be added.
+    pub fn add_pods(&self, name: &str) -> Result<Vec<Pod>> {
+        self.hosts.iter().map(|host| host.add_pod(name)).collect()
+    }
+
     /// Waits until the daemon of every host is ready.
     ///
     /// # Errors
@@ -237,6 +256,14 @@ impl Cluster {
             let what = format!("{} to have routes to {others} peers", host.name());
             eventually(&what, MESH_LIMIT, || Ok(host.huskctl_json(["status"])?["peers"] == json!([others, others])))
         })
+    }
+
+    /// Every host is settled, see [`Host::ensure_settled`].
+    ///
+    /// # Errors
+    /// The first that is not.
+    pub fn ensure_settled(&self) -> Result<()> {
+        self.hosts.iter().try_for_each(Host::ensure_settled)
     }
 
     /// Gives a host other underlay addresses, which end in `byte`.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use husk_overlay::marks;
 use serde_json::{Value, json};
 
@@ -111,15 +111,23 @@ impl CniOutcome {
         if self.success() { None } else { self.json["code"].as_u64() }
     }
 
-    /// The JSON result of a success.
+    /// Demands a success.
     ///
     /// # Errors
     /// When the plugin failed; the error carries all it said.
+    pub fn succeeded(&self) -> Result<()> {
+        let (said, told) = (self.stdout.trim(), self.stderr.trim());
+        ensure!(self.success(), "the plugin failed (exit status {:?}): {said}{told}", self.status);
+        Ok(())
+    }
+
+    /// The JSON result of a success.
+    ///
+    /// # Errors
+    /// As [`CniOutcome::succeeded`].
     pub fn into_result(self) -> Result<Value> {
-        if self.success() {
-            return Ok(self.json);
-        }
-        bail!("the plugin failed (exit status {:?}): {}{}", self.status, self.stdout.trim(), self.stderr.trim())
+        self.succeeded()?;
+        Ok(self.json)
     }
 }
 

@@ -5,103 +5,25 @@
 //! the system calls to interrupt: for each number from the first call of that number on, until a run ends without having made
 //! the next one. So it needs no list that could be out of date: what only some runs do is found in the run that does it.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+mod points;
+mod remains;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_overlay::marks;
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
+pub use self::points::{Points, likely_errors};
+pub use self::remains::Remains;
 use crate::cni::CniOutcome;
 use crate::eventually;
-use crate::host::Host;
+use crate::host::{Host, LEASE_DIRECTORY};
 use crate::pod::Pod;
-use crate::syscalls::{Call, Interference, Point, Traced};
+use crate::syscalls::{Call, Interference, Traced};
 
 /// How long a daemon may take to follow what attachments did.
 const DAEMON_LIMIT: Duration = Duration::from_secs(15);
-
-/// Where a host's leases are.
-const LEASES: &str = "/run/husk/leases";
-
-/// Files of the store that stay: its lock, what spreads addresses, and addresses that rest.
-fn stays(name: &str) -> bool {
-    name == "lock" || name == "cursors" || name.contains(".released-")
-}
-
-/// What attachments left at a moment. Neighbours and addresses go with their interface, in the kernel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Remains {
-    /// Pods' interfaces on the host.
-    pub interfaces: BTreeSet<String>,
-    /// The host's routes, as interface and destination.
-    pub routes: BTreeSet<String>,
-    /// Interfaces in the pod's namespace, without loopback.
-    pub inside: BTreeSet<String>,
-    /// Lease files and whatever else lies in the store and should not stay.
-    pub files: BTreeSet<String>,
-    /// Files in the host's run directory.
-    pub run: BTreeSet<String>,
-}
-
-impl Remains {
-    fn of(host: &Host, pod: Option<&Pod>) -> Result<Self> {
-        let (mut interfaces, routes) = host.netns().run(|| Ok::<_, anyhow::Error>((links()?, routes()?)))??;
-        let mut inside = pod.map_or_else(|| Ok(Ok(BTreeSet::new())), |pod| pod.netns().run(links))??;
-        inside.remove("lo");
-        let mut files = names(host, LEASES)?;
-        files.retain(|name| !stays(name));
-        interfaces.retain(|name| marks::is_pod_interface(name));
-        Ok(Self { interfaces, routes, inside, files, run: names(host, "/run/husk")? })
-    }
-
-    /// Addresses that lease files hold, each once.
-    ///
-    /// # Errors
-    /// When two files hold the same.
-    pub fn leased(&self) -> Result<BTreeSet<String>> {
-        let mut all = BTreeSet::new();
-        for file in self.files.iter().filter_map(|name| name.strip_suffix(".json")) {
-            for address in file.split('_').skip(1).filter(|address| *address != "-") {
-                ensure!(all.insert(address.to_owned()), "{address} is leased twice: {:?}", self.files);
-            }
-        }
-        Ok(all)
-    }
-}
-
-/// Interfaces of the calling thread's namespace.
-fn links() -> Result<BTreeSet<String>> {
-    let text = fs::read_to_string("/proc/thread-self/net/dev").context("reading net/dev")?;
-    Ok(text.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned())).collect())
-}
-
-/// Routes of the calling thread's namespace.
-fn routes() -> Result<BTreeSet<String>> {
-    let (mut all, read) = (BTreeSet::new(), |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}")));
-    for line in read("route").context("reading net/route")?.lines().skip(1) {
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        all.insert(format!("{} {}/{}", fields[0], fields[1], fields[7]));
-    }
-    for line in read("ipv6_route").context("reading net/ipv6_route")?.lines() {
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        all.insert(format!("{} {}/{}", fields[9], fields[0], fields[1]));
-    }
-    Ok(all)
-}
-
-fn names(host: &Host, directory: &str) -> Result<BTreeSet<String>> {
-    let directory = directory.to_owned();
-    host.run(move || match fs::read_dir(&directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeSet::new()),
-        other => other
-            .with_context(|| format!("listing {directory}"))?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect(),
-    })?
-}
 
 /// What the runtime asks for besides addresses, so that there is more to be interrupted: limits, and maybe a port of the host. An
 /// ADD with a port waits for a pass of the daemon, and takes several times as long.
@@ -299,7 +221,7 @@ pub fn explains(outcome: &CniOutcome, interference: Interference, hit: &Call) ->
     let on = match (interference, object) {
         (Interference::Refuse(..), _) => said.contains("the kernel refused to "),
         // Where the name is not yet that of the file to be, the directory tells.
-        (_, _) if object.starts_with(LEASES) => said.contains(LEASES),
+        (_, _) if object.starts_with(LEASE_DIRECTORY) => said.contains(LEASE_DIRECTORY),
         (_, _) if object.starts_with('/') && !object.starts_with("/proc/thread-self") => said.contains(object),
         (_, _) if object.starts_with("socket:") => {
             said.contains("NETLINK_ROUTE socket") || said.contains("huskd") || said.contains("daemon.sock")
@@ -315,8 +237,7 @@ pub fn explains(outcome: &CniOutcome, interference: Interference, hit: &Call) ->
 /// # Errors
 /// What it said.
 pub fn succeeded(command: &str, outcome: &CniOutcome) -> Result<()> {
-    ensure!(outcome.success(), "{command} said {:?} {}{}", outcome.status, outcome.stdout, outcome.stderr);
-    Ok(())
+    outcome.succeeded().with_context(|| command.to_owned())
 }
 
 /// A failure as the specification wants it: an error in JSON with a code and a reason, no panic.
@@ -391,102 +312,4 @@ pub fn tables(host: &Host) -> Result<String> {
         text.push('\n');
     }
     Ok(text)
-}
-
-/// The system calls of a command, one after the other, each until all of its number have been met.
-#[derive(Debug, Default)]
-pub struct Points {
-    next: BTreeMap<i64, u32>,
-    ended: BTreeSet<i64>,
-    met: BTreeSet<Point>,
-    /// What every run to the end made: some make more, for example when the daemon is faster than the plugin.
-    always: BTreeSet<Point>,
-}
-
-impl Points {
-    /// Begins with the calls that an undisturbed run made.
-    #[must_use]
-    pub fn of(calls: &[Call]) -> Self {
-        let mut points = Self::default();
-        points.learn(calls);
-        points.always.extend(calls.iter().map(|call| call.point));
-        points
-    }
-
-    /// Takes in what a run did: numbers of calls that no run before it made.
-    pub fn learn(&mut self, calls: &[Call]) {
-        for call in calls {
-            self.next.entry(call.point.number).or_insert(1);
-        }
-    }
-
-    /// The next point; none when all have been met.
-    #[must_use]
-    pub fn next(&self) -> Option<Point> {
-        let open = self.next.iter().find(|(number, _)| !self.ended.contains(number));
-        open.map(|(number, occurrence)| Point { number: *number, occurrence: *occurrence })
-    }
-
-    /// Takes in a run that was to be interrupted at a point, and moves on.
-    pub fn done(&mut self, point: Point, run: &Traced) {
-        self.learn(&run.calls);
-        if run.hit.is_some() {
-            return self.meet(point);
-        }
-        let made: BTreeSet<Point> = run.calls.iter().map(|call| call.point).collect();
-        self.always.retain(|point| made.contains(point));
-        self.end(point.number);
-    }
-
-    /// A point was met: the next of its number is next.
-    pub fn meet(&mut self, point: Point) {
-        self.met.insert(point);
-        self.next.insert(point.number, point.occurrence + 1);
-    }
-
-    /// No run makes more calls of this number.
-    pub fn end(&mut self, number: i64) {
-        self.ended.insert(number);
-    }
-
-    /// How many points were met.
-    #[must_use]
-    pub fn met(&self) -> usize {
-        self.met.len()
-    }
-
-    /// The calls of an undisturbed run that were never met though every run to the end made them, without those that a run makes
-    /// more or less often as it has to wait or as memory happens to lie.
-    #[must_use]
-    pub fn missed(&self, undisturbed: &[Call]) -> Vec<String> {
-        const VARYING: [&str; 9] =
-            ["sendto", "recvfrom", "clock_nanosleep", "mmap", "munmap", "mprotect", "madvise", "brk", "futex"];
-        undisturbed
-            .iter()
-            .filter(|call| self.always.contains(&call.point) && !self.met.contains(&call.point))
-            .filter(|call| !VARYING.contains(&call.point.name().as_str()))
-            .map(Call::to_string)
-            .collect()
-    }
-}
-
-/// The errors that the kernel may give for a call; none for calls that concern nothing but the program itself.
-#[must_use]
-pub fn likely_errors(point: Point) -> &'static [Errno] {
-    match point.name().as_str() {
-        "openat" => &[Errno::ENOSPC, Errno::EIO, Errno::EMFILE],
-        "write" | "rename" | "renameat" | "mkdir" | "mkdirat" | "link" | "linkat" | "fsync" | "ftruncate" => {
-            &[Errno::ENOSPC, Errno::EIO]
-        }
-        "unlink" | "unlinkat" | "read" | "getdents64" | "statx" | "newfstatat" | "fstatfs" | "ioctl" => &[Errno::EIO],
-        "utimensat" => &[Errno::EIO],
-        "flock" => &[Errno::ENOLCK, Errno::EINTR],
-        "socket" => &[Errno::EMFILE, Errno::ENOBUFS],
-        "connect" | "bind" => &[Errno::ENOBUFS, Errno::EPERM],
-        "getsockname" | "setsockopt" => &[Errno::ENOBUFS],
-        "sendto" | "sendmsg" | "recvfrom" | "recvmsg" => &[Errno::ENOBUFS, Errno::EPERM, Errno::EINTR],
-        "setns" => &[Errno::EPERM],
-        "clone3" => &[Errno::EAGAIN],
-        _ => &[],
-    }
 }

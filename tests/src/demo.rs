@@ -101,8 +101,7 @@ fn tour(
     progress.phase(&format!("Starting {} daemons", hosts.len()), |step| {
         for host in hosts {
             step.show(host.name());
-            host.install_plugin()?;
-            host.start_daemon()?;
+            host.start()?;
         }
         step.show("waiting until all are ready");
         cluster.wait_ready()?;

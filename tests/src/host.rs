@@ -1,10 +1,12 @@
 //! A host: a network namespace and a mount namespace in which the directories Husk uses are private.
 
+mod attachments;
 mod daemon;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
 use std::net::IpAddr;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{OpenOptionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +25,8 @@ use crate::pod::Pod;
 use crate::process::{self, Output, Process, Program};
 use crate::scope::Scope;
 use crate::syscalls::{Interference, Traced};
+
+pub use self::attachments::LEASE_DIRECTORY;
 
 /// The underlay interface of every host.
 pub const UNDERLAY_INTERFACE: &str = "eth0";
@@ -148,6 +152,17 @@ impl Host {
         found.with_context(|| format!("{} has no {family} underlay address", self.name()))
     }
 
+    /// The host's address inside the overlay.
+    ///
+    /// # Errors
+    /// When its daemon names none of this family.
+    pub fn router(&self, family: Family) -> Result<IpAddr> {
+        let status = self.huskctl_json(["status"])?;
+        let key = family.to_string().to_lowercase();
+        let text = status["router"][&key].as_str();
+        Ok(text.with_context(|| format!("no {key} router address: {status}"))?.parse()?)
+    }
+
     /// Path, from outside, of a file in one of the host's private directories, such as `/run/husk/node.json`.
     #[must_use]
     pub fn file(&self, path: &str) -> PathBuf {
@@ -208,6 +223,17 @@ impl Host {
     pub fn install_plugin(&self) -> Result<()> {
         let plugin = self.program(process::binary("husk-cni")?);
         plugin.args(["install", "--bin-dir", "/opt/cni/bin"]).check().map(drop)
+    }
+
+    /// Writes a secret of the host's to a file that root alone may read.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_secret(&self, path: &str, secret: &str) -> Result<()> {
+        let path = self.file(path);
+        let file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path);
+        let written = file.and_then(|mut file| file.write_all(secret.as_bytes()));
+        written.with_context(|| format!("writing {}", path.display()))
     }
 
     /// Makes a pod's network namespace without asking the plugin for anything.

@@ -1,5 +1,6 @@
 //! A pod: a network namespace that the plugin attaches to the overlay and detaches from it.
 
+use std::borrow::Borrow;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,9 +10,9 @@ use husk_overlay::prefix::Family;
 use serde_json::Value;
 
 use crate::cni::{CniOutcome, PodSpec};
-use crate::host::Place;
+use crate::host::{Host, Place};
 use crate::netns::Netns;
-use crate::probe::Echo;
+use crate::probe::{Echo, EchoServer};
 use crate::{eventually, patience};
 
 /// How long an answer may be under way.
@@ -115,12 +116,36 @@ impl Pod {
     /// # Errors
     /// When it does not in time.
     pub fn await_answer_of(&self, other: &Self, limit: Duration) -> Result<()> {
+        Family::ALL.into_iter().try_for_each(|family| {
+            let awaited = self.await_answer_at(other.address(family)?, limit);
+            awaited.with_context(|| format!("{family} to {}", other.netns.name()))
+        })
+    }
+
+    /// Waits until somebody answers at an address.
+    ///
+    /// # Errors
+    /// When nobody does in time.
+    pub fn await_answer_at(&self, to: IpAddr, limit: Duration) -> Result<()> {
+        let what = format!("{} to reach {to}", self.netns.name());
+        eventually(&what, limit, || self.asked(to, ANSWER_LIMIT))
+    }
+
+    /// Whether another pod answers over both families, asked once. Each answer may take as long as `limit`.
+    ///
+    /// # Errors
+    /// When the pod cannot be asked, or has no address of a family.
+    pub fn reaches(&self, other: &Self, limit: Duration) -> Result<bool> {
         for family in Family::ALL {
-            let echo = Echo::to(other.address(family)?).limit(patience(ANSWER_LIMIT));
-            let what = format!("{} to reach {} over {family}", self.name(), other.name());
-            eventually(&what, limit, || Ok(echo.run(self.netns())?.arrived()))?;
+            if !self.asked(other.address(family)?, limit)? {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn asked(&self, to: IpAddr, limit: Duration) -> Result<bool> {
+        Ok(Echo::to(to).limit(patience(limit)).run(&self.netns)?.arrived())
     }
 
     /// The MTU that the kernel has for the pod's interface.
@@ -133,5 +158,35 @@ impl Pod {
 
     fn call(&self, command: &str) -> Result<CniOutcome> {
         self.place.cni(command, Some(&self.spec), self.place.plugin_config(Some(&self.spec))?)
+    }
+}
+
+/// Waits until each of these pods has an answer from every other.
+///
+/// # Errors
+/// When one has not in time, which is counted for each pair and family by itself.
+pub fn await_answers_among<P: Borrow<Pod>>(pods: &[P], limit: Duration) -> Result<()> {
+    let pods = || pods.iter().map(P::borrow);
+    let pairs = pods().flat_map(|from| pods().map(move |to| (from, to)));
+    pairs.filter(|(from, to)| !std::ptr::eq(*from, *to)).try_for_each(|(from, to)| from.await_answer_of(to, limit))
+}
+
+/// A pod with a server in it. The server goes first when both are dropped.
+#[derive(Debug)]
+pub struct Served {
+    /// The server.
+    pub server: EchoServer,
+    /// Its pod.
+    pub pod: Pod,
+}
+
+impl Served {
+    /// Makes a pod, attaches it and starts the server.
+    ///
+    /// # Errors
+    /// As [`Host::add_pod`], and when the server does not start.
+    pub fn start(host: &Host, name: &str) -> Result<Self> {
+        let pod = host.add_pod(name)?;
+        Ok(Self { server: EchoServer::start(pod.netns())?, pod })
     }
 }

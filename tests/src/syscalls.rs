@@ -13,10 +13,13 @@
 //! A call that the kernel itself begins anew counts once: a kernel parameter whose lock is taken is written thousands of times
 //! (`restart_syscall` in include/linux/sched/signal.h), though the program wrote it once.
 
+mod registers;
+mod table;
+mod tracee;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
-use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, ExitStatus};
 use std::sync::mpsc;
@@ -25,13 +28,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::libc;
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use self::table::name;
+use self::tracee::{call_of, object, spoil_request};
 use crate::process::Output;
 
 /// Shell program that waits, stopped, until it is traced, and then becomes the program that its first argument names.
@@ -39,17 +42,6 @@ pub(crate) const STOPPED: &str = r#"kill -STOP $$; exec "$0" "$@""#;
 
 /// `PTRACE_SYSCALL_INFO_ENTRY` (include/uapi/linux/ptrace.h).
 const ENTRY: u8 = 1;
-
-/// `struct nlmsghdr` (netlink(7)): its length and that of the alignment of messages in bytes, and where in it the type is.
-const HEADER_LENGTH: usize = 16;
-const ALIGNMENT: usize = 4;
-const TYPE_OFFSET: usize = 4;
-
-/// A type beyond all that rtnetlink knows (`RTM_MAX`, include/uapi/linux/rtnetlink.h).
-const UNKNOWN_TYPE: [u8; 2] = [0xff, 0x3f];
-
-/// Longest path that is read from a program's memory for people, in bytes.
-const PATH_LENGTH: usize = 256;
 
 /// A system call of a run, as its number and how many of this number have been made with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -284,218 +276,4 @@ impl Tracer {
         let last = &self.calls[self.calls.len().saturating_sub(8)..];
         last.iter().map(Call::to_string).collect::<Vec<_>>().join(", ")
     }
-}
-
-/// Number and arguments of the call that a stopped thread is in (proc_pid_syscall(5)).
-fn call_of(thread: Pid) -> Result<(i64, Vec<u64>)> {
-    let path = format!("/proc/{thread}/syscall");
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let mut fields = text.split_ascii_whitespace();
-    let number = fields.next().and_then(|number| number.parse().ok());
-    let number = number.with_context(|| format!("{path} says {text:?}"))?;
-    let hexadecimal = |field: &str| u64::from_str_radix(field.trim_start_matches("0x"), 16).ok();
-    Ok((number, fields.map_while(hexadecimal).take(6).collect()))
-}
-
-/// Gives one of the netlink requests that a thread is about to send (sendto(2)) an unknown type; false if there is none of this
-/// index, or what it sends is no netlink.
-fn spoil_request(thread: Pid, arguments: &[u64], index: usize) -> Result<bool> {
-    let [_, base, length, ..] = arguments else { return Ok(false) };
-    let (base, length) = (usize::try_from(*base)?, usize::try_from(*length)?);
-    let mut datagram = vec![0; length];
-    let read = process_vm_readv(thread, &mut [IoSliceMut::new(&mut datagram)], &[RemoteIoVec { base, len: length }]);
-    ensure!(read.context("reading what the traced program sends")? == length, "what the traced program sends is cut");
-    let Some(at) = requests(&datagram).and_then(|found| found.get(index).copied()) else { return Ok(false) };
-    let (base, len) = (base + at + TYPE_OFFSET, UNKNOWN_TYPE.len());
-    let written = process_vm_writev(thread, &[IoSlice::new(&UNKNOWN_TYPE)], &[RemoteIoVec { base, len }]);
-    ensure!(written.context("changing what the traced program sends")? == len, "a request could not be changed");
-    Ok(true)
-}
-
-/// Offsets of the messages of a netlink datagram; none if it is no netlink, whose lengths add up (netlink(7)).
-fn requests(datagram: &[u8]) -> Option<Vec<usize>> {
-    let (mut found, mut at) = (Vec::new(), 0);
-    while at < datagram.len() {
-        let length = datagram.get(at..at + size_of::<u32>())?.try_into().ok().map(u32::from_ne_bytes)?;
-        let length = usize::try_from(length).ok().filter(|length| *length >= HEADER_LENGTH)?;
-        found.push(at);
-        at += length.next_multiple_of(ALIGNMENT);
-    }
-    (at == datagram.len()).then_some(found)
-}
-
-/// What a call is about, as far as its arguments tell; empty otherwise.
-fn object(thread: Pid, number: i64, arguments: &[u64]) -> String {
-    let argument = |index: usize| arguments.get(index).copied().unwrap_or_default();
-    match subject(number) {
-        Subject::Path(index) => path_at(thread, argument(index)),
-        Subject::Descriptor => fs::read_link(format!("/proc/{thread}/fd/{}", argument(0)))
-            .map(|target| target.to_string_lossy().into_owned())
-            .unwrap_or_default(),
-        Subject::Nothing => String::new(),
-    }
-}
-
-fn path_at(thread: Pid, address: u64) -> String {
-    let mut bytes = vec![0; PATH_LENGTH];
-    let Ok(base) = usize::try_from(address) else { return String::new() };
-    // A path near the end of its page is cut there.
-    let remote = [RemoteIoVec { base, len: (PATH_LENGTH).min(4096 - base % 4096) }];
-    let read = process_vm_readv(thread, &mut [IoSliceMut::new(&mut bytes)], &remote).unwrap_or_default();
-    let end = bytes[..read].iter().position(|byte| *byte == 0).unwrap_or(read);
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
-}
-
-/// Where a call's arguments say what it is about.
-enum Subject {
-    /// The path that this argument points to.
-    Path(usize),
-    /// The file of the first argument.
-    Descriptor,
-    Nothing,
-}
-
-/// The registers that a call goes through.
-#[cfg(target_arch = "x86_64")]
-mod registers {
-    use anyhow::{Context, Result};
-    use nix::errno::Errno;
-    use nix::sys::ptrace::{getregs, setregs};
-    use nix::unistd::Pid;
-
-    /// Lets a thread that is at a call's entry make none: there is no call -1.
-    pub(super) fn skip_call(thread: Pid) -> Result<()> {
-        let mut registers = getregs(thread).context("reading registers")?;
-        registers.orig_rax = u64::MAX;
-        setregs(thread, registers).context("writing registers")
-    }
-
-    /// True if the kernel begins the call anew at whose exit a thread is: `ERESTARTSYS`, `ERESTARTNOINTR`, `ERESTARTNOHAND` or
-    /// `ERESTART_RESTARTBLOCK` (include/linux/errno.h), which no program ever sees.
-    pub(super) fn begins_anew(thread: Pid) -> Result<bool> {
-        match getregs(thread) {
-            Ok(registers) => Ok(matches!(registers.rax.cast_signed(), -514..=-512 | -516)),
-            // Killed meanwhile.
-            Err(Errno::ESRCH) => Ok(false),
-            Err(errno) => Err(errno).context("reading registers"),
-        }
-    }
-
-    /// Lets a thread that is at a call's exit see an error.
-    pub(super) fn set_error(thread: Pid, errno: Errno) -> Result<()> {
-        let mut registers = getregs(thread).context("reading registers")?;
-        registers.rax = i64::from(-(errno as i32)).cast_unsigned();
-        setregs(thread, registers).context("writing registers")
-    }
-}
-
-/// The registers that a call goes through.
-#[cfg(not(target_arch = "x86_64"))]
-mod registers {
-    use anyhow::{Result, bail};
-    use nix::errno::Errno;
-    use nix::unistd::Pid;
-
-    /// Unknown here: what the kernel begins anew counts again.
-    pub(super) fn begins_anew(_: Pid) -> Result<bool> {
-        Ok(false)
-    }
-
-    pub(super) fn skip_call(_: Pid) -> Result<()> {
-        bail!("system calls can be made to fail on x86_64 only")
-    }
-
-    pub(super) fn set_error(_: Pid, _: Errno) -> Result<()> {
-        bail!("system calls can be made to fail on x86_64 only")
-    }
-}
-
-/// Names of system calls, and what they are about.
-macro_rules! calls {
-    ($($(#[$condition:meta])* $call:ident $name:ident $subject:expr;)*) => {
-        fn name(number: i64) -> Option<&'static str> {
-            match number {
-                $($(#[$condition])* libc::$call => Some(stringify!($name)),)*
-                _ => None,
-            }
-        }
-
-        fn subject(number: i64) -> Subject {
-            match number {
-                $($(#[$condition])* libc::$call => $subject,)*
-                _ => Subject::Nothing,
-            }
-        }
-    };
-}
-
-calls! {
-    SYS_openat openat Subject::Path(1);
-    SYS_statx statx Subject::Path(1);
-    SYS_newfstatat newfstatat Subject::Path(1);
-    SYS_readlinkat readlinkat Subject::Path(1);
-    SYS_mkdirat mkdirat Subject::Path(1);
-    SYS_unlinkat unlinkat Subject::Path(1);
-    SYS_renameat renameat Subject::Path(1);
-    SYS_renameat2 renameat2 Subject::Path(1);
-    #[cfg(target_arch = "x86_64")] SYS_open open Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_stat stat Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_readlink readlink Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_mkdir mkdir Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_unlink unlink Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_rename rename Subject::Path(0);
-    #[cfg(target_arch = "x86_64")] SYS_link link Subject::Path(0);
-    SYS_linkat linkat Subject::Path(1);
-    SYS_fsync fsync Subject::Descriptor;
-    SYS_ftruncate ftruncate Subject::Descriptor;
-    SYS_close close Subject::Descriptor;
-    SYS_fcntl fcntl Subject::Descriptor;
-    SYS_flock flock Subject::Descriptor;
-    SYS_utimensat utimensat Subject::Descriptor;
-    SYS_fstat fstat Subject::Descriptor;
-    SYS_fstatfs fstatfs Subject::Descriptor;
-    SYS_getdents64 getdents64 Subject::Descriptor;
-    SYS_ioctl ioctl Subject::Descriptor;
-    SYS_lseek lseek Subject::Descriptor;
-    SYS_read read Subject::Descriptor;
-    SYS_write write Subject::Descriptor;
-    SYS_writev writev Subject::Descriptor;
-    SYS_setns setns Subject::Descriptor;
-    SYS_socket socket Subject::Nothing;
-    SYS_bind bind Subject::Descriptor;
-    SYS_connect connect Subject::Descriptor;
-    SYS_getsockname getsockname Subject::Descriptor;
-    SYS_setsockopt setsockopt Subject::Descriptor;
-    SYS_getsockopt getsockopt Subject::Descriptor;
-    SYS_sendto sendto Subject::Descriptor;
-    SYS_sendmsg sendmsg Subject::Descriptor;
-    SYS_recvfrom recvfrom Subject::Descriptor;
-    SYS_recvmsg recvmsg Subject::Descriptor;
-    SYS_clone3 clone3 Subject::Nothing;
-    SYS_clone clone Subject::Nothing;
-    SYS_mmap mmap Subject::Nothing;
-    SYS_munmap munmap Subject::Nothing;
-    SYS_mremap mremap Subject::Nothing;
-    SYS_mprotect mprotect Subject::Nothing;
-    SYS_madvise madvise Subject::Nothing;
-    SYS_brk brk Subject::Nothing;
-    SYS_futex futex Subject::Nothing;
-    SYS_clock_nanosleep clock_nanosleep Subject::Nothing;
-    SYS_clock_gettime clock_gettime Subject::Nothing;
-    SYS_getrandom getrandom Subject::Nothing;
-    SYS_ppoll ppoll Subject::Nothing;
-    #[cfg(target_arch = "x86_64")] SYS_poll poll Subject::Nothing;
-    #[cfg(target_arch = "x86_64")] SYS_arch_prctl arch_prctl Subject::Nothing;
-    SYS_prctl prctl Subject::Nothing;
-    SYS_prlimit64 prlimit64 Subject::Nothing;
-    SYS_rseq rseq Subject::Nothing;
-    SYS_rt_sigaction rt_sigaction Subject::Nothing;
-    SYS_rt_sigprocmask rt_sigprocmask Subject::Nothing;
-    SYS_sigaltstack sigaltstack Subject::Nothing;
-    SYS_sched_getaffinity sched_getaffinity Subject::Nothing;
-    SYS_set_robust_list set_robust_list Subject::Nothing;
-    SYS_set_tid_address set_tid_address Subject::Nothing;
-    SYS_gettid gettid Subject::Nothing;
-    SYS_exit exit Subject::Nothing;
-    SYS_exit_group exit_group Subject::Nothing;
 }

@@ -129,17 +129,7 @@ fn allocate(locked: &super::LockedStore<'_>, leased: &BTreeSet<IpAddr>) {
         container_id: "new".parse().expect("a valid name"),
         ifname: "eth0".parse().expect("a valid name"),
     };
-    let demand = Demand {
-        netns: NetnsIdentity { path: "/run/netns/new".to_owned(), device: 4, inode: 7 },
-        pod_mac: id.pod_mac(),
-        pod_namespace: None,
-        pod_name: None,
-        addresses: Vec::new(),
-        allow_cooling: false,
-        port_mappings: Vec::new(),
-        bandwidth: None,
-        id: id.clone(),
-    };
+    let demand = Demand::plain(id.clone(), NetnsIdentity { path: "/run/netns/new".to_owned(), device: 4, inode: 7 });
     let resting = locked.addresses(COOL_DOWN, NOW).expect("any store can be looked through");
     assert!(resting.is_superset(leased));
     match locked.allocate(&supply, &demand, NOW) {

@@ -72,16 +72,11 @@ fn id(name: &str) -> AttachmentId {
 }
 
 fn demand(name: &str) -> Demand {
+    let netns = NetnsIdentity { path: format!("/run/netns/{name}"), device: 4, inode: 7 };
     Demand {
-        id: id(name),
-        netns: NetnsIdentity { path: format!("/run/netns/{name}"), device: 4, inode: 7 },
-        pod_mac: id(name).pod_mac(),
         pod_namespace: Some("default".to_owned()),
         pod_name: Some(name.to_owned()),
-        addresses: Vec::new(),
-        allow_cooling: false,
-        port_mappings: Vec::new(),
-        bandwidth: None,
+        ..Demand::plain(id(name), netns)
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_overlay::marks::is_pod_interface;
 use husk_tests::process::Process;
 use husk_tests::runtime::{Attachment, Network};
 use husk_tests::{Cluster, Family, Host, Mode, Pod, Prefix, Signal, eventually};
@@ -13,9 +14,6 @@ use serde_json::{Value, json};
 
 /// How long what happens by itself may take.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
-
-/// The protocol number of Husk's routes.
-const ROUTE_PROTOCOL: &str = "72";
 
 /// A host with Husk whose pods have addresses of these families.
 pub(crate) struct Bed {
@@ -73,42 +71,14 @@ impl Bed {
     }
 
     pub(crate) fn leases(&self) -> Result<Vec<(PathBuf, Value)>> {
-        let directory = self.run_file("leases");
-        let mut leases = Vec::new();
-        for entry in fs::read_dir(&directory).with_context(|| format!("listing {}", directory.display()))? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|it| it == "json") {
-                leases.push((path.clone(), serde_json::from_str(&fs::read_to_string(&path)?)?));
-            }
-        }
-        Ok(leases)
-    }
-
-    /// Names of the host's pod interfaces.
-    pub(crate) fn host_interfaces(&self) -> Result<Vec<String>> {
-        let links = self.host().netns().ip_json(["link", "show", "type", "veth"])?;
-        let names = links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str());
-        Ok(names.filter(|name| *name != "eth0").map(str::to_owned).collect())
-    }
-
-    /// Destinations of Husk's routes by a host interface of a pod.
-    pub(crate) fn host_routes(&self) -> Result<Vec<String>> {
-        let mut routes = Vec::new();
-        for ip in ["-4", "-6"] {
-            let text = self.host().ip([ip, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL])?;
-            let to_pod =
-                |line: &&str| line.split_whitespace().skip_while(|it| *it != "dev").nth(1).is_some_and(is_pod_end);
-            routes.extend(text.lines().filter(to_pod).map(str::to_owned));
-        }
-        Ok(routes)
+        let read = |path: PathBuf| Ok((path.clone(), serde_json::from_str(&fs::read_to_string(&path)?)?));
+        self.host().leases()?.into_iter().map(read).collect()
     }
 
     /// Nothing of any pod is left on the host.
     pub(crate) fn ensure_empty(&self) -> Result<()> {
-        let (leases, interfaces, routes) = (self.leases()?, self.host_interfaces()?, self.host_routes()?);
-        ensure!(leases.is_empty(), "leases are left: {leases:?}");
-        ensure!(interfaces.is_empty(), "interfaces are left: {interfaces:?}");
-        ensure!(routes.is_empty(), "routes are left: {routes:?}");
+        let left = self.host().residue()?;
+        ensure!(left.is_empty(), "{left:?} is left");
         Ok(())
     }
 }
@@ -144,16 +114,12 @@ fn stands_still(process: &Process) -> bool {
     states.fold(None, |all, state| Some(all.unwrap_or(true) && state.contains("State:\tT"))).unwrap_or(false)
 }
 
-fn is_pod_end(interface: &str) -> bool {
-    interface.strip_prefix("husk").is_some_and(|rest| rest.len() == 11 && !rest.contains('-'))
-}
-
 /// An attachment's host end, as its result reports it.
 pub(crate) fn host_end(attachment: &Attachment) -> Result<String> {
     let interfaces =
         attachment.cached.as_ref().and_then(|it| it["interfaces"].as_array()).context("nothing was added")?;
     let on_host = interfaces.iter().filter(|it| it["sandbox"].as_str().unwrap_or_default().is_empty());
-    let name = on_host.filter_map(|it| it["name"].as_str()).find(|name| is_pod_end(name));
+    let name = on_host.filter_map(|it| it["name"].as_str()).find(|name| is_pod_interface(name));
     name.map(str::to_owned).context("no host end was reported")
 }
 

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_tests::host::LEASE_DIRECTORY;
 use husk_tests::runtime::{Attachment, Refusal, refusal};
 use husk_tests::{Family, patience};
 
@@ -46,7 +47,7 @@ fn a_lock_that_is_held() -> Result<()> {
     let lock = File::options().write(true).open(&path).with_context(|| format!("opening {}", path.display()))?;
     lock.lock()?;
     let holder = format!("process {}", std::process::id());
-    let said = ["/run/husk/leases", "stayed locked", holder.as_str()];
+    let said = [LEASE_DIRECTORY, "stayed locked", holder.as_str()];
     together(vec![
         Box::new(|| refused_in_time(&refusal(network.add(&mut new.clone()))?, 11, &said)),
         Box::new(|| refused_in_time(&refusal(network.del(&leaving))?, 11, &said)),

@@ -46,8 +46,8 @@ pub(crate) const POINTS: &[Point] = &[
 fn deletes(case: &Case<'_>) -> Result<()> {
     let (pod, attachment) = case.added()?;
     let host_end = host_end(&attachment)?;
-    ensure!(case.bed.host_interfaces()?.contains(&host_end));
-    ensure!(case.bed.host_routes()?.len() == case.bed.families.len(), "{:?}", case.bed.host_routes()?);
+    ensure!(case.bed.host().pod_interfaces()?.contains(&host_end));
+    ensure!(case.bed.host().pod_routes()?.len() == case.bed.families.len(), "{:?}", case.bed.host().pod_routes()?);
     case.network.del(&attachment)?;
     lacks(&pod, "eth0")?;
     case.bed.ensure_empty()

@@ -102,8 +102,8 @@ fn collects(case: &Case<'_>) -> Result<()> {
     other.add(&mut others)?;
 
     case.network.gc(&[&valid])?;
-    ensure!(case.bed.leases()?.len() == 2 && case.bed.host_interfaces()?.len() == 2, "{:?}", case.bed.leases()?);
-    ensure!(case.bed.host_routes()?.len() == 2 * case.bed.families.len(), "{:?}", case.bed.host_routes()?);
+    ensure!(case.bed.leases()?.len() == 2 && case.bed.host().pod_interfaces()?.len() == 2, "{:?}", case.bed.leases()?);
+    ensure!(case.bed.host().pod_routes()?.len() == 2 * case.bed.families.len(), "{:?}", case.bed.host().pod_routes()?);
     lacks(&lost_pod, "eth0")?;
     lacks(&leaseless_pod, "eth0")?;
     case.network.check(&valid)?;

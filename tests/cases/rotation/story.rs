@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::load::{Account, Rate};
+use husk_tests::pod::await_answers_among;
 use husk_tests::rotation::{newest, over, published, request, rotate};
 use husk_tests::{Cluster, ClusterBuilder, Leak, Load, Pod, Signal, eventually};
 
@@ -41,16 +42,10 @@ pub(crate) struct Rounds {
 pub(crate) fn tell(builder: ClusterBuilder, rounds: Rounds) -> Result<()> {
     let cluster = builder.hosts(3).set("keys.grace", GRACE).set("keys.hardLifetime", HARD_LIFETIME).build()?;
     let leak = Leak::watch(&cluster)?;
-    for host in cluster.hosts() {
-        host.install_plugin()?;
-        host.start_daemon()?;
-    }
-    cluster.wait_ready()?;
-    cluster.wait_meshed()?;
-    let names = ["a", "b", "c"];
-    let pods = cluster.hosts().iter().zip(names).map(|(host, name)| host.add_pod(name)).collect::<Result<Vec<_>>>()?;
+    cluster.start()?;
+    let pods = cluster.add_pods("p")?;
     let [a, b, c] = [&pods[0], &pods[1], &pods[2]];
-    connected(&pods)?;
+    await_answers_among(&pods, LIMIT)?;
 
     let quiet = load("without a rotation", &[a, b, c], || {
         std::thread::sleep(BASELINE);
@@ -87,15 +82,10 @@ pub(crate) fn tell(builder: ClusterBuilder, rounds: Rounds) -> Result<()> {
             "{what}: TCP stood still for {stall:?}, of which the machine explains {baseline:?}"
         );
     }
-    connected(&pods)?;
+    await_answers_among(&pods, LIMIT)?;
     let seen = leak.finish(&cluster)?.with_tunnelled(1000)?;
     ensure!(seen.fragments == 0 && seen.strange.is_empty(), "{} fragments, {:?}", seen.fragments, seen.strange);
     Ok(())
-}
-
-fn connected(pods: &[Pod]) -> Result<()> {
-    let pairs = pods.iter().flat_map(|from| pods.iter().map(move |to| (from, to)));
-    pairs.filter(|(from, to)| !std::ptr::eq(*from, *to)).try_for_each(|(from, to)| from.await_answer_of(to, LIMIT))
 }
 
 /// Runs traffic among pods while `work` goes on; every datagram has to arrive once.

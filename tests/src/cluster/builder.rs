@@ -154,12 +154,7 @@ impl ClusterBuilder {
     /// When a part cannot be made or a daemon does not become ready.
     pub fn start(self) -> Result<Cluster> {
         let cluster = self.build()?;
-        for host in cluster.hosts() {
-            host.install_plugin()?;
-            host.start_daemon()?;
-        }
-        cluster.wait_ready()?;
-        cluster.wait_meshed()?;
+        cluster.start()?;
         Ok(cluster)
     }
 

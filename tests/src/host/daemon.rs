@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 use super::{Host, lock};
 use crate::process;
@@ -20,6 +21,15 @@ const TIME_LIMIT: Duration = Duration::from_secs(15);
 const LAST_LINES: usize = 25;
 
 impl Host {
+    /// Installs the plugin and starts the daemon without waiting until it is ready.
+    ///
+    /// # Errors
+    /// When one of the two has not been built, or the daemon runs already.
+    pub fn start(&self) -> Result<()> {
+        self.install_plugin()?;
+        self.start_daemon()
+    }
+
     /// Starts the daemon without waiting until it is ready.
     ///
     /// # Errors
@@ -86,6 +96,22 @@ impl Host {
             Ok(outcome.success())
         });
         ready.with_context(|| format!("on {} ({last}); its log ends:\n{}", self.name(), self.log_end()))
+    }
+
+    /// The daemon has nothing to do and nothing to complain about, and nothing came or went in plaintext or from strangers.
+    ///
+    /// # Errors
+    /// What is not so.
+    pub fn ensure_settled(&self) -> Result<()> {
+        let name = self.name();
+        let diff = self.huskctl(["diff"])?;
+        ensure!(diff.status.code() == Some(0), "{name}: {}{}", diff.stdout, diff.stderr);
+        let status = self.huskctl_json(["status"])?;
+        ensure!(status["ready"] == true && status["issues"] == json!([]), "{name}: {status:#}");
+        for counter in ["plaintext_in", "plaintext_out", "unknown_vtep"] {
+            ensure!(status["counters"][counter]["packets"].as_u64().unwrap_or(0) == 0, "{name}: {status:#}");
+        }
+        Ok(())
     }
 
     /// How the daemon ended, if it ended by itself; an error when it was never started.

@@ -2,47 +2,26 @@
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use husk_overlay::prefix::Family;
 
-use super::socket::{Exchange, Protocol, header};
-use super::{Reach, TIME_LIMIT, payload};
+use super::Reach;
+use super::question::Question;
+use super::socket::{Protocol, header};
 use crate::netns::Netns;
 
 /// Length of an ICMP echo header, in both versions.
 pub(super) const ICMP_HEADER: usize = 8;
 
 /// An echo request; it must not be fragmented unless told otherwise.
-#[derive(Debug, Clone, Copy)]
-pub struct Echo {
-    to: IpAddr,
-    from: Option<IpAddr>,
-    packet_size: usize,
-    dont_fragment: bool,
-    limit: Duration,
-}
+pub type Echo = Question<IpAddr>;
 
 impl Echo {
     /// A request in an IP packet of 100 bytes.
     #[must_use]
     pub fn to(to: IpAddr) -> Self {
-        Self { to, from: None, packet_size: 100, dont_fragment: true, limit: TIME_LIMIT }
-    }
-
-    /// The source address; the kernel chooses otherwise.
-    #[must_use]
-    pub fn from(mut self, from: IpAddr) -> Self {
-        self.from = Some(from);
-        self
-    }
-
-    /// The length of the whole IP packet, its header included.
-    #[must_use]
-    pub fn packet_size(mut self, bytes: usize) -> Self {
-        self.packet_size = bytes;
-        self
+        Self::new(to)
     }
 
     /// Lets the packet be fragmented.
@@ -52,32 +31,15 @@ impl Echo {
         self
     }
 
-    /// How long to wait for the reply; two seconds otherwise.
-    #[must_use]
-    pub fn limit(mut self, limit: Duration) -> Self {
-        self.limit = limit;
-        self
-    }
-
     /// Sends the request from a namespace and waits for the reply.
     ///
     /// # Errors
     /// When the harness fails; whatever becomes of the packet is an answer.
     pub fn run(&self, netns: &Netns) -> Result<Reach> {
         let family = Family::of(self.to);
-        let headers = header(family) + ICMP_HEADER;
-        ensure!(self.packet_size >= headers, "an echo request has at least {headers} bytes");
         let id = next_id();
-        let request = request(family, id, 1, &payload::of_length(self.packet_size - headers));
-        let exchange = Exchange {
-            netns,
-            protocol: Protocol::Icmp,
-            to: self.to,
-            from: self.from,
-            dont_fragment: self.dont_fragment,
-            limit: self.limit,
-        };
-        exchange.run(&request, |packet| {
+        let request = request(family, id, 1, &self.payload(header(family) + ICMP_HEADER)?);
+        self.exchange(netns, Protocol::Icmp, self.to).run(&request, |packet| {
             let (size, body) = reply(family, id, packet)?;
             (body == &request[ICMP_HEADER..]).then_some(size)
         })

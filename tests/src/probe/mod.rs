@@ -5,6 +5,7 @@
 mod datagram;
 mod echo;
 pub mod payload;
+mod question;
 mod server;
 mod socket;
 mod stream;
@@ -12,6 +13,7 @@ pub mod tcp;
 
 pub use datagram::Datagram;
 pub use echo::Echo;
+pub use question::Question;
 pub use server::EchoServer;
 pub use socket::path_mtu;
 pub use stream::{Report, Stream};

@@ -634,17 +634,7 @@ impl Bed {
         let families: BTreeSet<Family> = self.config.families().collect();
         let reserved = router_addresses(&self.owned().into_iter().collect());
         let supply = Supply { blocks, families: &families, reserved, cool_down: Duration::from_secs(0) };
-        let demand = Demand {
-            id: id(pod),
-            netns,
-            pod_mac: id(pod).pod_mac(),
-            pod_namespace: None,
-            pod_name: None,
-            addresses,
-            allow_cooling: false,
-            port_mappings: Vec::new(),
-            bandwidth: None,
-        };
+        let demand = Demand { addresses, ..Demand::plain(id(pod), netns) };
         self.leases().lock().unwrap().allocate(&supply, &demand, BootTime::now())
     }
 

@@ -1,6 +1,10 @@
 //! Private keys and the preshared key are nowhere but in their files: not in the log at any level, not in reports, not in
 //! other files, not in the `Debug` form of what the loop works with.
 
+#[expect(unreachable_pub, reason = "the end-to-end harness, whose file it is, offers it")]
+#[path = "../../../../tests/src/secret.rs"]
+mod secret;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
@@ -18,6 +22,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use super::bed::Bed;
 use super::esp::settle;
 use crate::logging;
+use secret::forms;
 
 const PRESHARED: &[u8] = b"the secret of the whole cluster";
 
@@ -34,24 +39,6 @@ impl io::Write for Log {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// The forms in which bytes could be shown.
-fn forms(secret: &[u8]) -> Vec<Vec<u8>> {
-    let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
-    let list: Vec<String> = secret.iter().map(ToString::to_string).collect();
-    let spaced: Vec<String> = secret.iter().map(|byte| format!("{byte:02x}")).collect();
-    vec![
-        secret.to_vec(),
-        base64::engine::general_purpose::STANDARD.encode(secret).into_bytes(),
-        base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(secret).into_bytes(),
-        hex.to_uppercase().into_bytes(),
-        hex.into_bytes(),
-        list.join(", ").into_bytes(),
-        list.join(",").into_bytes(),
-        spaced.join(" ").into_bytes(),
-        spaced.join(":").into_bytes(),
-    ]
 }
 
 fn contains(text: &[u8], form: &[u8]) -> bool {
