@@ -35,6 +35,11 @@ impl Deadline {
         Self { started: Instant::now(), limit }
     }
 
+    /// The deadline of a part that begins now and would take `longest` at most.
+    pub(crate) fn within(self, longest: Duration) -> Self {
+        Self::after(self.allow(longest))
+    }
+
     /// How long one wait may take that would take `longest` at most.
     pub(crate) fn allow(self, longest: Duration) -> Duration {
         longest.min(self.limit.saturating_sub(self.started.elapsed()))
@@ -63,5 +68,13 @@ mod tests {
         let over = Deadline::after(Duration::ZERO);
         assert_eq!(over.allow(Duration::from_secs(5)), Duration::ZERO);
         assert!(over.is_over());
+    }
+
+    #[test]
+    fn a_part_ends_with_the_whole() {
+        let patience = Duration::from_secs(10);
+        assert_eq!(Deadline::after(Duration::from_secs(3600)).within(patience).limit, patience);
+        assert!(Deadline::after(patience).within(Duration::from_secs(3600)).limit <= patience);
+        assert!(Deadline::after(Duration::ZERO).within(patience).is_over());
     }
 }

@@ -96,7 +96,7 @@ impl From<KernelError> for Failure {
             }
             _ => Code::Kernel,
         };
-        Self::new(code, error.to_string()).with_details([error.remedy().to_owned()])
+        Self::new(code, error.to_string()).with_details([error.remedy_once().to_owned()])
     }
 }
 
@@ -116,5 +116,19 @@ impl From<LeaseError> for Failure {
             | LeaseError::Taken { .. } => Code::InvalidConfig,
         };
         Self::new(code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_plugin_does_not_promise_to_try_again() {
+        let source = std::io::Error::from(Errno::EIO);
+        let failure = Failure::from(KernelError::File { operation: "write", path: "/proc/sys/net/x".into(), source });
+        assert_eq!(failure.code, Code::Io);
+        let [remedy] = failure.details.as_slice() else { panic!("{failure}") };
+        assert!(remedy.contains("try again") && !remedy.contains("every few seconds"), "{failure}");
     }
 }

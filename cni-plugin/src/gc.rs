@@ -103,3 +103,83 @@ fn given_up(deadline: Deadline, problems: Vec<String>) -> Failure {
     Failure::new(Code::Residue, format!("what belongs to no attachment could not all be removed within {seconds} s"))
         .with_details(problems)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::path::Path;
+
+    use husk_dataplane::netns::Netns;
+    use husk_ipam::lease::{DEFAULT_LOCK_WAIT, Demand, Supply};
+    use husk_overlay::endpoint::{AttachmentId, NetnsIdentity};
+    use husk_overlay::ipc::LEASE_DIRECTORY;
+    use husk_overlay::prefix::Family;
+    use husk_overlay::record::DualStack;
+    use serde_json::json;
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn id(container: &str) -> AttachmentId {
+        AttachmentId {
+            network: "husk".parse().unwrap(),
+            container_id: container.parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        }
+    }
+
+    fn lease(store: &LeaseStore, container: &str) {
+        let supply = Supply {
+            blocks: &["10.42.0.0/26".parse().unwrap()],
+            families: &[Family::Ipv4].into(),
+            reserved: DualStack::default(),
+            cool_down: Duration::ZERO,
+        };
+        let demand = Demand {
+            id: id(container),
+            netns: NetnsIdentity { path: "/run/netns/x".to_owned(), device: 4, inode: 7 },
+            pod_mac: id(container).pod_mac(),
+            pod_namespace: None,
+            pod_name: None,
+            addresses: Vec::new(),
+            allow_cooling: false,
+            port_mappings: Vec::new(),
+            bandwidth: None,
+        };
+        store.lock().unwrap().allocate(&supply, &demand, BootTime::now()).unwrap();
+    }
+
+    /// GC of a network with nothing valid, whose process began now.
+    fn collect(run_directory: &Path, deadline: Deadline) -> Result<(), Failure> {
+        let conf = json!({
+            "cniVersion": "1.1.0", "name": "husk", "runDirectory": run_directory, "cni.dev/valid-attachments": [],
+        });
+        let conf = NetConf::parse(conf.to_string().as_bytes()).unwrap();
+        let started = husk_ipam::lease::since_boot();
+        Netns::new_unnamed().unwrap().run_in(|| gc(&conf, started, deadline)).unwrap()
+    }
+
+    /// However much there is to do, and whoever is in the way.
+    #[test]
+    fn what_there_is_no_time_for_is_left_to_the_next_gc() {
+        let run_directory = tempfile::tempdir().unwrap();
+        let store = LeaseStore::new(run_directory.path().join(LEASE_DIRECTORY), DEFAULT_LOCK_WAIT);
+        ["a", "b"].into_iter().for_each(|container| lease(&store, container));
+        std::thread::sleep(Duration::from_millis(20));
+        let failure = collect(run_directory.path(), Deadline::after(Duration::ZERO)).unwrap_err();
+        assert_eq!(failure.code, Code::Residue);
+        assert!(failure.message.contains("within 0 s"), "{failure}");
+        assert!(store.has_lease(&id("a")).unwrap() && store.has_lease(&id("b")).unwrap());
+
+        // Somebody keeps the store to himself for ever.
+        let lock = File::open(store.directory().join("lock")).unwrap();
+        lock.lock().unwrap();
+        let failure = collect(run_directory.path(), Deadline::after(Duration::from_millis(30))).unwrap_err();
+        assert_eq!(failure.code, Code::TryAgainLater);
+        assert!(failure.message.contains("stayed locked"), "{failure}");
+        drop(lock);
+
+        collect(run_directory.path(), Deadline::after(LONG)).unwrap();
+        assert!(!store.has_lease(&id("a")).unwrap() && !store.has_lease(&id("b")).unwrap());
+    }
+}

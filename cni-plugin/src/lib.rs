@@ -26,6 +26,7 @@ mod node;
 mod result;
 mod status;
 mod version;
+mod warnings;
 
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -71,9 +72,12 @@ pub fn run() -> ExitCode {
 
 /// Serves a runtime.
 fn plugin(started: Duration) -> ExitCode {
-    let (stdin, outcome) = match input::read(io::stdin(), Deadline::after(input::PATIENCE)) {
+    warnings::show();
+    let invocation = Invocation::read(std::env::vars_os());
+    let deadline = invocation.as_ref().map_or_else(|_| Deadline::after(input::PATIENCE), Deadline::of);
+    let (stdin, outcome) = match input::read(io::stdin(), deadline.within(input::PATIENCE)) {
         Ok(stdin) => {
-            let outcome = serve(&stdin, started);
+            let outcome = invocation.and_then(|invocation| serve(&invocation, &stdin, started, deadline));
             (stdin, outcome)
         }
         Err(failure) => (Vec::new(), Err(failure)),
@@ -93,11 +97,14 @@ fn plugin(started: Duration) -> ExitCode {
     }
 }
 
-fn serve(stdin: &[u8], started: Duration) -> Result<Option<Value>, Failure> {
-    let invocation = Invocation::read(std::env::vars_os())?;
-    let deadline = Deadline::of(&invocation);
+fn serve(
+    invocation: &Invocation,
+    stdin: &[u8],
+    started: Duration,
+    deadline: Deadline,
+) -> Result<Option<Value>, Failure> {
     let conf = || NetConf::parse(stdin);
-    match &invocation {
+    match invocation {
         Invocation::Version => Ok(Some(version::answer(stdin))),
         Invocation::Add(attach) => add::add(&conf()?, attach, deadline).map(Some),
         Invocation::Del(container) => del::del(&conf()?, container, deadline).map(|()| None),

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_dataplane::pod::PodSpec;
+use husk_overlay::mac::MacAddress;
 use husk_overlay::marks::{POD_GATEWAY_V4, POD_GATEWAY_V6};
 use husk_overlay::prefix::{Family, Prefix};
 use serde_json::{Map, Value, json};
@@ -53,28 +54,40 @@ pub(crate) fn render(
     Ok(Value::Object(result))
 }
 
-/// What a result says about one interface in the sandbox: its MTU, if told, and its addresses.
+/// What a result says about one interface: its MTU and its Ethernet address, if told, and its addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Reported {
     /// MTU in bytes.
     pub(crate) mtu: Option<u32>,
+    /// Ethernet address, if told.
+    pub(crate) mac: Option<MacAddress>,
     /// Addresses without their prefix lengths.
     pub(crate) addresses: Vec<IpAddr>,
 }
 
-/// Reads an interface from a result; none if the result does not have it.
+/// Reads an interface in the sandbox from a result; none if the result does not have it.
 pub(crate) fn find_interface(result: &Map<String, Value>, name: &str) -> Option<Reported> {
-    let interfaces = result.get("interfaces")?.as_array()?;
     // The host end has no sandbox, and another plugin may have named an interface on the host like ours in the pod.
+    find(result, name, true)
+}
+
+/// Reads an interface on the host from a result; none if the result does not have it.
+pub(crate) fn find_host_interface(result: &Map<String, Value>, name: &str) -> Option<Reported> {
+    find(result, name, false)
+}
+
+fn find(result: &Map<String, Value>, name: &str, sandboxed: bool) -> Option<Reported> {
+    let interfaces = result.get("interfaces")?.as_array()?;
     let index = interfaces.iter().position(|it| {
         it.get("name").and_then(Value::as_str) == Some(name)
-            && it.get("sandbox").and_then(Value::as_str).is_some_and(|sandbox| !sandbox.is_empty())
+            && it.get("sandbox").and_then(Value::as_str).is_some_and(|sandbox| !sandbox.is_empty()) == sandboxed
     })?;
     let ips = result.get("ips").and_then(Value::as_array).into_iter().flatten();
     let own = ips.filter(|ip| ip.get("interface").and_then(Value::as_u64) == u64::try_from(index).ok());
     let address = |ip: &Value| ip.get("address")?.as_str()?.split('/').next()?.parse().ok();
     let mtu = interfaces[index].get("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok());
-    Some(Reported { mtu, addresses: own.filter_map(address).collect() })
+    let mac = interfaces[index].get("mac").and_then(Value::as_str).and_then(|mac| mac.parse().ok());
+    Some(Reported { mtu, mac, addresses: own.filter_map(address).collect() })
 }
 
 fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>, Failure> {
@@ -138,7 +151,6 @@ fn render_dns(dns: &Dns) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_overlay::mac::MacAddress;
     use husk_overlay::name::InterfaceName;
 
     fn spec() -> PodSpec {
@@ -151,6 +163,7 @@ mod tests {
             addresses: ["10.42.0.1".parse().unwrap(), "fd42::1".parse::<IpAddr>().unwrap()].into_iter().collect(),
             mtu: 1420,
             bandwidth: None,
+            loopback: false,
         }
     }
 
@@ -228,7 +241,7 @@ mod tests {
     fn an_interface_is_found_in_its_sandbox_only() {
         let result = json!({"interfaces": [{"name": "eth0"}, {"name": "eth0", "sandbox": "/x", "mtu": 1400}]});
         let found = find_interface(result.as_object().unwrap(), "eth0").unwrap();
-        assert_eq!(found, Reported { mtu: Some(1400), addresses: Vec::new() });
+        assert_eq!(found, Reported { mtu: Some(1400), ..Reported::default() });
         assert_eq!(find_interface(result.as_object().unwrap(), "eth1"), None);
         for odd in [json!({"interfaces": 3}), json!({"interfaces": [3]}), json!({})] {
             assert_eq!(find_interface(odd.as_object().unwrap(), "eth0"), None);

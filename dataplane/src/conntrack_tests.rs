@@ -37,6 +37,26 @@ fn connections() -> Vec<String> {
     all.lines().filter(|line| line.contains(&port)).map(str::to_owned).collect()
 }
 
+/// Ends what contradicts these changes.
+fn forget(changes: &[NftChange]) -> Result<usize, Error> {
+    let mut connections = Connections { unknown: false, moved: BTreeSet::new() };
+    connections.note(changes);
+    connections.settle(None)
+}
+
+/// What the kernel's mappings are when a new daemon looks for the first time: `port` leads to `holder`, if there is one.
+fn found(holder: Option<&str>, pods: &[&str]) -> Mappings {
+    let holders = holder.into_iter().map(|pod| {
+        let pod: IpAddr = pod.parse().unwrap();
+        ((Family::of(pod), addressee(TransportProtocol::Udp, None)), pod)
+    });
+    Mappings {
+        holders: holders.collect(),
+        blocks: ["127.0.0.8/29", "fd42::/64"].into_iter().map(|it| it.parse().unwrap()).collect(),
+        pods: pods.iter().map(|it| it.parse().unwrap()).collect(),
+    }
+}
+
 /// A datagram from a port of its own.
 fn send(to: &str) {
     let to = SocketAddr::new(to.parse().unwrap(), PORT);
@@ -148,4 +168,86 @@ fn only_what_the_mapping_is_about_is_touched() {
     ] {
         assert_eq!(connection.contradicts(&moved, &local), stale, "{moved:?} {connection:?}");
     }
+}
+
+/// The mappings are in the kernel, and what was to be done about their connections died with the daemon before.
+#[test]
+fn the_first_look_of_a_process_ends_what_an_earlier_one_left() {
+    for (mappings, gone) in [
+        // Its port is another pod's by now, and connections that began before that one had it go too.
+        (found(Some("127.0.0.10"), &["127.0.0.9", "127.0.0.10"]), &["dst=127.0.0.2", "dst=127.0.0.3"][..]),
+        // Nobody's, and its pod is gone.
+        (found(None, &["127.0.0.10"]), &["dst=127.0.0.2"]),
+        // Nobody's, and its pod is there: somebody else may have translated it.
+        (found(None, &["127.0.0.9"]), &[]),
+        // Translated to what is no pod of ours.
+        (Mappings { blocks: BTreeSet::new(), ..found(None, &[]) }, &[]),
+        (
+            Mappings { blocks: BTreeSet::new(), ..found(Some("fd42::5"), &[]) },
+            &["dst=0000:0000:0000:0000:0000:0000:0000:0001"],
+        ),
+        // As it is mapped.
+        (found(Some("127.0.0.9"), &["127.0.0.9"]), &["dst=127.0.0.3"]),
+    ] {
+        in_world(|| {
+            let mut connections = Connections::default();
+            assert!(connections.are_unknown());
+            assert_eq!(
+                connections.settle(Some(&mappings)).unwrap(),
+                gone.len(),
+                "{mappings:?}: {:?}",
+                self::connections()
+            );
+            let left = self::connections();
+            assert_eq!(left.len(), 3 - gone.len());
+            assert!(!left.iter().any(|line| gone.iter().any(|it| line.contains(it))), "{mappings:?}: {left:?}");
+            assert!(!connections.are_unknown(), "once is enough");
+            send("127.0.0.2");
+            assert_eq!(connections.settle(None).unwrap(), 0);
+        });
+    }
+}
+
+/// Runs something without the privilege to ask the kernel about connections.
+fn unprivileged<T>(run: impl FnOnce() -> T) -> T {
+    let become_user = |user: nix::libc::uid_t| {
+        #[expect(unsafe_code, reason = "the C library changes all threads")]
+        // SAFETY: setresuid(2) takes three numbers. Called past the C library it changes the calling thread alone.
+        let done = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, -1_i64, i64::from(user), -1_i64) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    };
+    become_user(65534);
+    let outcome = run();
+    become_user(0);
+    outcome
+}
+
+#[test]
+fn what_could_not_be_done_is_done_the_next_time() {
+    in_world(|| {
+        let mut connections = Connections::default();
+        let mappings = found(None, &[]);
+        let error = unprivileged(|| connections.settle(Some(&mappings))).unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::EPERM), "{error}");
+        assert!(connections.are_unknown());
+        assert_eq!(connections.settle(Some(&mappings)).unwrap(), 1);
+        // The same of a change.
+        send("127.0.0.2");
+        connections.note(&[went("127.0.0.9")]);
+        assert!(unprivileged(|| connections.settle(None)).is_err());
+        // Another pass changes nothing.
+        connections.note(&[]);
+        assert_eq!(connections.settle(None).unwrap(), 1);
+        // The pod has its port again before the clean-up succeeds: its connections are as they should be.
+        send("127.0.0.2");
+        connections.note(&[went("127.0.0.9")]);
+        assert!(unprivileged(|| connections.settle(None)).is_err());
+        connections.note(&[appeared("127.0.0.9")]);
+        assert_eq!(connections.settle(None).unwrap(), 1, "only the one that was not translated");
+        assert!(self::connections().iter().any(|line| line.contains("src=127.0.0.9")), "{:?}", self::connections());
+        // Another pod has it: those of the first one are still to end.
+        connections.note(&[went("127.0.0.9")]);
+        connections.note(&[appeared("127.0.0.10")]);
+        assert_eq!(connections.settle(None).unwrap(), 1);
+    });
 }

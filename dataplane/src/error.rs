@@ -222,7 +222,8 @@ impl Error {
         }
     }
 
-    /// What a person should do about it, as an imperative clause. The error's text does not say it.
+    /// What a person should do about it, as an imperative clause. The error's text does not say it. The daemon's word, which
+    /// tries again by itself.
     #[must_use]
     pub fn remedy(&self) -> &'static str {
         match self {
@@ -255,7 +256,28 @@ impl Error {
             }
         }
     }
+
+    /// As [`Self::remedy`], from a program that does what it is told once, as the CNI plugin: it is up to its caller to try
+    /// again.
+    #[must_use]
+    pub fn remedy_once(&self) -> &'static str {
+        match self {
+            Self::TimedOut { .. } => {
+                "look for a process that holds the kernel's network lock (tasks in state D, `dmesg`), and try again"
+            }
+            Self::Overrun { .. } => "try again; if it stays, raise net.core.rmem_max",
+            Self::Program { .. } => "see the program's words, and try again",
+            _ => match self.remedy() {
+                TRIED_AGAIN => "see the kernel's reason, and try again",
+                VANISHED => "find out who deletes the interface, and try again",
+                other => other,
+            },
+        }
+    }
 }
+
+/// The remedy where an interface is not there.
+const VANISHED: &str = "nothing, the interface vanished meanwhile and the next pass sees it";
 
 /// The remedy where the reason is all that can be said.
 const TRIED_AGAIN: &str = "the change is tried again every few seconds; if it stays, see the kernel's reason";
@@ -282,7 +304,7 @@ fn remedy(errno: Errno) -> &'static str {
         }
         Errno::ENOMEM | Errno::ENOBUFS => "free memory on this host",
         Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (`ulimit -n`, fs.file-max)",
-        Errno::ENODEV | Errno::ENXIO => "nothing, the interface vanished meanwhile and the next pass sees it",
+        Errno::ENODEV | Errno::ENXIO => VANISHED,
         Errno::EEXIST => "remove what somebody else made in its place, or give Husk another range",
         _ => TRIED_AGAIN,
     }
@@ -352,5 +374,24 @@ mod tests {
             assert!(!error.remedy().is_empty(), "{error}");
             assert!(!error.to_string().contains(error.remedy()), "{error}");
         }
+    }
+
+    #[test]
+    fn who_does_not_try_again_does_not_say_so() {
+        let (operation, object) = ("read", "x".to_owned());
+        for error in [
+            refusal(Errno::EINVAL, Some("why")),
+            refusal(Errno::ENODEV, None),
+            Error::TimedOut { operation, object: object.clone(), seconds: 10 },
+            Error::Overrun { operation, object: object.clone() },
+            Error::File { operation, path: "/z".into(), source: Errno::EIO.into() },
+            Error::Program { operation, object, program: "nft", reason: "y".to_owned() },
+        ] {
+            let said = error.remedy_once();
+            let promised = ["every few seconds", "next pass", "is tried again", "is read again"];
+            assert!(promised.iter().any(|it| error.remedy().contains(it)), "{error}: {}", error.remedy());
+            assert!(!promised.iter().any(|it| said.contains(it)) && said.contains("try again"), "{error}: {said}");
+        }
+        assert_eq!(refusal(Errno::EPERM, None).remedy_once(), PRIVILEGE);
     }
 }

@@ -21,6 +21,7 @@ use crate::kernel::{Actual, Change, Kernel, Table};
 use crate::links::{ActualKind, ActualLink, LinkChange};
 use crate::neighbours::NeighbourChange;
 use crate::routes::{ActualRoute, RouteChange};
+use crate::sweep::Sweep;
 use crate::wireguard::{KeyRing, WireguardAction, WireguardState};
 
 /// Something that shall go wrong.
@@ -34,6 +35,8 @@ pub enum Fault {
     Read(Table),
     /// The nth reading from now on, counted from 0 over all tables, fails; once.
     NthRead(u64),
+    /// Connections that contradict the port mappings cannot be ended.
+    Connections,
 }
 
 /// What was asked of the kernel so far.
@@ -153,6 +156,12 @@ impl Kernel for FakeKernel {
             }
         }
         results
+    }
+
+    fn settle_connections(&mut self, _: &Desired, _: Sweep) -> Result<(), Error> {
+        let state = self.state();
+        let failed = state.faults.iter().find(|(fault, _)| *fault == Fault::Connections);
+        failed.map_or(Ok(()), |(_, errno)| Err(refusal("list", "connections to mapped ports".to_owned(), *errno)))
     }
 }
 

@@ -263,6 +263,13 @@ pub trait Kernel {
     /// Makes changes in order; one result for each. A failed change does not stop the others, except within the nftables
     /// table, which changes as a whole or not at all.
     fn apply(&mut self, changes: &[Change], keys: &KeyRing) -> Vec<Result<(), Error>>;
+
+    /// Ends the connections that contradict the port mappings as they are now: once for all that was before, as soon as
+    /// sweeping is allowed, then for each change. What fails is done the next time.
+    ///
+    /// # Errors
+    /// When connections that should have ended may go on.
+    fn settle_connections(&mut self, desired: &Desired, sweep: Sweep) -> Result<(), Error>;
 }
 
 /// What has to change in one table, removals last.

@@ -7,16 +7,18 @@ use husk_overlay::kernel::Desired;
 use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
 
+use crate::conntrack::{Connections, Mappings};
 use crate::error::Error;
 use crate::interfaces::{Interfaces, dump_links};
 use crate::kernel::{Actual, Change, Kernel, Table};
 use crate::links::LinkChange;
 use crate::netlink::{Protocol, Socket};
 use crate::step::{Step, perform};
+use crate::sweep::Sweep;
 use crate::sysfs::Sysfs;
 use crate::wireguard::{KeyRing, Wireguard, WireguardChange};
 use crate::xfrm::{self, Xfrm};
-use crate::{addresses, conntrack, fdb, links, napi, neighbours, nft, routes, sysctl};
+use crate::{addresses, fdb, links, napi, neighbours, nft, routes, sysctl};
 
 /// The kernel's tables in one network namespace.
 ///
@@ -30,6 +32,7 @@ pub struct Linux {
     control_sockets: PathBuf,
     sysfs: Option<Sysfs>,
     nft: nft::Reader,
+    connections: Connections,
 }
 
 impl Linux {
@@ -52,6 +55,7 @@ impl Linux {
             control_sockets: control_sockets.to_owned(),
             sysfs,
             nft: nft::Reader::default(),
+            connections: Connections::default(),
         })
     }
 
@@ -228,7 +232,7 @@ impl Kernel for Linux {
                     results.extend(group.iter().map(|change| self.apply_one_by_one(change)));
                 }
                 Table::XfrmStates | Table::XfrmPolicies => results.extend(self.apply_xfrm(group, keys)),
-                Table::Nft => results.extend(apply_nft(group)),
+                Table::Nft => results.extend(apply_nft(group, &mut self.connections)),
                 Table::Wireguard => results.extend(self.apply_wireguard(group, keys)),
                 Table::Links | Table::Addresses | Table::Neighbours | Table::Fdb | Table::Routes => {
                     results.extend(self.apply_rtnetlink(group));
@@ -236,6 +240,16 @@ impl Kernel for Linux {
             }
         }
         results
+    }
+
+    fn settle_connections(&mut self, desired: &Desired, sweep: Sweep) -> Result<(), Error> {
+        let whole = self.connections.are_unknown() && sweep == Sweep::Allowed;
+        let mappings = if whole { Some(Mappings::of(self.nft.read()?.as_ref(), desired)) } else { None };
+        let count = self.connections.settle(mappings.as_ref())?;
+        if count > 0 {
+            tracing::info!(count, "ended connections that contradict the port mappings");
+        }
+        Ok(())
     }
 }
 
@@ -258,7 +272,7 @@ fn steps(change: &Change, interfaces: &Interfaces) -> Result<Vec<Step>, Error> {
     }
 }
 
-fn apply_nft(changes: &[Change]) -> Vec<Result<(), Error>> {
+fn apply_nft(changes: &[Change], connections: &mut Connections) -> Vec<Result<(), Error>> {
     let transaction: Vec<_> = changes
         .iter()
         .filter_map(|change| match change {
@@ -268,22 +282,10 @@ fn apply_nft(changes: &[Change]) -> Vec<Result<(), Error>> {
         .collect();
     match nft::apply(&transaction) {
         Ok(()) => {
-            forget_connections(&transaction);
+            connections.note(&transaction);
             changes.iter().map(|_| Ok(())).collect()
         }
         Err(error) => fail_all(changes.len(), error),
-    }
-}
-
-/// After the change, so that no packet begins a connection of the old kind again. The mappings are as they should be whether
-/// this succeeds or not.
-fn forget_connections(changes: &[nft::NftChange]) {
-    match conntrack::forget(changes) {
-        Ok(0) => {}
-        Ok(count) => tracing::info!(count, "ended connections through port mappings that have changed"),
-        Err(error) => {
-            tracing::warn!(%error, remedy = error.remedy(), "connections through port mappings that are gone may go on");
-        }
     }
 }
 

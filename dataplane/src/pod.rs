@@ -17,6 +17,7 @@
 
 mod bandwidth;
 mod by_source;
+mod find;
 mod inspect;
 mod request;
 mod sysctl;
@@ -32,6 +33,7 @@ use husk_overlay::bandwidth::{Bandwidth, Limit};
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::mac::MacAddress;
 use husk_overlay::name::InterfaceName;
+use husk_overlay::plan::loopback_parameter;
 use husk_overlay::prefix::Family;
 use husk_overlay::record::DualStack;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -39,8 +41,10 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage, State};
 use netlink_packet_route::route::RouteType;
 use nix::errno::Errno;
 
+pub use inspect::PodMtu;
 pub use vacate::{detach_index, vacate};
 
+use self::find::{Ends, deleted, ends, existing, find, index_of};
 use crate::error::{Error, Refusal};
 use crate::netlink::{Protocol, Request, Socket};
 use crate::netns::Netns;
@@ -77,6 +81,8 @@ pub struct PodSpec {
     pub mtu: u32,
     /// How much the pod may receive and send.
     pub bandwidth: Option<Bandwidth>,
+    /// The host reaches a port of the pod through a loopback address of its own.
+    pub loopback: bool,
 }
 
 impl PodSpec {
@@ -92,6 +98,7 @@ impl PodSpec {
             addresses: endpoint.addresses,
             mtu,
             bandwidth: endpoint.bandwidth,
+            loopback: loopback_parameter(endpoint).is_some(),
         }
     }
 
@@ -142,10 +149,10 @@ pub struct HostInterface {
 pub fn attach(spec: &PodSpec, netns: &Netns) -> Result<BTreeSet<Family>, Error> {
     let mut host = Socket::open(Protocol::Route)?;
     create(&mut host, spec, netns)?;
-    let index = index_of(&mut host, &spec.host_interface)?;
-    let wired = wire_pod(spec, netns).and_then(|(mut pod, defaults)| {
+    let Ends { index, peer } = ends(&mut host, &spec.host_interface)?;
+    let wired = wire_pod(spec, netns, peer).and_then(|(mut pod, defaults)| {
         wire_host(&mut host, index, spec)?;
-        wait_until_ready(&mut pod, spec)?;
+        wait_until_ready(&mut pod, spec, peer)?;
         Ok(defaults)
     });
     if wired.is_err() {
@@ -186,9 +193,9 @@ pub fn set_mtu(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
 ///
 /// # Errors
 /// Those of netlink and of the namespace; a missing interface is a deviation, not an error.
-pub fn check(spec: &PodSpec, netns: &Netns) -> Result<Vec<String>, Error> {
+pub fn check(spec: &PodSpec, netns: &Netns, pod_mtu: &PodMtu) -> Result<Vec<String>, Error> {
     let mut deviations = inspect::host(spec)?;
-    deviations.extend(netns.run_in(|| inspect::pod(spec))??);
+    deviations.extend(netns.run_in(|| inspect::pod(spec, pod_mtu))??);
     Ok(deviations)
 }
 
@@ -257,10 +264,9 @@ fn create(host: &mut Socket, spec: &PodSpec, netns: &Netns) -> Result<(), Error>
 }
 
 /// Configures the pod end, and returns a socket in the pod's namespace and the families whose default route leads there.
-fn wire_pod(spec: &PodSpec, netns: &Netns) -> Result<(Socket, BTreeSet<Family>), Error> {
+fn wire_pod(spec: &PodSpec, netns: &Netns, index: u32) -> Result<(Socket, BTreeSet<Family>), Error> {
     netns.run_in(|| {
         let mut socket = Socket::open(Protocol::Route)?;
-        let index = index_of(&mut socket, &spec.pod_interface)?;
         let loopback = InterfaceName::new("lo").expect("lo is a valid name");
         sysctl::tune_pod(spec, &loopback)?;
         let mut requests = vec![request::set_up(LOOPBACK_INDEX, &loopback, None)];
@@ -327,9 +333,9 @@ fn wire_host(socket: &mut Socket, index: u32, spec: &PodSpec) -> Result<(), Erro
 ///   kernels bring it up to date when they are asked for the interface (`rtnl_getlink`).
 /// - An IPv6 address takes packets once it has its local route, which a work item adds, without duplicate address detection
 ///   too (`addrconf_dad_work` in net/ipv6/addrconf.c).
-fn wait_until_ready(socket: &mut Socket, spec: &PodSpec) -> Result<(), Error> {
+fn wait_until_ready(socket: &mut Socket, spec: &PodSpec, index: u32) -> Result<(), Error> {
     let deadline = Instant::now() + READY_LIMIT;
-    while !is_ready(socket, spec)? {
+    while !is_ready(socket, spec, index)? {
         if Instant::now() >= deadline {
             tracing::warn!(interface = %spec.pod_interface, "the pod's interface is not ready yet; its first packets may be lost");
             break;
@@ -339,10 +345,14 @@ fn wait_until_ready(socket: &mut Socket, spec: &PodSpec) -> Result<(), Error> {
     Ok(())
 }
 
-fn is_ready(socket: &mut Socket, spec: &PodSpec) -> Result<bool, Error> {
+fn is_ready(socket: &mut Socket, spec: &PodSpec, index: u32) -> Result<bool, Error> {
     let is_up = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::OperState(State::Up));
-    // One that somebody deleted meanwhile will never be, which is an error.
-    if !existing(socket, &spec.pod_interface)?.attributes.iter().any(is_up) {
+    // One that somebody deleted meanwhile will never be, which is an error; one of its name that was made since is not it.
+    let link = existing(socket, &spec.pod_interface)?;
+    if link.header.index != index {
+        return Err(deleted(&spec.pod_interface));
+    }
+    if !link.attributes.iter().any(is_up) {
         return Ok(false);
     }
     let Some(address) = spec.addresses.get(Family::Ipv6) else { return Ok(true) };
@@ -360,34 +370,4 @@ fn delete(socket: &mut Socket, interface: &InterfaceName) -> Result<bool, Error>
         Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-/// An interface of the socket's namespace; none if there is none of that name.
-fn find(socket: &mut Socket, interface: &InterfaceName) -> Result<Option<LinkMessage>, Error> {
-    match socket.get(request::get(interface)) {
-        Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
-        Ok(_) => Err(Error::Malformed {
-            operation: "find",
-            object: interface.to_string(),
-            reason: "the kernel answered with something else than a link".to_owned(),
-        }),
-        Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn index_of(socket: &mut Socket, interface: &InterfaceName) -> Result<u32, Error> {
-    Ok(existing(socket, interface)?.header.index)
-}
-
-/// An interface of the socket's namespace that was made before.
-fn existing(socket: &mut Socket, interface: &InterfaceName) -> Result<LinkMessage, Error> {
-    find(socket, interface)?.ok_or_else(|| {
-        Error::Refused(Refusal {
-            operation: "find",
-            object: interface.to_string(),
-            errno: Errno::ENODEV,
-            explanation: Some("it was deleted while it was being set up".to_owned()),
-        })
-    })
 }

@@ -34,6 +34,8 @@ pub struct Outcome {
     pub applied: BTreeMap<Table, usize>,
     /// What went wrong.
     pub failures: Vec<Failure>,
+    /// Why connections through port mappings that are gone may go on.
+    pub lingering: Option<Error>,
 }
 
 /// Something that went wrong in a pass.
@@ -60,7 +62,7 @@ impl Outcome {
     /// True if everything was read and every change succeeded: the kernel is as desired.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.failures.is_empty()
+        self.failures.is_empty() && self.lingering.is_none()
     }
 
     /// Number of changes that were made.
@@ -136,12 +138,17 @@ const BLOCK: &str = "the block of plaintext (IPsec policies)";
 const FLOOR: &str = "the floor of unreachable routes";
 
 impl<K: Kernel + ?Sized> Pass<'_, K> {
-    /// The nftables table. Without one that is desired there is nothing that could be missing.
+    /// The nftables table, and the connections it has translated. Without a table that is desired there is nothing that could be
+    /// missing.
     fn guard(&mut self) {
         let before = self.outcome.failures.len();
         self.table(Table::Nft);
         if self.desired.nft.is_some() {
             self.unguarded = self.first_reason_since(before);
+        }
+        // After the mappings, so that no packet begins a connection of the old kind again.
+        if self.outcome.failures.len() == before {
+            self.outcome.lingering = self.kernel.settle_connections(self.desired, self.sweep).err();
         }
     }
 

@@ -533,6 +533,10 @@ impl Kernel for Recorder {
         self.changes.extend_from_slice(changes);
         self.kernel.apply(changes, keys)
     }
+
+    fn settle_connections(&mut self, desired: &Desired, sweep: Sweep) -> Result<(), Error> {
+        self.kernel.settle_connections(desired, sweep)
+    }
 }
 
 fn recorded(kernel: &FakeKernel, desired: &Desired) -> Vec<Change> {

@@ -193,6 +193,8 @@ pub struct Desired {
     /// or that has another index since it was made anew, is younger than the plan: its routes and neighbours are the plugin's
     /// work of this moment and are not swept.
     pub known_pods: BTreeMap<InterfaceName, u32>,
+    /// Blocks that the addresses of this node's pods lie in.
+    pub own_blocks: BTreeSet<Prefix>,
 }
 
 /// Maps whose keys are structures, as lists of pairs: JSON objects have text keys only.

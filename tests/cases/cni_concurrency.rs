@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use husk_tests::process::Process;
 use husk_tests::{Cluster, CniOutcome, Host, Mode, Pod, Signal, eventually};
 use serde_json::{Value, json};
 
@@ -102,7 +103,7 @@ fn a_hundred_at_once_and_two_hundred_and_fifty_on_a_node() -> Result<()> {
     let started = Instant::now();
     let outcomes = at_once(&mut burst, Pod::add)?;
     eprintln!("{AT_ONCE} ADDs at once took {:?}", started.elapsed());
-    outcomes.iter().try_for_each(CniOutcome::succeeded)?;
+    outcomes.iter().try_for_each(CniOutcome::succeeded).with_context(|| host.daemon_log())?;
     assert_eq!(distinct_addresses(first.iter().chain(&burst))?.len(), 2 * (BEFORE + AT_ONCE));
     assert_eq!(host.leases()?.len(), BEFORE + AT_ONCE);
     for pod in burst.iter().step_by(10).chain(first.iter().step_by(15)) {
@@ -295,7 +296,7 @@ fn a_gc_spares_an_add_that_ends_while_it_runs() -> Result<()> {
     let cluster = one_host()?;
     let host = cluster.host(1);
     let (stale, pod) = (host.add_pod("stale")?, host.sandbox("fresh")?);
-    let daemon = host.processes().into_iter().find(|it| it.command.contains("huskd")).context("huskd does not run")?;
+    let daemon = daemon(host)?;
     // The runtime's word comes late, so that the order is certain: GC begins while the ADD waits for the daemon, and looks
     // at the leases when the ADD has ended.
     let mut config: Value = serde_json::from_str(&fs::read_to_string(host.conflist_path())?)?;
@@ -327,5 +328,96 @@ fn a_gc_spares_an_add_that_ends_while_it_runs() -> Result<()> {
     // The next one begins after that ADD has ended.
     collect(host)?.succeeded()?;
     drop(stale);
+    assert_clean(host)
+}
+
+fn daemon(host: &Host) -> Result<Process> {
+    host.processes().into_iter().find(|it| it.command.contains("huskd")).context("huskd does not run")
+}
+
+/// Waits until an attachment is there and its ADD waits for a daemon that does not answer; `calls` of the plugin wait in all.
+fn await_wired(host: &Host, pod: &Pod, calls: usize) -> Result<()> {
+    eventually(&format!("{} to be wired", pod.name()), SOON, || Ok(parts(host, pod)? == [true; 3]))?;
+    await_plugin(host, calls)
+}
+
+/// The runtime loses patience with an ADD that waits for the daemon, deletes the container and adds it again: when the daemon
+/// answers, the first ADD finds another lease than its own, and leaves what is there to the second.
+#[test]
+fn an_add_whose_attachment_was_made_anew_meanwhile_leaves_it_alone() -> Result<()> {
+    let cluster = one_host()?;
+    let host = cluster.host(1);
+    let mut pod = host.sandbox("anew")?;
+    let daemon = daemon(host)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    let (first, second) = thread::scope(|scope| -> Result<_> {
+        let spec = pod.spec();
+        let first = scope.spawn(|| host.cni("ADD", spec));
+        await_wired(host, &pod, 1)?;
+        let before = host.leases()?;
+        pod.del()?.succeeded()?;
+        let second = scope.spawn(|| host.cni("ADD", spec));
+        await_wired(host, &pod, 2)?;
+        ensure!(host.leases()? != before, "the second ADD got other addresses: the first ones rest");
+        daemon.signal(Signal::SIGCONT)?;
+        Ok((first.join().expect("a panic is a failed test")?, second.join().expect("a panic is a failed test")?))
+    })?;
+    assert_eq!(first.error_code(), Some(LATER), "{}", first.stdout);
+    assert!(first.stdout.contains("was deleted") && !first.stdout.contains("could not be undone"), "{}", first.stdout);
+    second.succeeded()?;
+    assert_eq!((host.leases()?.len(), host.pod_interfaces()?.len()), (1, 1));
+    let ips = second.json["ips"].as_array().into_iter().flatten();
+    let given: BTreeSet<IpAddr> =
+        ips.filter_map(|ip| ip["address"].as_str()?.split('/').next()?.parse().ok()).collect();
+    pod.spec_mut().prev_result = Some(second.json);
+    pod.check()?.succeeded()?;
+    let inside = pod.netns().ip_json(["address", "show", "dev", "eth0"])?;
+    let global = inside[0]["addr_info"].as_array().into_iter().flatten().filter(|it| it["scope"] == "global");
+    let found: BTreeSet<IpAddr> = global.filter_map(|it| it["local"].as_str()?.parse().ok()).collect();
+    assert_eq!((found.len(), &found), (2, &given), "no address of the first one is there");
+    let other = host.add_pod("other")?;
+    for address in given {
+        other.await_answer_at(address, SOON)?;
+    }
+    pod.await_answer_of(&other, SOON)?;
+    pod.del()?.succeeded()?;
+    other.del()?.succeeded()?;
+    assert_clean(host)
+}
+
+/// Killed while a plugin waits for its answer: an ADD is undone and works with the next daemon, a DEL does not need it.
+#[test]
+fn a_daemon_that_dies_while_a_plugin_waits_for_it() -> Result<()> {
+    let cluster = one_host()?;
+    let host = cluster.host(1);
+    let mut pod = host.sandbox("orphan")?;
+    for port in [None, Some(8080)] {
+        let mapping = |port| json!({"portMappings": [{"hostPort": port, "containerPort": 80}]});
+        pod.spec_mut().runtime_config = port.map(mapping);
+        daemon(host)?.signal(Signal::SIGSTOP)?;
+        let added = thread::scope(|scope| -> Result<_> {
+            let adding = scope.spawn(|| host.cni("ADD", pod.spec()));
+            await_wired(host, &pod, 1)?;
+            host.stop_daemon(Signal::SIGKILL)?;
+            adding.join().expect("a panic is a failed test")
+        })?;
+        assert_eq!(added.error_code(), Some(LATER), "{}", added.stdout);
+        assert!(added.stdout.contains("huskd"), "{}", added.stdout);
+        assert_eq!(host.residue()?, Vec::<String>::new());
+        host.start_daemon()?;
+        host.wait_ready()?;
+        host.cni("ADD", pod.spec())?.succeeded()?;
+
+        daemon(host)?.signal(Signal::SIGSTOP)?;
+        let deleted = thread::scope(|scope| -> Result<_> {
+            let deleting = scope.spawn(|| pod.del());
+            host.stop_daemon(Signal::SIGKILL)?;
+            deleting.join().expect("a panic is a failed test")
+        })?;
+        deleted.succeeded()?;
+        assert_eq!(host.residue()?, Vec::<String>::new());
+        host.start_daemon()?;
+        host.wait_ready()?;
+    }
     assert_clean(host)
 }

@@ -99,13 +99,8 @@ fn an_add_that_meets_any_failure_is_whole_or_undone() -> Result<()> {
                 ensure!(outcome.status == Some(1), "ADD ended with {:?} {}", outcome.status, outcome.stderr);
             } else {
                 orderly("ADD", &outcome, (interference, &run), said)?;
-                let undone = victim.gone();
-                let details = outcome.json["details"].as_str().unwrap_or_default();
-                ensure!(
-                    undone.is_ok() || details.contains("could not be undone"),
-                    "{undone:?} after {}",
-                    outcome.stdout
-                );
+                // What failed fails once: nothing keeps the plugin from undoing what it did.
+                victim.gone().with_context(|| outcome.stdout.clone())?;
             }
             victim.delete()?;
             victim.attach()?;

@@ -1,10 +1,12 @@
 //! Ports of hosts that lead to pods: for whom, from where, and until when.
 
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use etherparse::{IpNumber, PacketBuilder};
+use husk_tests::kernel::{self, Part};
 use husk_tests::netns::Netns;
 use husk_tests::probe::{Datagram, EchoServer, tcp};
 use husk_tests::runtime::{Attachment, Network, Refusal};
@@ -91,6 +93,13 @@ fn everybody_reaches_a_mapped_port_in_vxlan_mode() -> Result<()> {
     everybody(Mode::Vxlan)
 }
 
+/// Where the kernel has ESP; on others these modes are not to be had, which `esp_missing` is about.
+#[test]
+fn everybody_reaches_a_mapped_port_through_esp_where_there_is_any() -> Result<()> {
+    let modes = if kernel::has(Part::Esp)? { &[Mode::Ipsec, Mode::VxlanIpsec][..] } else { &[] };
+    modes.iter().try_for_each(|mode| everybody(*mode))
+}
+
 #[test]
 fn everybody_reaches_a_mapped_port_in_wireguard_mode() -> Result<()> {
     everybody(Mode::Wireguard)
@@ -158,6 +167,18 @@ fn a_mapping_may_be_for_one_address_of_the_host() -> Result<()> {
         (Published::start(host, "four", of(&four.to_string()))?, vec![four]),
         (Published::start(host, "six", of("::"))?, vec![six, any_of_six]),
     ];
+    // One address of IPv6 alone: the others of the host, and its IPv4, have no such port.
+    let single = json!([
+        {"hostPort": 9001, "containerPort": CONTAINER_PORT, "hostIP": six.to_string()},
+        {"hostPort": 9001, "containerPort": CONTAINER_PORT, "hostIP": six.to_string(), "protocol": "udp"},
+    ]);
+    let single = Published::start(host, "single", single)?;
+    let at = SocketAddr::new(six, 9001);
+    assert_eq!(single.seen(cluster.outside(), at)?, Cluster::gateway(Family::Ipv6));
+    assert_eq!(single.seen(host.netns(), at)?, six);
+    for other in [any_of_six, four] {
+        assert!(!answers(host.netns(), SocketAddr::new(other, 9001)), "{other} has no such port");
+    }
     for (published, addresses) in &pods {
         for address in addresses {
             published.seen(host.netns(), SocketAddr::new(*address, 9000))?;
@@ -278,6 +299,68 @@ fn a_client_that_goes_on_sending_gets_to_whom_the_port_belongs() -> Result<()> {
     eventually("the mapping and its connection to be gone", PATIENCE, || {
         chatter.answered();
         Ok(!mapped()?.contains("udp . 5353") && !entries(&stale)?)
+    })?;
+    cluster.ensure_settled()
+}
+
+/// The daemon is killed when it has changed the mappings and has not ended their connections yet: the next one finds nothing to
+/// change, and ends them all the same.
+#[test]
+fn connections_that_a_killed_daemon_left_end_with_the_next_one() -> Result<()> {
+    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(1).start()?;
+    let host = cluster.host(1);
+    let at = |port| Ok::<_, anyhow::Error>(SocketAddr::new(host.address(Family::Ipv4)?, port));
+    let (kept, gone) =
+        (Published::start(host, "kept", both_protocols(53))?, Published::start(host, "gone", both_protocols(54))?);
+    let (of_kept, of_gone) = (Chatter::start(cluster.outside(), at(53)?)?, Chatter::start(cluster.outside(), at(54)?)?);
+    assert!(of_kept.answered() && of_gone.answered());
+    let stale = gone.pod.address(Family::Ipv4)?.to_string();
+    let known =
+        |pod: &str| -> Result<bool> { Ok(host.netns().command("cat", ["/proc/net/nf_conntrack"])?.contains(pod)) };
+    host.stop_daemon(Signal::SIGKILL)?;
+    gone.pod.del()?.into_result()?;
+    for map in ["host_ports_ipv4_to_address", "host_ports_ipv4_to_port"] {
+        for protocol in ["tcp", "udp"] {
+            let element = format!("{{ {protocol} . 54 }}");
+            host.program("nft").args(["delete", "element", "inet", "husk", map, &element]).check()?;
+        }
+    }
+    let hairpin = format!("{{ {stale} . {stale} }}");
+    host.program("nft").args(["delete", "element", "inet", "husk", "hairpin_ipv4", &hairpin]).check()?;
+    assert!(known(&stale)?, "nobody has ended it yet");
+    host.start_daemon()?;
+    host.wait_ready()?;
+    eventually("the connection to have ended", PATIENCE, || Ok(!known(&stale)?))?;
+    assert!(!of_gone.answered());
+    // The other one is as it was, to the daemon and to its client.
+    assert!(known(&kept.pod.address(Family::Ipv4)?.to_string())? && of_kept.answered());
+    assert_eq!(kept.server.peers().len(), 1);
+    cluster.ensure_settled()
+}
+
+/// A server that is gone with its pod does not say so, and its client would wait for ever: the host, which nobody maps the port of
+/// any more, refuses the next packet.
+#[test]
+fn a_tcp_connection_through_a_mapping_is_cut_with_it() -> Result<()> {
+    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(1).start()?;
+    let host = cluster.host(1);
+    let web = Published::start(host, "web", both_protocols(8080))?;
+    let at = SocketAddr::new(host.address(Family::Ipv4)?, 8080);
+    tcp::transfer(cluster.outside(), at, TRANSFER)?;
+    let mut stream = tcp::connect(cluster.outside(), at, PATIENCE)?;
+    stream.set_read_timeout(Some(patience(BRIEFLY)))?;
+    let pod = web.pod.address(Family::Ipv4)?.to_string();
+    let known = || -> Result<bool> { Ok(host.netns().command("cat", ["/proc/net/nf_conntrack"])?.contains(&pod)) };
+    assert!(known()?);
+    web.pod.del()?.into_result()?;
+    eventually("the connection to be forgotten", PATIENCE, || Ok(!known()?))?;
+    eventually("the client to be told", PATIENCE, || {
+        let cut = |error: &std::io::Error| {
+            matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted)
+        };
+        let mut answer = [0; 64];
+        let sent = stream.write(b"still there?");
+        Ok(sent.is_err_and(|error| cut(&error)) || stream.read(&mut answer).is_err_and(|error| cut(&error)))
     })?;
     cluster.ensure_settled()
 }
@@ -422,18 +505,18 @@ fn sctp_init(from: u16, to: u16) -> Vec<u8> {
 /// The SCTP packet within a captured one.
 fn sctp_of(packet: &Packet) -> Option<&[u8]> {
     let ip = packet.bytes.get(if packet.ethernet { 14 } else { 0 }..)?;
-    (*ip.get(9)? == IpNumber::SCTP.0).then(|| ip.get(20..))?
+    // Where the header tells what follows it, and how long it is without options.
+    let (protocol, length) = if ip.first()? >> 4 == 4 { (9, 20) } else { (6, 40) };
+    (*ip.get(protocol)? == IpNumber::SCTP.0).then(|| ip.get(length..))?
 }
 
 /// Most kernels have no sockets for SCTP; what the rules do with its packets shows all the same.
 #[test]
 fn sctp_is_mapped_like_the_others() -> Result<()> {
-    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
+    let cluster = Cluster::builder().mode(Mode::Vxlan).dual_stack().hosts(2).start()?;
     let (one, two) = (cluster.host(1), cluster.host(2));
     let mappings = json!([{"hostPort": 8080, "containerPort": CONTAINER_PORT, "protocol": "SCTP"}]);
     let pod = Published::start(one, "sctp", mappings)?.pod;
-    let (from, to) = (two.address(Family::Ipv4)?, one.address(Family::Ipv4)?);
-    let (IpAddr::V4(source), IpAddr::V4(destination)) = (from, to) else { anyhow::bail!("{from} and {to}") };
     let status = one.huskctl_json(["status"])?;
     let interface = status["underlayInterface"].as_str().context("no underlay interface")?;
     let link = one.netns().ip_json(["link", "show", "dev", interface])?;
@@ -444,20 +527,31 @@ fn sctp_is_mapped_like_the_others() -> Result<()> {
         .map(|byte| u8::from_str_radix(byte, 16))
         .collect::<Result<_, _>>()?;
     let mac: [u8; 6] = mac.as_slice().try_into()?;
-    let mut frame = Vec::new();
-    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 9], mac).ipv4(source.octets(), destination.octets(), 64).write(
-        &mut frame,
-        IpNumber::SCTP,
-        &sctp_init(4000, 8080),
-    )?;
-    let inside = Capture::on(pod.netns(), "eth0")?;
-    cluster.deliver(1, &frame)?;
-    let own = pod.address(Family::Ipv4)?;
-    inside.wait_for("SCTP for the mapped port", PATIENCE, |packet| {
-        let Some(sctp) = sctp_of(packet) else { return false };
-        let mut unsigned = sctp.to_vec();
-        unsigned[8..12].fill(0);
-        let translated = packet.addresses == Some((from, own)) && sctp[2..4] == CONTAINER_PORT.to_be_bytes();
-        translated && sctp[8..12] == crc32c(&unsigned).to_le_bytes()
-    })
+    for family in Family::ALL {
+        let (from, to) = (two.address(family)?, one.address(family)?);
+        let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 9], mac);
+        let packet = match (from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), 64),
+            (IpAddr::V6(from), IpAddr::V6(to)) => ethernet.ipv6(from.octets(), to.octets(), 64),
+            _ => anyhow::bail!("{from} and {to}"),
+        };
+        let mut frame = Vec::new();
+        packet.write(&mut frame, IpNumber::SCTP, &sctp_init(4000, 8080))?;
+        let inside = Capture::on(pod.netns(), "eth0")?;
+        // The second one meets the connection that the first one began.
+        for _ in 0..2 {
+            cluster.deliver(1, &frame)?;
+        }
+        let own = pod.address(family)?;
+        for what in ["SCTP for the mapped port", "the next packet of it"] {
+            inside.wait_for(&format!("{family}: {what}"), PATIENCE, |packet| {
+                let Some(sctp) = sctp_of(packet) else { return false };
+                let mut unsigned = sctp.to_vec();
+                unsigned[8..12].fill(0);
+                let translated = packet.addresses == Some((from, own)) && sctp[2..4] == CONTAINER_PORT.to_be_bytes();
+                translated && sctp[8..12] == crc32c(&unsigned).to_le_bytes()
+            })?;
+        }
+    }
+    Ok(())
 }

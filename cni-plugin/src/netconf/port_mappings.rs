@@ -125,7 +125,25 @@ impl Entry {
             let problem = "packets to ::1 cannot be routed to a pod; use 127.0.0.1 or another address of the host";
             return Err(self.invalid(HOST_IP, problem));
         }
-        Ok(Some(address))
+        match unusable(address) {
+            Some(problem) => Err(self.invalid(HOST_IP, &format!("{address} {problem}"))),
+            None => Ok(Some(address)),
+        }
+    }
+}
+
+/// Why no packet to a pod can have that destination; none if one can.
+fn unusable(address: IpAddr) -> Option<&'static str> {
+    match address {
+        IpAddr::V4(it) if it.is_broadcast() => Some("is the broadcast address; use an address of the host"),
+        _ if address.is_multicast() => Some("is a multicast address; use an address of the host"),
+        IpAddr::V6(it) if it.to_ipv4_mapped().is_some() => {
+            Some("is an IPv4 address in the form of IPv6, which is never on the wire; write it as IPv4 address")
+        }
+        IpAddr::V6(it) if it.is_unicast_link_local() => Some(
+            "is a link-local address, which may stand for another host on each link; use another address of the host",
+        ),
+        _ => None,
     }
 }
 
@@ -191,6 +209,16 @@ mod tests {
             (entry("protocol", json!(6)), Code::InvalidConfig, ["portMappings[1].protocol", "6 is not"]),
             (entry("hostIP", json!("localhost")), Code::InvalidConfig, ["portMappings[1].hostIP", "\"localhost\""]),
             (entry("hostIP", json!("::1")), Code::InvalidConfig, ["portMappings[1].hostIP", "::1"]),
+            (entry("hostIP", json!("::ffff:192.0.2.1")), Code::InvalidConfig, ["portMappings[1].hostIP", "as IPv4"]),
+            (
+                entry("hostIP", json!("224.0.0.1")),
+                Code::InvalidConfig,
+                ["portMappings[1].hostIP", "224.0.0.1 is a mul"],
+            ),
+            (entry("hostIP", json!("ff02::1")), Code::InvalidConfig, ["portMappings[1].hostIP", "ff02::1 is a mul"]),
+            (entry("hostIP", json!("255.255.255.255")), Code::InvalidConfig, ["portMappings[1].hostIP", "broadcast"]),
+            (entry("hostIP", json!("fe80::1")), Code::InvalidConfig, ["portMappings[1].hostIP", "link-local"]),
+            (entry("hostIP", json!("fe80::1%eth0")), Code::InvalidConfig, ["portMappings[1].hostIP", "fe80::1%eth0"]),
             (entry("hostIP", json!(7)), Code::InvalidConfig, ["portMappings[1].hostIP", "7 is not"]),
             (entry("name", json!("web")), Code::UnsupportedField, ["portMappings[1].name", "\"web\""]),
             (json!(["80:80"]), Code::InvalidConfig, ["portMappings[0]", "\"80:80\""]),

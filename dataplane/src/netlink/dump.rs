@@ -1,6 +1,9 @@
 //! Whole tables: a dump that the kernel flags as interrupted (`NLM_F_DUMP_INTR`: the table changed meanwhile) or whose answers
 //! were dropped (`ENOBUFS`) is repeated from the start, a bounded number of times; nothing partial is taken for whole.
 
+use std::thread;
+use std::time::Duration;
+
 use netlink_packet_core::{
     NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN,
     NetlinkDeserializable, NetlinkPayload, NetlinkSerializable,
@@ -14,8 +17,14 @@ use super::message::{Words, append, decode};
 use super::socket::{Received, Request, Socket};
 use crate::error::Error;
 
-/// How often an interrupted dump is repeated before it counts as failed.
-pub(super) const DUMP_ATTEMPTS: u32 = 8;
+/// How often a dump is attempted before it counts as failed. Many pods that come at once change the links for a second or two,
+/// and attempts that follow one another at once are over within a few milliseconds of that: so there are ever longer pauses
+/// between them, about two seconds in all.
+pub(super) const DUMP_ATTEMPTS: u32 = 24;
+
+/// Pause before the first repetition and the longest one; each is twice the one before.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(120);
 
 /// What to do with an answer that cannot be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +79,10 @@ impl Socket {
         let words = Words { operation, object };
         let mut payload = NetlinkPayload::InnerMessage(message);
         let mut last = Repeat::Interrupted;
-        for _ in 0..DUMP_ATTEMPTS {
+        for attempt in 0..DUMP_ATTEMPTS {
+            if let Some(repetition) = attempt.checked_sub(1) {
+                thread::sleep(SHORTEST_PAUSE.saturating_mul(2_u32.saturating_pow(repetition)).min(LONGEST_PAUSE));
+            }
             let sequence = self.next_sequence();
             let mut datagram = Zeroizing::new(Vec::new());
             payload = append(&mut datagram, payload, flags | NLM_F_DUMP | NLM_F_REQUEST, sequence);

@@ -1,5 +1,6 @@
 //! How a wired pod deviates from what was wired.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use husk_overlay::bandwidth::Limit;
@@ -14,14 +15,46 @@ use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, Neig
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
 use netlink_packet_route::rule::RuleMessage;
 
-use super::{PodSpec, bandwidth, by_source, find, request};
+use super::find::find;
+use super::{PodSpec, bandwidth, by_source, request};
 use crate::error::Error;
 use crate::netlink::{Protocol, Request, Socket};
+
+/// What MTU the pod's end may have, in bytes: a plugin chained behind may have given it one of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodMtu {
+    /// One of these; the first is the expected one.
+    OneOf(Vec<u32>),
+    /// This one or any smaller.
+    AtMost(u32),
+}
+
+impl PodMtu {
+    fn allows(&self, mtu: u32) -> bool {
+        match self {
+            Self::OneOf(all) => all.contains(&mtu),
+            Self::AtMost(largest) => mtu <= *largest,
+        }
+    }
+}
+
+impl fmt::Display for PodMtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OneOf(all) => {
+                let all: Vec<String> = all.iter().map(u32::to_string).collect();
+                f.write_str(&all.join(" or "))
+            }
+            Self::AtMost(largest) => write!(f, "at most {largest}"),
+        }
+    }
+}
 
 /// Deviations in the host's namespace.
 pub(super) fn host(spec: &PodSpec) -> Result<Vec<String>, Error> {
     let mut found = Inspection::open("on the host")?;
-    let Some(index) = found.link(&spec.host_interface, spec.mtu, spec.host_mac)? else { return Ok(found.deviations) };
+    let mtu = PodMtu::OneOf(vec![spec.mtu]);
+    let Some(index) = found.link(&spec.host_interface, &mtu, spec.host_mac)? else { return Ok(found.deviations) };
     let (routes, neighbours) = (found.routes(index)?, found.neighbours(index)?);
     for address in spec.addresses.iter() {
         let destination = Prefix::host(address);
@@ -38,10 +71,10 @@ pub(super) fn host(spec: &PodSpec) -> Result<Vec<String>, Error> {
 }
 
 /// Deviations in the pod's namespace, which is the calling thread's.
-pub(super) fn pod(spec: &PodSpec) -> Result<Vec<String>, Error> {
+pub(super) fn pod(spec: &PodSpec, mtu: &PodMtu) -> Result<Vec<String>, Error> {
     let mut found = Inspection::open("in the pod")?;
     let interface = &spec.pod_interface;
-    let Some(index) = found.link(interface, spec.mtu, spec.pod_mac)? else { return Ok(found.deviations) };
+    let Some(index) = found.link(interface, mtu, spec.pod_mac)? else { return Ok(found.deviations) };
     let (addresses, routes, neighbours) = (found.addresses(index)?, found.routes(index)?, found.neighbours(index)?);
     for address in spec.addresses.iter() {
         found.expect(addresses.contains(&address), || format!("{interface} lacks the address {address}"));
@@ -99,7 +132,7 @@ impl Inspection {
     }
 
     /// Compares a link and returns its index; none if it is missing.
-    fn link(&mut self, interface: &InterfaceName, mtu: u32, mac: MacAddress) -> Result<Option<u32>, Error> {
+    fn link(&mut self, interface: &InterfaceName, mtu: &PodMtu, mac: MacAddress) -> Result<Option<u32>, Error> {
         let Some(link) = find(&mut self.socket, interface)? else {
             self.expect(false, || format!("the interface {interface} is missing"));
             return Ok(None);
@@ -109,7 +142,7 @@ impl Inspection {
         for attribute in &attributes {
             match attribute {
                 LinkAttribute::Mtu(actual) => {
-                    self.expect(*actual == mtu, || format!("{interface} has the MTU {actual} instead of {mtu}"));
+                    self.expect(mtu.allows(*actual), || format!("{interface} has the MTU {actual} instead of {mtu}"));
                 }
                 LinkAttribute::Address(actual) => {
                     self.expect(actual[..] == mac.0, || format!("{interface} has another Ethernet address than {mac}"));

@@ -34,6 +34,9 @@ pub(super) fn tune_host(spec: &PodSpec) -> Result<(), Error> {
     set("ipv4", interface, "arp_ignore", "8")?;
     set("ipv4", interface, "send_redirects", "0")?;
     set("ipv4", interface, "accept_redirects", "0")?;
+    if spec.loopback {
+        set("ipv4", interface, "route_localnet", "1")?;
+    }
     if spec.addresses.ipv6.is_some() {
         set("ipv6", interface, "disable_ipv6", "0")?;
     }

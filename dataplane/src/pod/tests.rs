@@ -27,6 +27,7 @@ fn spec(number: u8, addresses: &[&str]) -> PodSpec {
         addresses: addresses.iter().map(|it| it.parse::<IpAddr>().unwrap()).collect(),
         mtu: MTU,
         bandwidth: None,
+        loopback: false,
     }
 }
 
@@ -63,7 +64,7 @@ impl Host {
     }
 
     fn check(&self, spec: &PodSpec, pod: &Netns) -> Vec<String> {
-        self.0.run_in(|| check(spec, pod)).unwrap().unwrap()
+        self.0.run_in(|| check(spec, pod, &PodMtu::OneOf(vec![spec.mtu]))).unwrap().unwrap()
     }
 
     fn interfaces(&self) -> Vec<HostInterface> {
@@ -120,6 +121,61 @@ fn the_host_routes_carry_our_mark() {
     );
     let ours = run(&host.0, "ip address show dev husk00000000001");
     assert!(!ours.contains("inet"), "the host end has an address: {ours}");
+}
+
+/// A plugin chained behind may have given the pod's end an MTU of its own; the host's end is not its business.
+#[test]
+fn the_pods_end_may_have_another_mtu_where_that_is_allowed() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    let spec = spec(1, &["10.42.0.1"]);
+    host.attach(&spec, &pod).unwrap();
+    run(&pod, "ip link set eth0 mtu 1300");
+    let found = |mtu: PodMtu| host.0.run_in(|| check(&spec, &pod, &mtu)).unwrap().unwrap();
+    assert_eq!(found(PodMtu::OneOf(vec![MTU, 1300])), [""; 0]);
+    assert_eq!(found(PodMtu::AtMost(MTU)), [""; 0]);
+    for (mtu, expected) in [(PodMtu::OneOf(vec![MTU, 1301]), "1301"), (PodMtu::AtMost(1299), "at most 1299")] {
+        let [deviation] = found(mtu).try_into().unwrap();
+        assert!(deviation.contains("eth0 has the MTU 1300") && deviation.contains(expected), "{deviation}");
+    }
+    run(&host.0, "ip link set husk00000000001 mtu 1300");
+    assert_eq!(found(PodMtu::AtMost(MTU)).len(), 1);
+}
+
+/// An ADD may be held up for as long as a runtime takes to delete its container and to add it again.
+#[test]
+fn what_is_wired_late_is_not_what_has_its_name_by_then() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    let (first, second) = (spec(1, &["10.42.0.1"]), spec(1, &["10.42.0.2"]));
+    let created = |spec: &PodSpec| {
+        let made = || {
+            let mut socket = Socket::open(Protocol::Route)?;
+            create(&mut socket, spec, &pod)?;
+            ends(&mut socket, &spec.host_interface)
+        };
+        host.0.run_in(made).unwrap().unwrap()
+    };
+    let old = created(&first);
+    host.0.run_in(|| detach(&first.host_interface)).unwrap().unwrap();
+    host.attach(&second, &pod).unwrap();
+    let late = host.0.run_in(|| wire_pod(&first, &pod, old.peer)).unwrap();
+    assert_eq!(late.err().and_then(|error| error.errno()), Some(Errno::ENODEV));
+    let mut inside = pod.run_in(|| Socket::open(Protocol::Route)).unwrap().unwrap();
+    assert!(wait_until_ready(&mut inside, &first, old.peer).is_err(), "it is another one that is ready");
+    let addresses = run(&pod, "ip address show dev eth0");
+    assert!(addresses.contains("10.42.0.2") && !addresses.contains("10.42.0.1"), "{addresses}");
+    assert_eq!(host.check(&second, &pod), [""; 0]);
+}
+
+/// With the interface, so that nobody has to wait until a daemon does it.
+#[test]
+fn loopback_addresses_are_routed_to_a_pod_that_is_reached_through_them() {
+    for (loopback, value) in [(true, "1"), (false, "0")] {
+        let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+        let spec = PodSpec { loopback, ..spec(1, &["10.42.0.1"]) };
+        host.attach(&spec, &pod).unwrap();
+        let set = run(&host.0, "sysctl -n net.ipv4.conf.husk00000000001.route_localnet");
+        assert_eq!(set.trim_end(), value);
+    }
 }
 
 #[test]

@@ -133,25 +133,25 @@ impl LockedStore<'_> {
     }
 
     /// Writes a file in one step, and returns it locked: from the moment it is visible, others see it locked.
-    fn replace(&self, path: &Path, content: &[u8]) -> Result<File, Error> {
+    pub(super) fn replace(&self, path: &Path, content: &[u8]) -> Result<File, Error> {
         let temporary = self.store.directory.join(file_name::temporary());
+        // A temporary file that lies there is left from a crash: nobody else writes while we hold the lock.
+        let opened = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+        let mut file = opened.map_err(Error::io("create", &temporary))?;
         let written = (|| {
-            // A temporary file that lies there is left from a crash: nobody else writes while we hold the lock.
-            let mut file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             file.try_lock().map_err(|error| match error {
                 fs::TryLockError::Error(error) => error,
                 fs::TryLockError::WouldBlock => ErrorKind::WouldBlock.into(),
             })?;
             file.write_all(content)?;
-            fs::rename(&temporary, path)?;
-            Ok(file)
+            fs::rename(&temporary, path)
         })();
         written.map_err(|error| {
             // The first error is the one to report; a temporary file that stays is removed by the next allocation.
             let _ = fs::remove_file(&temporary);
             Error::io("write", path)(error)
-        })
+        })?;
+        Ok(file)
     }
 
     /// Where the search for an address went on from. Cursors only spread addresses over time, so that lost or damaged

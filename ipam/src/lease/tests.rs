@@ -600,3 +600,18 @@ fn a_cleared_store_gives_every_address_away_again() {
     }
     assert!(foreign.exists());
 }
+
+/// Somebody made a directory where the store wants a file: whoever reads the error has to know which one is in the way.
+#[test]
+fn a_directory_in_the_way_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = LeaseStore::new(directory.path(), DEFAULT_LOCK_WAIT);
+    let in_the_way = directory.path().join(file_name::temporary());
+    fs::create_dir(&in_the_way).unwrap();
+    let locked = store.lock().unwrap();
+    let error = locked.replace(&directory.path().join("lease"), b"x").unwrap_err();
+    assert!(matches!(&error, Error::Io { path, .. } if *path == in_the_way), "{error}");
+    // It is not ours to remove, with whatever it has in it.
+    let error = locked.sweep().unwrap_err();
+    assert!(matches!(&error, Error::Io { path, .. } if *path == in_the_way), "{error}");
+}

@@ -1,13 +1,12 @@
 //! What a pass says to the outside: `node.json` for the plugin, the state for those who wait, the log for people.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use husk_dataplane::kernel::{Change, Kernel, Table};
+use husk_dataplane::kernel::{Kernel, Table};
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::{Issue, Severity};
 use husk_overlay::kernel::Map;
-use husk_overlay::marks;
 
 use super::{Engine, Node, Pass, State, blocks};
 use crate::source::ClusterSource;
@@ -41,7 +40,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 Err(error) => (None, self.parts.writer.not_ready().and(Err(error))),
             },
         };
-        let (host_ports, pod_parameters) = (host_ports(last), pod_parameters(last));
+        let host_ports = host_ports(last);
+        let pod_interfaces = Arc::new(last.facts.pod_interfaces.clone());
         let announced = written.is_ok();
         let reason = reason.or_else(|| written.err().map(|error| error.to_string()));
         let issues = self.all_issues();
@@ -59,7 +59,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let passes = self.passes;
         let ready = reason.is_none();
-        let state = State { ready, reason, node_file, issues, host_ports, pod_parameters, passes };
+        let state = State { ready, reason, node_file, issues, host_ports, pod_interfaces, passes };
         self.state.send_replace(state);
         announced
     }
@@ -99,17 +99,4 @@ fn host_ports(last: &Pass) -> Arc<BTreeMap<String, Map>> {
     let failed = last.outcome.failures.iter().any(|failure| failure.table == Table::Nft);
     let table = last.plan.desired.nft.as_ref().filter(|_| !failed);
     Arc::new(table.map(|table| table.maps.clone()).unwrap_or_default())
-}
-
-/// Parameters of pods' interfaces that are as planned. A pass that did not see a pod's interface yet plans none for it.
-fn pod_parameters(last: &Pass) -> Arc<BTreeSet<String>> {
-    let mut paths: BTreeSet<String> =
-        last.plan.desired.sysctls.keys().filter(|path| marks::is_pod_parameter(path)).cloned().collect();
-    for failure in last.outcome.failures.iter().filter(|failure| failure.table == Table::Sysctls) {
-        match &failure.change {
-            Some(Change::Sysctl(change)) => drop(paths.remove(&change.path)),
-            _ => paths.clear(),
-        }
-    }
-    Arc::new(paths)
 }

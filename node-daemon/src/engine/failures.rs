@@ -30,6 +30,15 @@ pub(super) fn report(outcome: &Outcome, issues: &mut Vec<Issue>) {
         }
     }
     issues.extend(missing.into_iter().filter_map(|(name, failures)| missing_interface(name, &failures)));
+    issues.extend(outcome.lingering.as_ref().map(|error| Issue {
+        severity: Severity::Error,
+        kind: IssueKind::ApplyFailed,
+        subject: "connections to host ports".into(),
+        message: format!(
+            "connections through port mappings that have changed may go on to pods that lost them: {error}"
+        ),
+        remedy: error.remedy().into(),
+    }));
 }
 
 /// Digest of what was changed and what failed; none when there was nothing to do.
@@ -40,6 +49,7 @@ pub(super) fn digest(outcome: &Outcome) -> Option<u64> {
     let mut hasher = DefaultHasher::new();
     outcome.applied.hash(&mut hasher);
     outcome.failures.iter().for_each(|failure| failure.to_string().hash(&mut hasher));
+    outcome.lingering.as_ref().map(ToString::to_string).hash(&mut hasher);
     Some(hasher.finish())
 }
 

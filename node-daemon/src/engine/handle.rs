@@ -11,7 +11,7 @@ use husk_overlay::endpoint::{AttachmentId, Endpoint};
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
-use husk_overlay::plan::{are_mapped, loopback_parameter};
+use husk_overlay::plan::are_mapped;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::State;
@@ -88,7 +88,11 @@ pub struct Handle {
     state: watch::Receiver<State>,
     leases: Arc<LeaseStore>,
     detaching: Arc<Semaphore>,
+    index_of: IndexOf,
 }
+
+/// Finds the index of a host interface; none if there is none of that name.
+type IndexOf = fn(&InterfaceName) -> Result<Option<u32>, husk_dataplane::Error>;
 
 /// Makes the loop's inbox and the handle on it.
 #[must_use]
@@ -96,7 +100,8 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     let (inbox, receiver) = std_channel();
     let waker = Waker { inbox: inbox.clone(), pending: Arc::default(), urgent: Arc::default() };
     let detaching = Arc::new(Semaphore::new(DETACHING));
-    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching }, receiver)
+    let index_of = pod::host_interface_index;
+    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of }, receiver)
 }
 
 impl Handle {
@@ -104,6 +109,12 @@ impl Handle {
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// The handle, with other eyes for interfaces.
+    #[cfg(test)]
+    pub(super) fn seeing(self, index_of: IndexOf) -> Self {
+        Self { index_of, ..self }
     }
 
     /// Ends the loop after the pass it is in.
@@ -141,16 +152,15 @@ impl Handle {
         if let Response::NotReady { reason, issues } = self.ready() {
             return Response::NotReady { reason, issues };
         }
-        let leases = Arc::clone(&self.leases);
-        let lease = tokio::task::spawn_blocking(move || leases.find(&id).map(|found| (id, found))).await;
-        let (id, endpoint) = match lease {
-            Ok(Ok((id, Some(endpoint)))) => (id, endpoint),
-            Ok(Ok((id, None))) => return Response::Refused { reason: format!("there is no lease of {id}") },
-            Ok(Err(error)) => return Response::Refused { reason: error.to_string() },
+        let (leases, index_of) = (Arc::clone(&self.leases), self.index_of);
+        let wired = tokio::task::spawn_blocking(move || wired(&leases, &id, index_of).map(|wired| (id, wired))).await;
+        let (id, Wired { endpoint, index }) = match wired {
+            Ok(Ok(wired)) => wired,
+            Ok(Err(reason)) => return Response::Refused { reason },
             Err(error) => return Response::Refused { reason: error.to_string() },
         };
         self.waker.wake();
-        if let Err(refusal) = self.await_ports(&endpoint).await {
+        if let Err(refusal) = self.await_ports(&endpoint, index).await {
             return refusal;
         }
         let state = self.state.borrow();
@@ -167,14 +177,21 @@ impl Handle {
     }
 
     /// Waits until a pass has made the pod's port mappings. The loop was woken; it also was if the lease is older.
-    async fn await_ports(&self, endpoint: &Endpoint) -> Result<(), Response> {
+    ///
+    /// Only a pass that saw this very interface counts. One that saw an earlier interface of that name, or none, read the leases
+    /// before this pod's was made, and the mappings it found may be those of the attachment before, which the pass under way
+    /// takes away.
+    async fn await_ports(&self, endpoint: &Endpoint, index: Option<u32>) -> Result<(), Response> {
         if endpoint.port_mappings.is_empty() {
             return Ok(());
         }
-        let loopback = loopback_parameter(endpoint);
+        let Some(index) = index else {
+            let (pod, interface) = (endpoint.display_name(), &endpoint.host_interface);
+            return Err(Response::Refused { reason: format!("the interface {interface} of {pod} is gone") });
+        };
         let led_to = |state: &State| {
-            let reachable = loopback.as_ref().is_none_or(|parameter| state.pod_parameters.contains(parameter));
-            reachable && are_mapped(endpoint, &state.host_ports)
+            state.pod_interfaces.get(&endpoint.host_interface) == Some(&index)
+                && are_mapped(endpoint, &state.host_ports)
         };
         if !led_to(&self.state.borrow()) {
             self.waker.hurry();
@@ -228,4 +245,22 @@ impl Handle {
             },
         }
     }
+}
+
+/// A pod that a plugin has wired.
+struct Wired {
+    endpoint: Endpoint,
+    /// Index of its host interface, as far as somebody will ask.
+    index: Option<u32>,
+}
+
+fn wired(leases: &LeaseStore, id: &AttachmentId, index_of: IndexOf) -> Result<Wired, String> {
+    let found = leases.find(id).map_err(|error| error.to_string())?;
+    let endpoint = found.ok_or_else(|| format!("there is no lease of {id}"))?;
+    let index = if endpoint.port_mappings.is_empty() {
+        None
+    } else {
+        index_of(&endpoint.host_interface).map_err(|error| error.to_string())?
+    };
+    Ok(Wired { endpoint, index })
 }

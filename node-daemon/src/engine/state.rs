@@ -1,6 +1,6 @@
 //! What the loop leaves for others to read, and what it keeps for the next daemon.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::Issue;
 use husk_overlay::kernel::Map;
+use husk_overlay::name::InterfaceName;
 use husk_overlay::record::Snapshot;
 
 use crate::files;
@@ -33,8 +34,8 @@ pub struct State {
     pub issues: Vec<Issue>,
     /// What the kernel's maps held of port mappings when the pass ended, by name; nothing if that is not known.
     pub host_ports: Arc<BTreeMap<String, Map>>,
-    /// Kernel parameters of pods' interfaces, by path, that had the wanted value when the pass ended.
-    pub pod_parameters: Arc<BTreeSet<String>>,
+    /// Host interfaces of pods that the pass saw before it looked at the leases, with their indices.
+    pub pod_interfaces: Arc<BTreeMap<InterfaceName, u32>>,
     /// Passes so far; zero means that the daemon has just started.
     pub passes: u64,
 }

@@ -121,12 +121,13 @@ fn a_living_pod_gets_its_mtu_at_both_ends_and_another_namespace_is_left_alone() 
                 addresses: endpoint.addresses,
                 mtu: 1500,
                 bandwidth: None,
+                loopback: false,
             };
             pod::attach(&spec, &pod).unwrap();
             assert_eq!(host.pod_interfaces().unwrap(), BTreeMap::from([(spec.host_interface.clone(), 1500)]));
             host.set_pod_mtu(&endpoint, 1390).unwrap();
             let tuned = PodSpec { mtu: 1390, ..spec };
-            assert_eq!(pod::check(&tuned, &pod).unwrap(), Vec::<String>::new());
+            assert_eq!(pod::check(&tuned, &pod, &pod::PodMtu::OneOf(vec![tuned.mtu])).unwrap(), Vec::<String>::new());
             assert_eq!(host.pod_interfaces().unwrap()[&tuned.host_interface], 1390);
 
             endpoint.netns.inode += 1;

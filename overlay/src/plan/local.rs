@@ -25,6 +25,7 @@ pub(super) fn route_key(destination: Prefix) -> RouteKey {
 pub(super) fn render(context: &Context<'_>, endpoints: &Endpoints, desired: &mut Desired, issues: &mut Vec<Issue>) {
     sysctls(context, desired);
     desired.known_pods.clone_from(&context.facts.pod_interfaces);
+    desired.own_blocks.clone_from(&context.own_blocks);
     for cidr in &context.config.cluster_cidrs {
         // A missing peer, block or tunnel must never fall through to the default route.
         let key = RouteKey { table: MAIN_TABLE, destination: *cidr, metric: LAST_METRIC };

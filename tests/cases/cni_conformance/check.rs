@@ -23,6 +23,18 @@ pub(crate) const POINTS: &[Point] = &[
         holds: modified_behind,
     },
     Point {
+        level: Must,
+        text: "CHECK allows a plugin behind to have modified the interface's MTU, and compares with what it reported",
+        since: "0.4.0",
+        holds: mtu_of_a_plugin_behind,
+    },
+    Point {
+        level: Should,
+        text: "CHECK tells when a plugin behind changed what the host needs to know, the Ethernet address",
+        since: "0.4.0",
+        holds: mac_of_a_plugin_behind,
+    },
+    Point {
         level: Should,
         text: "CHECK fails when interface, address, route, neighbour, MTU, host side or lease are missing or not as made",
         since: "0.4.0",
@@ -75,6 +87,39 @@ fn modified_behind(case: &Case<'_>) -> Result<()> {
     chain.del(&attachment)
 }
 
+/// The reference plugin `tuning` behind Husk's, which reports an MTU only in results that have a place for one.
+fn mtu_of_a_plugin_behind(case: &Case<'_>) -> Result<()> {
+    let (pod, mut attachment) = case.bed.sandbox()?;
+    // Debian's reference plugins know no later version than 1.0.0.
+    if case.network.speaks("1.1.0") {
+        let chain = case.network.chained([step(json!({"inPod": ["ip link set eth0 mtu 1300"]}))]);
+        chain.add(&mut attachment)?;
+        let cached = attachment.cached.as_mut().context("nothing was added")?;
+        let interfaces = cached["interfaces"].as_array_mut().context("interfaces")?;
+        interfaces.iter_mut().filter(|it| it["name"] == "eth0").for_each(|it| it["mtu"] = json!(1300));
+        chain.check(&attachment)?;
+        pod.netns().command("ip", ["link", "set", "eth0", "mtu", "1299"])?;
+        let refused = refusal(chain.check(&attachment))?;
+        ensure!(refused.outcome.error_code() == Some(103) && refused.to_string().contains("MTU 1299"), "{refused}");
+    } else {
+        let chain = case.network.chained([json!({"type": "tuning", "mtu": 1300})]);
+        chain.add(&mut attachment)?;
+        chain.check(&attachment)?;
+    }
+    case.network.del(&attachment)
+}
+
+/// What would be reported as a mere difference: that the host knows the pod by its old address.
+fn mac_of_a_plugin_behind(case: &Case<'_>) -> Result<()> {
+    let (_pod, mut attachment) = case.added()?;
+    let cached = attachment.cached.as_mut().context("nothing was added")?;
+    let interfaces = cached["interfaces"].as_array_mut().context("interfaces")?;
+    interfaces.iter_mut().filter(|it| it["name"] == "eth0").for_each(|it| it["mac"] = json!("02:00:00:00:09:09"));
+    let refused = refusal(case.network.check(&attachment))?;
+    ensure!(refused.outcome.error_code() == Some(103) && refused.to_string().contains("capability mac"), "{refused}");
+    case.network.del(&attachment)
+}
+
 /// A change by hand, and what CHECK has to say of it. `HOST` is the host end, `V4` and `V6` are the pod's addresses.
 struct Deviation {
     on_host: bool,
@@ -93,12 +138,15 @@ const fn on_host(command: &'static str, said: &'static str) -> Deviation {
 const ALWAYS: &[Deviation] = &[
     in_pod("ip link del eth0", "eth0 is missing"),
     in_pod("ip link set eth0 down", "eth0 is down"),
-    in_pod("ip link set eth0 mtu 1300", "MTU 1300"),
+    in_pod("ip link set eth0 mtu 9000", "MTU 9000"),
     in_pod("ip link set eth0 address 02:00:00:00:09:09", "Ethernet address"),
     in_pod("ip link set eth0 name eth9", "eth0 is missing"),
     on_host("ip link set HOST mtu 1300", "MTU 1300"),
     on_host("ip link set HOST down", "HOST is down"),
 ];
+
+/// In versions whose results tell an MTU; without one, a plugin behind may have made it smaller.
+const TOLD: &[Deviation] = &[in_pod("ip link set eth0 mtu 1300", "MTU 1300")];
 
 const IPV4: &[Deviation] = &[
     in_pod("ip address del V4/32 dev eth0", "lacks the address V4"),
@@ -120,7 +168,8 @@ const IPV6: &[Deviation] = &[
 fn deviations(case: &Case<'_>) -> Result<()> {
     let of_family = |family| if family == Family::Ipv4 { IPV4 } else { IPV6 };
     let by_family = case.bed.families.iter().flat_map(|family| of_family(*family));
-    for deviation in ALWAYS.iter().chain(by_family) {
+    let told = if case.network.speaks("1.1.0") { TOLD } else { &[] };
+    for deviation in ALWAYS.iter().chain(told).chain(by_family) {
         one(case, deviation).with_context(|| deviation.command.to_owned())?;
     }
     lease_is_gone(case).context("lease removed")?;

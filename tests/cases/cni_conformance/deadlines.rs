@@ -115,3 +115,31 @@ fn a_runtime_that_does_not_close_its_end() -> Result<()> {
     let attachment = Attachment { netns: String::new(), ..bed.sandbox()?.1 };
     bed.network("1.1.0")?.del(&attachment)
 }
+
+/// The deadline of a command begins with the process: what the runtime takes to say what it wants is gone for the rest. Of the ten
+/// seconds of a DEL, three are left here, where the lock alone would be waited for longer.
+#[test]
+fn the_time_that_the_runtime_takes_counts() -> Result<()> {
+    let bed = Bed::start(&[Family::Ipv4])?;
+    let network = &bed.network("1.1.0")?;
+    let (_pod, mut attachment) = bed.sandbox()?;
+    network.add(&mut attachment)?;
+    std::fs::write(bed.run_file("config"), network.husk_config(&attachment).to_string())?;
+    let lock = File::options().write(true).open(bed.run_file("leases/lock"))?;
+    lock.lock()?;
+    let mut variables = attachment.environment();
+    variables.insert("CNI_COMMAND", "DEL".to_owned());
+    variables.insert("PATH", "/usr/bin:/bin".to_owned());
+    let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), value.into()));
+    let script = "(sleep 7; cat /run/husk/config) | /opt/cni/bin/husk";
+    let program = bed.host().program("/bin/sh").args(["-c", script]).environment(environment);
+    let output = program.limit(patience(LONGEST)).run()?;
+    let said: serde_json::Value = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
+    let message = said["msg"].as_str().unwrap_or_default();
+    let waited =
+        message.split_once("stayed locked for ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok());
+    ensure!(said["code"] == 11 && waited.is_some_and(|waited| waited < 4000), "{said}");
+    drop(lock);
+    network.del(&attachment)?;
+    bed.ensure_empty()
+}

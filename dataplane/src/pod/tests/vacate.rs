@@ -53,6 +53,6 @@ fn an_interface_that_came_later_is_not_meant() {
 fn an_interface_that_is_deleted_while_it_is_set_up_is_not_waited_for() {
     let spec = spec(1, &["10.42.0.1"]);
     let pod = Netns::new_unnamed().unwrap();
-    let waited = pod.run_in(|| wait_until_ready(&mut Socket::open(Protocol::Route).unwrap(), &spec)).unwrap();
+    let waited = pod.run_in(|| wait_until_ready(&mut Socket::open(Protocol::Route).unwrap(), &spec, 2)).unwrap();
     assert_eq!(waited.unwrap_err().errno(), Some(Errno::ENODEV));
 }

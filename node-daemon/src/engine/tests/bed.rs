@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,6 +26,7 @@ use husk_overlay::marks;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::{ContainerId, InstanceId, InterfaceName, NetworkName, NodeName};
 use husk_overlay::plan::{router_addresses, vxlan_mac};
+use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
 
@@ -631,11 +633,18 @@ impl Bed {
         addresses: Vec<IpAddr>,
         netns: NetnsIdentity,
     ) -> Result<Lease, husk_ipam::Error> {
+        self.grant(blocks, &Self::demand(pod, addresses, netns))
+    }
+
+    fn demand(pod: &str, addresses: Vec<IpAddr>, netns: NetnsIdentity) -> Demand {
+        Demand { addresses, ..Demand::plain(id(pod), netns) }
+    }
+
+    fn grant(&self, blocks: &[Prefix], demand: &Demand) -> Result<Lease, husk_ipam::Error> {
         let families: BTreeSet<Family> = self.config.families().collect();
         let reserved = router_addresses(&self.owned().into_iter().collect());
         let supply = Supply { blocks, families: &families, reserved, cool_down: Duration::from_secs(0) };
-        let demand = Demand { addresses, ..Demand::plain(id(pod), netns) };
-        self.leases().lock().unwrap().allocate(&supply, &demand, BootTime::now())
+        self.leases().lock().unwrap().allocate(&supply, demand, BootTime::now())
     }
 
     /// A lease whose ADD is under way as long as the value lives.
@@ -656,6 +665,16 @@ impl Bed {
     pub(super) fn lease(&self, pod: &str) -> Result<DualStack, husk_ipam::Error> {
         let blocks = self.node_file().expect("the node is ready").blocks;
         self.lease_from(pod, &blocks, Vec::new())
+    }
+
+    /// A lease of a pod that wants a port of the host.
+    pub(super) fn lease_with_port(&self, pod: &str, port: u16) {
+        let netns = NetnsIdentity { path: format!("/run/netns/{pod}"), device: 4, inode: 7 };
+        let port = NonZeroU16::new(port).unwrap();
+        let protocol = TransportProtocol::Tcp;
+        let port_mappings = vec![PortMapping { protocol, host_port: port, host_ip: None, container_port: port }];
+        let demand = Demand { port_mappings, ..Self::demand(pod, Vec::new(), netns) };
+        self.grant(&self.node_file().unwrap().blocks, &demand).unwrap();
     }
 
     pub(super) fn release(&self, pod: &str) {

@@ -40,6 +40,22 @@ fn a_device_that_vanishes_in_a_pass_is_one_issue() {
     assert!(issue.message.contains("37 more changes need it"), "{issue}");
 }
 
+/// It is the loop that tries again; pods that are added meanwhile get their ports all the same.
+#[test]
+fn connections_that_cannot_be_ended_are_an_issue_until_they_can() {
+    let mut bed = Bed::new(Mode::Direct, 2);
+    bed.kernel.inject(Fault::Connections, Errno::ENOBUFS);
+    bed.pass();
+    let state = bed.state.borrow().clone();
+    let [issue] = state.issues.as_slice() else { panic!("{:?}", state.issues) };
+    assert_eq!((issue.kind, issue.severity), (IssueKind::ApplyFailed, Severity::Error));
+    assert!(issue.message.contains("port mappings") && issue.remedy.contains("memory"), "{issue}");
+    assert!(state.ready && !state.host_ports.is_empty(), "{state:?}");
+    bed.kernel.heal();
+    bed.pass();
+    assert!(bed.issues().is_empty(), "{:?}", bed.state.borrow().issues);
+}
+
 #[test]
 fn a_pod_that_has_just_gone_is_no_issue() {
     let mut bed = Bed::new(Mode::Direct, 2);

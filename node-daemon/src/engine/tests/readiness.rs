@@ -1,5 +1,7 @@
 //! When `node.json` is there, what it says, and what STATUS and ADD are told when it is not.
 
+use std::time::Duration;
+
 use husk_dataplane::fake::Fault;
 use husk_dataplane::kernel::Table;
 use husk_overlay::facts::WireguardSupport;
@@ -10,6 +12,7 @@ use husk_overlay::record::DualStack;
 use nix::errno::Errno;
 
 use super::bed::{Bed, blocks, config, id, record};
+use crate::engine::Handle;
 
 #[test]
 fn node_json_and_conflist_appear_when_the_node_is_ready() {
@@ -180,4 +183,24 @@ fn a_damaged_lease_is_refused_with_its_file() {
     std::fs::write(&file, "{").unwrap();
     let Response::Refused { reason } = bed.ask(Request::Admit { id: id("pod") }) else { panic!("damaged") };
     assert!(reason.contains(file.to_str().unwrap()), "{reason}");
+}
+
+/// A pass that saw an earlier interface of that name says nothing of this one's ports, though they are the same.
+#[test]
+fn an_answer_about_ports_is_about_the_interface_that_is_there() {
+    let mut bed = Bed::new(Mode::Direct, 1);
+    bed.pass();
+    bed.lease_with_port("pod", 8080);
+    bed.plug("pod");
+    bed.pass();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let ask = |handle: Handle| {
+        let answer = async move { handle.answer(Request::Admit { id: id("pod") }).await };
+        runtime.block_on(async { tokio::time::timeout(Duration::from_millis(200), answer).await.ok() })
+    };
+    // What the node saw of interfaces has the index 7.
+    assert_eq!(ask(bed.handle().seeing(|_| Ok(Some(7)))), Some(Response::Done));
+    assert_eq!(ask(bed.handle().seeing(|_| Ok(Some(8)))), None, "it waits for a pass");
+    let Some(Response::Refused { reason }) = ask(bed.handle().seeing(|_| Ok(None))) else { panic!("it is gone") };
+    assert!(reason.contains("is gone"), "{reason}");
 }
