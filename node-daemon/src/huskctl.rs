@@ -163,11 +163,15 @@ impl Show {
 
 fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
     use anyhow::Context as _;
-    let mut stream = UnixStream::connect(socket).with_context(|| {
-        format!(
-            "no daemon answers on {}; is huskd running? Try: systemctl status huskd, or huskd run",
-            socket.display()
-        )
+    let connected = UnixStream::connect(socket);
+    let denied = connected.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
+    let mut stream = connected.with_context(|| {
+        let socket = socket.display();
+        if denied {
+            format!("huskctl may not open {socket}: it needs root; try sudo huskctl")
+        } else {
+            format!("no daemon answers on {socket}; is huskd running? Try: systemctl status huskd, or huskd run")
+        }
     })?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;

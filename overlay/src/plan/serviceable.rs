@@ -65,12 +65,17 @@ pub(super) fn check(context: &Context<'_>, ledger: &Ledger, issues: &mut Vec<Iss
 
 fn no_underlay_address(context: &Context<'_>) -> Issue {
     let family = context.config.underlay.family;
-    let (message, remedy) = match context.config.underlay.addresses.get(family) {
-        Some(configured) => (
+    let underlay = &context.config.underlay;
+    let (message, remedy) = match (underlay.addresses.get(family), &underlay.interface) {
+        (Some(configured), _) => (
             format!("the configured underlay address {configured} is on no interface of this host"),
             "correct underlay.addresses, or remove it to have the address found".to_owned(),
         ),
-        None => (
+        (None, Some(interface)) => (
+            format!("the interface {interface}, which underlay.interface names, is missing or has no {family} address"),
+            format!("name one that has (`ip address` lists them), or give {interface} an {family} address"),
+        ),
+        (None, None) => (
             format!("no {family} address to build tunnels from was found on this host"),
             format!(
                 "give the host an {family} address and a default route, name the interface with underlay.interface, or \

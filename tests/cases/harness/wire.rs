@@ -1,6 +1,7 @@
 //! What a capture and a watch tell of the wire.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -60,19 +61,27 @@ fn a_leak_through_the_default_route_is_seen() -> Result<()> {
     Ok(())
 }
 
+/// Asserts that a watch found something, and removes the capture that it left for people.
+fn found(leak: Leak, cluster: &Cluster) -> Result<()> {
+    let said = leak.finish(cluster).expect_err("a packet told of pods").to_string();
+    let (_, capture) =
+        said.rsplit_once("told of pods").and_then(|(_, rest)| rest.rsplit_once(' ')).context("a capture")?;
+    fs::remove_file(capture).with_context(|| format!("removing the capture of {said:?}"))
+}
+
 #[test]
 fn a_watch_finds_what_tells_of_pods_and_only_that() -> Result<()> {
     let cluster = Cluster::builder().build()?;
     let leak = Leak::watch(&cluster)?;
     let between_hosts = Stream::udp(cluster.host(1).netns(), cluster.host(2).netns(), "192.0.2.2".parse()?, 100)?;
-    assert!(leak.finish(&cluster).unwrap_err().to_string().contains("told of pods"), "the payload's marker");
+    found(leak, &cluster)?;
     drop(between_hosts);
 
     let leak = Leak::watch(&cluster)?;
     // Without the marker it is the address that tells.
     let to_a_pod = cluster.host(1).program("ping").args(["-c1", "-W1", "10.42.7.7"]).run()?;
     assert!(!to_a_pod.status.success());
-    assert!(leak.finish(&cluster).unwrap_err().to_string().contains("told of pods"), "an address");
+    found(leak, &cluster)?;
 
     let leak = Leak::watch(&cluster)?;
     cluster.host(1).program("ping").args(["-c1", "-W1", "192.0.2.2"]).check()?;

@@ -196,6 +196,10 @@ fn remove_kept() -> Result<ExitCode> {
     for prefix in &kept {
         scope::sweep_kept(prefix).with_context(|| format!("removing {prefix}"))?;
     }
+    let killed = scope::sweep().context("removing what a killed demo left")?;
+    if !killed.is_empty() {
+        let _ = writeln!(std::io::stdout(), "Removed what a demo that was killed left: {}", killed.join(", "));
+    }
     let text = match kept.len() {
         0 => "Nothing to tear down: no demo was left up.".to_owned(),
         1 => format!("Torn down: {}", kept[0]),

@@ -233,8 +233,9 @@ impl<'a> Generations<'a> {
             (None, []) => None,
             (Some(old), []) => Some(format!("generation {old} is about to be retired")),
             (_, [first]) => Some(format!("{first} still uses the generation before {newest}")),
-            (_, [first, rest @ ..]) => {
-                Some(format!("{first} and {} more nodes still use the generation before {newest}", rest.len()))
+            (_, [first, second]) => Some(format!("{first} and {second} still use the generation before {newest}")),
+            (_, [first, second, rest @ ..]) => {
+                Some(format!("{first}, {second} and {} more still use the generation before {newest}", rest.len()))
             }
         }
     }

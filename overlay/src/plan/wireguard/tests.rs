@@ -381,7 +381,7 @@ fn a_generation_begins_when_the_one_before_is_finished() {
     assert_eq!(first.plan().rotation.waiting, None);
     for (world, reason) in [
         (asked(&[5], &[&[5], &[4, 5]]), "host2 still uses the generation before 5"),
-        (asked(&[5], &[&[4, 5], &[4, 5]]), "host1 and 1 more nodes still use the generation before 5"),
+        (asked(&[5], &[&[4, 5], &[4, 5]]), "host1 and host2 still use the generation before 5"),
         (asked(&[4, 5], &[&[4, 5]]), "host1 still uses the generation before 5"),
         (asked(&[4, 5], &[&[5]]), "generation 4 is about to be retired"),
         (asked(&[5], &[&[5]]).with(|it| it.publish(0, &[4])), "generation 5 is not published yet"),
