@@ -135,17 +135,8 @@ mod tests {
             reserved: DualStack::default(),
             cool_down: Duration::ZERO,
         };
-        let demand = Demand {
-            id: id(container),
-            netns: NetnsIdentity { path: "/run/netns/x".to_owned(), device: 4, inode: 7 },
-            pod_mac: id(container).pod_mac(),
-            pod_namespace: None,
-            pod_name: None,
-            addresses: Vec::new(),
-            allow_cooling: false,
-            port_mappings: Vec::new(),
-            bandwidth: None,
-        };
+        let netns = NetnsIdentity { path: "/run/netns/x".to_owned(), device: 4, inode: 7 };
+        let demand = Demand::plain(id(container), netns);
         store.lock().unwrap().allocate(&supply, &demand, BootTime::now()).unwrap();
     }
 

@@ -110,45 +110,37 @@ fn an_add_that_meets_any_failure_is_whole_or_undone() -> Result<()> {
     })
 }
 
-#[test]
-fn a_del_that_meets_any_failure_succeeds_when_repeated() -> Result<()> {
+/// A command that removes an attachment either has, whatever fails meanwhile, or leaves something consistent, of which `repeat`
+/// then makes an end.
+fn succeeds_when_repeated(command: &str, repeat: impl Fn(&mut Victim<'_>) -> Result<()>) -> Result<()> {
     beside_a_bystander(|host, bystander, said| {
         let mut victim = Victim::new(host, bystander, None)?;
         victim.attach()?;
-        let calls = victim.undisturbed("DEL")?;
+        let calls = victim.undisturbed(command)?;
         each_failure(&calls, |interference| {
             victim.attach()?;
-            let (outcome, run) = victim.interrupt("DEL", interference)?;
+            let (outcome, run) = victim.interrupt(command, interference)?;
             if outcome.success() {
-                victim.gone().context("after a DEL that succeeded")?;
+                victim.gone().with_context(|| format!("after a {command} that succeeded"))?;
             } else {
-                orderly("DEL", &outcome, (interference, &run), said)?;
+                orderly(command, &outcome, (interference, &run), said)?;
                 victim.consistent()?;
             }
-            victim.delete()?;
+            repeat(&mut victim)?;
             Ok(run)
         })
     })
 }
 
 #[test]
+fn a_del_that_meets_any_failure_succeeds_when_repeated() -> Result<()> {
+    succeeds_when_repeated("DEL", |victim| victim.delete())
+}
+
+#[test]
 fn a_gc_that_meets_any_failure_succeeds_when_repeated() -> Result<()> {
-    beside_a_bystander(|host, bystander, said| {
-        let mut victim = Victim::new(host, bystander, None)?;
-        victim.attach()?;
-        let calls = victim.undisturbed("GC")?;
-        each_failure(&calls, |interference| {
-            victim.attach()?;
-            let (outcome, run) = victim.interrupt("GC", interference)?;
-            if outcome.success() {
-                victim.gone().context("after a GC that succeeded")?;
-            } else {
-                orderly("GC", &outcome, (interference, &run), said)?;
-                victim.consistent()?;
-            }
-            victim.collect()?;
-            succeeded("DEL", &victim.pod.del()?)?;
-            Ok(run)
-        })
+    succeeds_when_repeated("GC", |victim| {
+        victim.collect()?;
+        succeeded("DEL", &victim.pod.del()?)
     })
 }

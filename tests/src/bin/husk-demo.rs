@@ -197,14 +197,18 @@ fn remove_kept() -> Result<ExitCode> {
         scope::sweep_kept(prefix).with_context(|| format!("removing {prefix}"))?;
     }
     let killed = scope::sweep().context("removing what a killed demo left")?;
-    if !killed.is_empty() {
-        let _ = writeln!(std::io::stdout(), "Removed what a demo that was killed left: {}", killed.join(", "));
+    let mut lines = Vec::new();
+    match kept.as_slice() {
+        [] if killed.is_empty() => lines.push("Nothing to tear down: no demo was left up.".to_owned()),
+        [] => {}
+        [one] => lines.push(format!("Torn down: {one}")),
+        more => lines.push(format!("Torn down {} demos: {}", more.len(), more.join(", "))),
     }
-    let text = match kept.len() {
-        0 => "Nothing to tear down: no demo was left up.".to_owned(),
-        1 => format!("Torn down: {}", kept[0]),
-        more => format!("Torn down {more} demos: {}", kept.join(", ")),
-    };
-    let _ = writeln!(std::io::stdout(), "{text}");
+    if !killed.is_empty() {
+        lines.push(format!("Removed what a demo that was killed left: {}", killed.join(", ")));
+    }
+    for line in lines {
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
     Ok(ExitCode::SUCCESS)
 }
