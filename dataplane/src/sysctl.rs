@@ -12,13 +12,26 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use husk_overlay::marks;
 use serde::Serialize;
 
 use crate::error::Error;
 
-const ROOT: &str = "/proc/sys";
+/// Where the kernel shows its parameters.
+pub const PROC_SYS: &str = "/proc/sys";
+
+/// Where they are set, if somewhere else.
+static SET_THROUGH: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on parameters are set through this directory: another mount of [`PROC_SYS`], for a container whose own one is
+/// read-only. They are those of the caller's network namespace there as well (`net/sysctl_net.c` `net_ctl_header_lookup`).
+/// The first call counts.
+pub fn set_through(directory: &Path) {
+    // The second daemon in one process is a test's.
+    let _ = SET_THROUGH.set(directory.to_owned());
+}
 
 /// One parameter that has to change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,7 +101,7 @@ pub fn apply(change: &SysctlChange) -> Result<(), Error> {
 }
 
 fn exists(path: &str) -> bool {
-    Path::new(ROOT).join(path).exists()
+    Path::new(PROC_SYS).join(path).exists()
 }
 
 impl SysctlChange {
@@ -111,6 +124,8 @@ impl SysctlChange {
 /// read-only; [`Error::File`] when the value is refused.
 pub fn write(path: &str, value: &str) -> Result<(), Error> {
     let file = file_of("set", path)?;
+    let through = SET_THROUGH.get().zip(file.strip_prefix(PROC_SYS).ok());
+    let file = through.map_or_else(|| file.clone(), |(root, below)| root.join(below));
     // Nothing is created: below /proc that would fail with a misleading error.
     let outcome = fs::OpenOptions::new().write(true).open(&file).and_then(|mut open| {
         // The kernel takes a value from a single write only.
@@ -124,7 +139,9 @@ pub fn write(path: &str, value: &str) -> Result<(), Error> {
             "nothing if the interface is gone; otherwise load the module of the feature (ipv6 for net/ipv6)",
         ),
         io::ErrorKind::ReadOnlyFilesystem => {
-            unsupported("set", path, "/proc/sys is mounted read-only", "run the container privileged")
+            let remedy =
+                "mount /proc/sys/net of the host into the container, and name the mount's parent in HUSK_PROC_SYS";
+            unsupported("set", path, "/proc/sys is mounted read-only", remedy)
         }
         _ => Error::File { operation: "write", path: file, source },
     })
@@ -139,7 +156,7 @@ fn file_of(operation: &'static str, path: &str) -> Result<PathBuf, Error> {
     let parts: Vec<&str> = path.split('/').collect();
     let plain = |part: &&str| !matches!(*part, "" | "." | "..") && part.bytes().all(|byte| byte.is_ascii_graphic());
     if parts.first() == Some(&"net") && parts.len() > 1 && parts.iter().all(plain) {
-        Ok(Path::new(ROOT).join(path))
+        Ok(Path::new(PROC_SYS).join(path))
     } else {
         let remedy = "name a parameter below net/, with slashes";
         Err(unsupported(operation, path, "only parameters below net/ are Husk's to touch", remedy))

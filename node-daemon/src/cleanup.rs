@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use husk_dataplane::Sweep;
@@ -15,15 +16,15 @@ use husk_overlay::kernel::Desired;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
+use tokio::runtime::Handle;
 
-use crate::companion::{Job, Process};
+use crate::companion::{Job, Process, stop_signal};
 use crate::daemon::SNAPSHOT_FILE;
 use crate::identity::{INSTANCE_FILE, Identity};
 use crate::node_file::Writer;
-use crate::source::ClusterSource as _;
 use crate::source::bounded::Limits;
-
-use crate::{daemon, files, host, keys};
+use crate::source::{ClusterSource as _, Opening};
+use crate::{daemon, files, host, keys, source};
 
 /// What to clean up.
 #[derive(Debug, Clone, clap::Args)]
@@ -33,6 +34,9 @@ pub struct Options {
     /// Go on although pods still have interfaces; they lose their network
     #[arg(long)]
     force: bool,
+    /// Stay until told to stop when everything is clean, for a pod that is to be ready exactly then
+    #[arg(long)]
+    linger: bool,
     /// Keep the node's record and address blocks in the cluster source, for a node that will be back
     #[arg(long)]
     keep_record: bool,
@@ -42,7 +46,17 @@ pub struct Options {
 ///
 /// # Errors
 /// When a daemon still runs, pods are still attached, or something could not be removed.
-pub fn run(options: &Options) -> Result<()> {
+pub async fn run(options: &Options) -> Result<()> {
+    let runtime = Handle::current();
+    tokio::task::block_in_place(|| clean(options, &runtime))?;
+    if options.linger {
+        stop_signal()?.await;
+    }
+    Ok(())
+}
+
+fn clean(options: &Options, runtime: &Handle) -> Result<()> {
+    sysctl::set_through(&options.daemon.proc_sys);
     let lock = daemon::lock(&options.daemon.run_directory)?;
     let mut steps = Steps::default();
     let pods = pod_interfaces()?;
@@ -61,7 +75,7 @@ pub fn run(options: &Options) -> Result<()> {
     let joined = options.daemon.snapshot_file().exists();
     match &config {
         _ if options.keep_record => {}
-        Some(config) => steps.note("record and blocks in the cluster source", leave(options, config)),
+        Some(config) => steps.note("record and blocks in the cluster source", leave(options, config, runtime)),
         None if joined => steps.0.push(format!(
             "record and blocks in the cluster source: {} does not exist; name the node's configuration with --config",
             options.daemon.config.display()
@@ -110,10 +124,11 @@ fn pod_interfaces() -> Result<Vec<InterfaceName>> {
 }
 
 /// Removes what this host put into the cluster source; a record of that name that another host wrote stays, and its blocks.
-fn leave(options: &Options, config: &Config) -> Result<()> {
-    let node = daemon::node_name(config)?;
+fn leave(options: &Options, config: &Config, runtime: &Handle) -> Result<()> {
+    let node = daemon::node_name(&options.daemon, config)?;
     // Opened as one that this node has joined: nothing is made on the way out.
-    let mut source = daemon::open_source(config, true, Limits::COMMAND)?;
+    let opening = Opening { node: &node, joined: true, limits: Limits::COMMAND, runtime, wake: Arc::new(|| {}) };
+    let mut source = source::open(config, &opening)?;
     let snapshot = match source.snapshot() {
         Ok(snapshot) => snapshot,
         // A node that never saw the cluster has left nothing there.

@@ -17,7 +17,8 @@ use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub use job::Job;
-pub use keeper::Keeper;
+pub use keeper::{Companions, Keeper};
+pub(crate) use keeper::{OWN_PROGRAM, START_PATIENCE};
 pub(crate) use ownership::Ownership;
 pub use process::{Answer, Process};
 

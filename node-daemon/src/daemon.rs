@@ -4,25 +4,32 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use husk_dataplane::events::Subject;
 use husk_dataplane::linux::Linux;
+use husk_dataplane::sysctl;
 use husk_ipam::lease::{DEFAULT_LOCK_WAIT, LeaseStore};
 use husk_overlay::config::{Config, SourceConfig};
 use husk_overlay::ipc::{LEASE_DIRECTORY, SOCKET_FILE};
+use husk_overlay::issue::Issue;
 use husk_overlay::marks;
 use husk_overlay::name::NodeName;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch as state_watch};
 
+use crate::companion::Companions;
 use crate::engine::{Engine, Parts, State, Waker, channel};
+use crate::follow::{self, Chosen, Follower};
 use crate::host::Host;
 use crate::identity::Identity;
-use crate::source::bounded::{Bounded, Limits};
+use crate::kubernetes::{self, Reporter};
+use crate::source::bounded::Limits;
 use crate::source::directory::DirectorySource;
+use crate::source::{self, Opening};
 use crate::{boot, files, logging, node_file, server, watch};
 
 /// File in the state directory that holds the last snapshot.
@@ -33,6 +40,9 @@ pub const CONFIG_FILE: &str = "/etc/husk/config.yaml";
 
 /// How long the loop may take to finish the pass it is in when the daemon is told to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Pause between attempts to log on to an API server.
+const LOG_ON_PAUSE: Duration = Duration::from_secs(5);
 
 /// What failed, where the kernel gives no thread.
 const THREAD: &str = "cannot start a thread";
@@ -49,6 +59,26 @@ pub struct Options {
     /// Directory of what survives a reboot
     #[arg(long, default_value = marks::STATE_DIRECTORY)]
     pub state_directory: PathBuf,
+    /// Name of this node, whatever the configuration says, which all nodes of a cluster may share
+    #[arg(long, env = "HUSK_NODE_NAME")]
+    pub node_name: Option<NodeName>,
+    /// Where kernel parameters are set: in a container, whose /proc/sys is read-only, the host's as it was mounted
+    #[arg(long, env = "HUSK_PROC_SYS", default_value = sysctl::PROC_SYS)]
+    pub proc_sys: PathBuf,
+}
+
+/// What `huskd run` is told.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RunOptions {
+    /// Paths and name.
+    #[command(flatten)]
+    pub common: Options,
+    /// Socket of `huskd tunnels`, which then starts the processes that have to outlive the daemon's container
+    #[arg(long, env = "HUSK_TUNNELS")]
+    pub tunnels: Option<PathBuf>,
+    /// Take a configuration that changed into use at once, and go on with the last good one where it is bad
+    #[arg(long)]
+    pub follow_config: bool,
 }
 
 impl Options {
@@ -57,11 +87,26 @@ impl Options {
     /// # Errors
     /// When it cannot be read, or with everything that is wrong in it.
     pub fn read_config(&self) -> Result<Config> {
-        let name = self.config.display().to_string();
-        let text = files::read_text(&self.config, 1 << 20)?.ok_or_else(|| {
+        self.parse_config(&self.read_config_text()?)
+    }
+
+    /// Reads the text of the configuration.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read_config_text(&self) -> Result<String> {
+        let name = self.config.display();
+        files::read_text(&self.config, 1 << 20)?.ok_or_else(|| {
             anyhow!("{name} does not exist; write one (huskd example-config prints it with comments), or name another with --config")
-        })?;
-        Ok(Config::parse(&name, &text)?)
+        })
+    }
+
+    /// Checks the text of a configuration, as that of the configuration file.
+    ///
+    /// # Errors
+    /// Everything that is wrong in it.
+    pub fn parse_config(&self, text: &str) -> Result<Config> {
+        Ok(Config::parse(&self.config.display().to_string(), text)?)
     }
 
     /// File of the last snapshot.
@@ -83,12 +128,12 @@ impl Options {
     }
 }
 
-/// The own name: configured, else the host name.
+/// The own name: the one of the command line, else the configured one, else the host name.
 ///
 /// # Errors
 /// When the host name is no node name.
-pub fn node_name(config: &Config) -> Result<NodeName> {
-    if let Some(name) = &config.node_name {
+pub fn node_name(options: &Options, config: &Config) -> Result<NodeName> {
+    if let Some(name) = options.node_name.as_ref().or(config.node_name.as_ref()) {
         return Ok(name.clone());
     }
     let host = nix::unistd::gethostname().context("the host name cannot be read")?;
@@ -130,29 +175,17 @@ pub fn lock(run_directory: &Path) -> Result<File> {
     }
 }
 
-/// Opens the cluster source of the configuration. One that is not available is opened by a later call.
-///
-/// # Errors
-/// When the configuration names what can be no source.
-pub fn open_source(config: &Config, joined: bool, limits: Limits) -> Result<Bounded> {
-    match &config.source {
-        SourceConfig::Directory { path } => {
-            let root = path.clone();
-            Bounded::open(path.display().to_string(), limits, move || DirectorySource::open(&root, joined))
-                .with_context(|| format!("cannot use {} (source.directory.path) as cluster directory", path.display()))
-        }
-    }
-}
-
 /// Wakes the loop when something changed. Threads of their own for what may hang and what may not.
 fn start_watching(config: &Config, leases: PathBuf, waker: &Waker) -> Result<()> {
-    let SourceConfig::Directory { path } = &config.source;
     let wake = || {
         let waker = waker.clone();
         move || waker.wake()
     };
     watch::folders("husk-leases", vec![leases], watch::RENEWAL, wake()).context(THREAD)?;
-    watch::folders("husk-cluster", DirectorySource::folders(path).into(), watch::RENEWAL, wake()).context(THREAD)?;
+    if let SourceConfig::Directory { path } = &config.source {
+        watch::folders("husk-cluster", DirectorySource::folders(path).into(), watch::RENEWAL, wake())
+            .context(THREAD)?;
+    }
     let mut subjects = vec![Subject::Network, Subject::Nftables];
     if config.mode.uses_esp() {
         subjects.push(Subject::Ipsec);
@@ -164,25 +197,40 @@ fn start_watching(config: &Config, leases: PathBuf, waker: &Waker) -> Result<()>
 ///
 /// # Errors
 /// When the daemon cannot start; what goes wrong later is an issue, never an end.
-pub async fn run(options: Options) -> Result<()> {
-    let config = options.read_config()?;
-    logging::start(&config.log);
-    let node_name = node_name(&config)?;
-    let _lock = lock(&options.run_directory)?;
+pub async fn run(options: RunOptions) -> Result<End> {
+    let RunOptions { common: options, tunnels, follow_config } = options;
     files::create_directory(&options.state_directory, 0o700)?;
+    let Chosen { config, text, issue } = follow::choose(&options, follow_config)?;
+    logging::start(&config.log);
+    if let Some(issue) = &issue {
+        tracing::error!("{issue}");
+    }
+    sysctl::set_through(&options.proc_sys);
+    let node_name = node_name(&options, &config)?;
+    let _lock = lock(&options.run_directory)?;
     let identity = Identity::load(node_name.clone(), &options.state_directory)?;
-    let joined = options.snapshot_file().exists();
-    let source = open_source(&config, joined, Limits::LOOP)?;
     let leases = options.run_directory.join(LEASE_DIRECTORY);
     files::create_directory(&leases, 0o700)?;
     let boot_id = node_file::boot_id().context("cannot read the boot id; is /proc mounted?")?;
     boot::enter(&options.run_directory, &boot_id, &options.leases())?;
 
     let (state, states) = state_watch::channel(State::default());
-    let (handle, inbox) = channel(states, options.leases());
+    let (handle, inbox) = channel(states.clone(), options.leases());
+    let waker = handle.waker();
     let runtime = tokio::runtime::Handle::current();
+    let wake = waker.clone();
+    let opening = Opening {
+        node: &node_name,
+        joined: options.snapshot_file().exists(),
+        limits: Limits::LOOP,
+        runtime: &runtime,
+        wake: Arc::new(move || wake.wake()),
+    };
+    // Waits for an answer of the source, whose thread waits for the runtime.
+    let source = tokio::task::block_in_place(|| source::open(&config, &opening))?;
+    let companions = Companions { run_directory: options.run_directory.clone(), runtime, tunnels };
     let parts = Parts {
-        node: Host::new(&config, identity, &options.run_directory, options.sysctl_file(), runtime)?,
+        node: Host::new(&config, identity, companions, options.sysctl_file())?,
         kernel: Linux::open(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY))
             .context("cannot talk to the kernel over netlink; huskd needs root (CAP_NET_ADMIN)")?,
         source,
@@ -198,22 +246,59 @@ pub async fn run(options: Options) -> Result<()> {
 
     let listener =
         server::listen(&options.run_directory.join(SOCKET_FILE)).context("cannot listen on the daemon's socket")?;
-    let waker = handle.waker();
     start_watching(&parts.config, leases, &waker)?;
     tokio::spawn(server::serve(listener, handle.clone()));
+    let mut follower = Follower::start(&options, text, issue, follow_config)?;
+    if let SourceConfig::Kubernetes { kubeconfig } = &parts.config.source {
+        let (kubeconfig, issues) = (kubeconfig.clone(), follower.issues());
+        tokio::spawn(report(kubeconfig, node_name, states, issues));
+    }
     let mut engine = Engine::new(parts, state, jiff::Timestamp::now());
-    supervise(move || engine.run(&inbox, &waker), || handle.stop(), stop_signal()?).await?;
+    let stop = stop_signal()?;
+    let told = async {
+        tokio::select! {
+            signal = stop => (signal, End::Stopped),
+            () = follower.changed() => ("a new configuration", End::NewConfiguration),
+        }
+    };
+    let end = supervise(move || engine.run(&inbox, &waker), || handle.stop(), told).await?;
     files::remove(&options.run_directory.join(SOCKET_FILE))?;
-    Ok(())
+    Ok(end)
+}
+
+/// Why the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It was told to.
+    Stopped,
+    /// It has to start again with another configuration.
+    NewConfiguration,
+}
+
+/// Tells Kubernetes how the node is, once there is a way to log on.
+async fn report(
+    kubeconfig: Option<PathBuf>,
+    node: NodeName,
+    states: state_watch::Receiver<State>,
+    issues: state_watch::Receiver<Option<Issue>>,
+) {
+    loop {
+        match kubernetes::connect(kubeconfig.as_deref()).await {
+            Ok(client) => return Reporter::new(client, node, states, issues).run().await,
+            // The source says the same as an issue.
+            Err(error) => tracing::debug!(error = format!("{error:#}"), "nothing is told to Kubernetes yet"),
+        }
+        tokio::time::sleep(LOG_ON_PAUSE).await;
+    }
 }
 
 /// Runs the loop on a thread of its own until `told` completes, then stops it. A loop that is stuck is left behind, for the
 /// end of the process to end it; a thread of the runtime would hold up that end.
-async fn supervise(
+async fn supervise<E>(
     work: impl FnOnce() + Send + 'static,
     stop: impl FnOnce(),
-    told: impl Future<Output = &'static str>,
-) -> Result<()> {
+    told: impl Future<Output = (&'static str, E)>,
+) -> Result<E> {
     let (ending, mut ended) = oneshot::channel::<()>();
     let run = move || {
         // Dropped however the loop ends.
@@ -221,15 +306,16 @@ async fn supervise(
         work();
     };
     thread::Builder::new().name("husk-loop".into()).spawn(run).context(THREAD)?;
-    tokio::select! {
-        signal = told => tracing::info!(signal, "stopping; the data plane stays as it is"),
+    let (reason, end) = tokio::select! {
+        told = told => told,
         _ = &mut ended => bail!("the reconcile loop ended by itself, which is a bug; the log tells where"),
-    }
+    };
+    tracing::info!(reason, "stopping; the data plane stays as it is");
     stop();
     if tokio::time::timeout(STOP_PATIENCE, ended).await.is_err() {
         tracing::warn!("the pass in progress did not end in time; it is given up");
     }
-    Ok(())
+    Ok(end)
 }
 
 /// Nodes that start at once look for a free block at different places; among so few that addresses stay readable.

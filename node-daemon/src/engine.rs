@@ -38,6 +38,7 @@ use husk_overlay::facts::Facts;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::plan::{Plan, name_taken, plan};
+use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
 
 pub use handle::{Ask, Handle, Message, Waker, channel};
@@ -97,6 +98,8 @@ pub struct Engine<K, S, N> {
     /// Another host has published itself under this node's name.
     name_taken: bool,
     block_changes: blocks::BlockChanges,
+    /// The node's blocks as far as it knows, those included that the source has forgotten.
+    held: BTreeSet<Prefix>,
     /// Where devices were told that their peers are.
     told: endpoints::Told,
     /// Pods whose MTU could not be set, or only at one end.
@@ -133,6 +136,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let snapshot = parts.state_file.as_deref().and_then(state::load_snapshot).unwrap_or_default();
         let keeper = parts.state_file.clone().and_then(state::Keeper::start);
         let created = snapshot.nodes.get(&parts.node_name).map_or(now, |own| own.created);
+        let own = snapshot.blocks.iter().filter(|(_, owner)| **owner == parts.node_name);
+        let held = own.map(|(block, _)| *block).collect();
         Self {
             parts,
             snapshot,
@@ -143,6 +148,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             leases_known: false,
             name_taken: false,
             block_changes: blocks::BlockChanges::default(),
+            held,
             told: endpoints::Told::new(),
             untuned: BTreeSet::new(),
             pace: Pace::default(),
@@ -299,8 +305,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             return true;
         }
         // Without a block of a family the node cannot serve pods, but it can receive; with any other it cannot.
+        let without_block = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr];
         let cannot_receive =
-            |issue: &Issue| issue.severity == Severity::Blocking && issue.kind != IssueKind::PoolExhausted;
+            |issue: &Issue| issue.severity == Severity::Blocking && !without_block.contains(&issue.kind);
         if !self.delivered || plan.blocking().chain(issues.iter()).any(cannot_receive) {
             return false;
         }

@@ -27,7 +27,7 @@ use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
 
 use self::support::Support;
-use crate::companion::{Job, Keeper};
+use crate::companion::{Companions, Job, Keeper};
 use crate::engine::Node;
 use crate::files;
 use crate::identity::Identity;
@@ -63,23 +63,17 @@ impl Host {
     ///
     /// # Errors
     /// When the kernel gives no netlink socket, the folder for keys cannot be made, or the preshared key cannot be used.
-    pub fn new(
-        config: &Config,
-        identity: Identity,
-        run_directory: &Path,
-        sysctl_file: PathBuf,
-        runtime: tokio::runtime::Handle,
-    ) -> Result<Self> {
+    pub fn new(config: &Config, identity: Identity, companions: Companions, sysctl_file: PathBuf) -> Result<Self> {
         let socket = Socket::open(Protocol::Route).context("cannot talk to the kernel over netlink")?;
         Ok(Self {
             config: config.clone(),
             identity,
             socket,
-            keys: KeyStore::open(run_directory, config)?,
+            keys: KeyStore::open(&companions.run_directory, config)?,
             sysctl_file,
             support: Support::default(),
             threaded_napi: napi::supported(),
-            companions: Keeper::new(run_directory, runtime),
+            companions: Keeper::new(companions),
             foreign: None,
             chosen: DualStack::default(),
             missing: BTreeSet::new(),

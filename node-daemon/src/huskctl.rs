@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 use husk_overlay::ipc::{self, Request, Response};
 use husk_overlay::issue::Severity;
@@ -162,7 +163,18 @@ impl Show {
 }
 
 fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
-    use anyhow::Context as _;
+    match exchange(socket, request)? {
+        Response::Report { report } => serde_json::from_value(report).context(FOREIGN),
+        Response::Refused { reason } | Response::NotReady { reason, .. } => anyhow::bail!("{reason}"),
+        Response::Done => anyhow::bail!(FOREIGN),
+    }
+}
+
+/// What an answer means that makes no sense.
+const FOREIGN: &str = "the daemon's answer is not understood; huskctl and huskd should be of one version";
+
+/// Asks the daemon, with a time limit.
+pub(crate) fn exchange(socket: &Path, request: &Request) -> anyhow::Result<Response> {
     let connected = UnixStream::connect(socket);
     let denied = connected.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
     let mut stream = connected.with_context(|| {
@@ -176,12 +188,5 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     ipc::write_message(&mut stream, request).context("cannot send the request to the daemon")?;
-    match ipc::read_message(&mut stream).context("cannot read the daemon's answer")? {
-        Response::Report { report } => serde_json::from_value(report)
-            .context("the daemon's answer is not understood; huskctl and huskd should be of one version"),
-        Response::Refused { reason } | Response::NotReady { reason, .. } => anyhow::bail!("{reason}"),
-        Response::Done => {
-            anyhow::bail!("the daemon's answer is not understood; huskctl and huskd should be of one version")
-        }
-    }
+    ipc::read_message(&mut stream).context("cannot read the daemon's answer")
 }

@@ -295,7 +295,8 @@ impl KeyStore {
         let mut description = epoch::Description::wireguard(now);
         if technology == Technology::Esp {
             let parameters = self.parameters.as_ref().context("this mode has no associations")?;
-            description.spi_salt = u64::from_ne_bytes(salt);
+            // 63 bits: the numbers of an API server's objects are signed (k8s.io/apimachinery pkg/util/json).
+            description.spi_salt = u64::from_ne_bytes(salt) >> 1;
             description.esp = Some(parameters.with_preshared(self.preshared.as_deref(), &key));
             SpentFile::create(&self.path(epoch, "spent"))?;
         }

@@ -1,7 +1,7 @@
 //! The node daemon `huskd` and the troubleshooting command `huskctl`.
 //!
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
-//! comes from; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon:
+//! comes from, [`kubernetes`] one such place; [`follow`] a configuration that changes; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon ([`tunnels`]: and its container):
 //! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
 //! [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot ends; [`cleanup`] the way
 //! out.
@@ -12,15 +12,19 @@ pub mod companion;
 pub mod daemon;
 pub mod engine;
 pub mod files;
+pub mod follow;
+pub mod health;
 pub mod host;
 pub mod huskctl;
 pub mod identity;
 pub mod keys;
+pub mod kubernetes;
 pub mod logging;
 pub mod node_file;
 pub mod report;
 pub mod server;
 pub mod source;
+pub mod tunnels;
 pub mod udp_encapsulation;
 pub mod watch;
 pub mod wireguard_userspace;

@@ -5,9 +5,17 @@ pub mod directory;
 
 use std::io;
 
+use anyhow::{Context as _, Result};
+use husk_overlay::config::{Config, SourceConfig};
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
+use tokio::runtime::Handle;
+
+use self::bounded::{Bounded, Limits};
+use self::directory::DirectorySource;
+use crate::kubernetes::KubernetesSource;
+use crate::kubernetes::source::{Options as KubernetesOptions, SUBJECT as KUBERNETES, Wake};
 
 /// Why a source did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -65,4 +73,44 @@ pub trait ClusterSource {
     /// # Errors
     /// When the source does not answer.
     fn withdraw(&mut self, node: &NodeName) -> Result<(), SourceError>;
+}
+
+/// How a source is opened.
+pub struct Opening<'a> {
+    /// Own node.
+    pub node: &'a NodeName,
+    /// This node has seen the cluster before.
+    pub joined: bool,
+    /// How long calls may take.
+    pub limits: Limits,
+    /// Where requests to an API server run.
+    pub runtime: &'a Handle,
+    /// Called when an API server has news; folders are watched by others.
+    pub wake: Wake,
+}
+
+/// Opens the cluster source of the configuration. One that is not available is opened by a later call.
+///
+/// # Errors
+/// When the configuration names what can be no source.
+pub fn open(config: &Config, opening: &Opening<'_>) -> Result<Bounded> {
+    match &config.source {
+        SourceConfig::Directory { path } => {
+            let (root, joined) = (path.clone(), opening.joined);
+            Bounded::open(path.display().to_string(), opening.limits, move || DirectorySource::open(&root, joined))
+                .with_context(|| format!("cannot use {} (source.directory.path) as cluster directory", path.display()))
+        }
+        SourceConfig::Kubernetes { kubeconfig } => {
+            let options = KubernetesOptions {
+                kubeconfig: kubeconfig.clone(),
+                node: opening.node.clone(),
+                ipam: config.ipam,
+                // The call itself has to be over in time.
+                patience: opening.limits.read * 3 / 4,
+            };
+            let (runtime, wake) = (opening.runtime.clone(), Wake::clone(&opening.wake));
+            Bounded::open(KUBERNETES.into(), opening.limits, move || KubernetesSource::open(&options, &runtime, &wake))
+                .context("cannot use the Kubernetes API as cluster source")
+        }
+    }
 }

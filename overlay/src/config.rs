@@ -49,8 +49,8 @@ pub struct Config {
     pub rotation: RotationConfig,
     /// Packets from pods to addresses outside the cluster CIDRs leave with the node's address.
     pub masquerade: bool,
-    /// Seconds an address rests after its pod is gone before another pod gets it.
-    pub cool_down: u32,
+    /// Addresses of pods.
+    pub ipam: IpamConfig,
     /// CNI installation.
     pub cni: CniConfig,
     /// Logging.
@@ -87,6 +87,32 @@ pub enum SourceConfig {
         /// The directory; absolute.
         path: PathBuf,
     },
+    /// The Kubernetes API.
+    Kubernetes {
+        /// How to reach and log on to the API server; absolute. None: as a pod does, by its service account.
+        kubeconfig: Option<PathBuf>,
+    },
+}
+
+/// Where a node's blocks come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum BlockOrigin {
+    /// They are cut from the pools, by whoever comes first; a node takes more when it needs more.
+    #[default]
+    Pools,
+    /// They are those of `Node.spec.podCIDRs`, which Kubernetes' controller manager allocates.
+    NodeCidrs,
+}
+
+/// Addresses of pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IpamConfig {
+    /// Where a node's blocks come from.
+    pub blocks: BlockOrigin,
+    /// Seconds an address rests after its pod is gone before another pod gets it.
+    pub cool_down: u32,
+    /// Seconds for which a node has to be gone, its `Node` object and its daemon both, before its blocks are given to others.
+    pub release_after: u32,
 }
 
 /// VXLAN.
@@ -238,6 +264,12 @@ impl Default for SourceConfig {
     }
 }
 
+impl Default for IpamConfig {
+    fn default() -> Self {
+        Self { blocks: BlockOrigin::default(), cool_down: 30, release_after: 300 }
+    }
+}
+
 impl Default for VxlanConfig {
     /// The port IANA assigned to VXLAN (RFC 7348, section 8).
     fn default() -> Self {
@@ -300,7 +332,7 @@ impl Config {
             ipsec: IpsecConfig::default(),
             rotation: RotationConfig::default(),
             masquerade: true,
-            cool_down: 30,
+            ipam: IpamConfig::default(),
             cni: CniConfig::default(),
             log: LogConfig::default(),
         }

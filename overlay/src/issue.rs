@@ -50,6 +50,14 @@ pub enum IssueKind {
     MtuTooLarge,
     /// No address block could be had.
     PoolExhausted,
+    /// Kubernetes has given the node no CIDR.
+    NoNodeCidr,
+    /// A block with pods in it belongs to somebody else by now, or to nobody.
+    BlockLost,
+    /// The `Node` object of this node is missing.
+    NodeMissing,
+    /// The configuration file is bad, and the one before it stays in force.
+    BadConfig,
     /// A manifest could not be read.
     BadManifest,
     /// A lease could not be read, or contradicts another.

@@ -18,7 +18,7 @@ mod read;
 mod snapshot;
 mod write;
 
-pub use read::parse_all;
+pub use read::{from_json, parse_all};
 pub use snapshot::snapshot_from;
 
 use crate::name::NodeName;
@@ -73,6 +73,12 @@ impl Manifest {
     #[must_use]
     pub fn to_yaml(&self) -> String {
         write::to_yaml(self)
+    }
+
+    /// The manifest as an object for an API server, which sets the time of its creation itself; [`from_json`] reads it back.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        write::to_json(self)
     }
 }
 

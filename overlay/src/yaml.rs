@@ -59,6 +59,25 @@ impl fmt::Display for Value {
     }
 }
 
+impl From<&serde_json::Value> for Value {
+    fn from(json: &serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        match json {
+            Json::Null => Self::Null,
+            Json::Bool(it) => Self::Bool(*it),
+            Json::Number(it) => match it.as_i128() {
+                Some(whole) => Self::Integer(whole),
+                None => Self::Float(it.as_f64().unwrap_or(f64::NAN)),
+            },
+            Json::String(it) => Self::Text(it.clone()),
+            Json::Array(items) => Self::List(items.iter().map(Self::from).collect()),
+            Json::Object(entries) => {
+                Self::Map(entries.iter().map(|(key, value)| (key.clone(), Self::from(value))).collect())
+            }
+        }
+    }
+}
+
 /// A document of a text, or why it cannot be read: one sentence with line and column.
 pub(crate) type Document = Result<Value, String>;
 

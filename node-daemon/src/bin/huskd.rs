@@ -1,10 +1,12 @@
 //! The node daemon `huskd`.
 
 use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use husk_node_daemon::{cleanup, daemon, udp_encapsulation, wireguard_userspace};
+use husk_node_daemon::daemon::End;
+use husk_node_daemon::{cleanup, daemon, health, kubernetes, tunnels, udp_encapsulation, wireguard_userspace};
 
 /// Husk's node daemon: builds encrypted tunnels to the other nodes and keeps this node's kernel as the cluster needs it
 #[derive(Parser)]
@@ -17,11 +19,17 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon in the foreground; SIGTERM stops it and leaves the data plane running
-    Run(daemon::Options),
+    Run(daemon::RunOptions),
     /// Check a configuration file and say everything that is wrong with it
     CheckConfig(daemon::Options),
     /// Print a configuration with comments, all defaults written out
     ExampleConfig,
+    /// Ask the running daemon whether it is alive, or whether pods can be added; for probes of containers
+    Health(health::Options),
+    /// Print the CustomResourceDefinitions of Husk's Kubernetes objects
+    Crds,
+    /// Start the processes that carry tunnels when the daemon asks; for a container that outlives the daemon's
+    Tunnels(tunnels::Options),
     /// Remove everything Husk made on this host; the daemon must be stopped
     Cleanup(cleanup::Options),
     /// Run the bundled userspace WireGuard device; the daemon starts this itself where the kernel has none
@@ -58,13 +66,22 @@ fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(options) => daemon::run(options).await,
+        Command::Run(options) => match daemon::run(options).await? {
+            End::Stopped => Ok(()),
+            End::NewConfiguration => Err(start_anew()),
+        },
         Command::CheckConfig(options) => {
             options.read_config()?;
             Ok(writeln!(std::io::stdout(), "{}: no problems found", options.config.display())?)
         }
         Command::ExampleConfig => Ok(std::io::stdout().write_all(husk_overlay::config::EXAMPLE.as_bytes())?),
-        Command::Cleanup(options) => cleanup::run(&options),
+        Command::Health(options) => tokio::task::block_in_place(|| health::run(&options)),
+        Command::Crds => Ok(std::io::stdout().write_all(kubernetes::definitions_yaml()?.as_bytes())?),
+        Command::Tunnels(options) => {
+            log("info");
+            tunnels::run(options).await
+        }
+        Command::Cleanup(options) => cleanup::run(&options).await,
         Command::WireguardUserspace(options) => {
             log(wireguard_userspace::LOG_FILTER);
             wireguard_userspace::run(options).await
@@ -74,6 +91,12 @@ async fn run(command: Command) -> anyhow::Result<()> {
             udp_encapsulation::run(options).await
         }
     }
+}
+
+/// Becomes a new daemon in the same process, with the same arguments. Returns only if that fails.
+fn start_anew() -> anyhow::Error {
+    let error = std::process::Command::new("/proc/self/exe").arg0("huskd").args(std::env::args_os().skip(1)).exec();
+    anyhow::Error::new(error).context("cannot start anew with the new configuration")
 }
 
 /// Logs of a companion, which go to a file.

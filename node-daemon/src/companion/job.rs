@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
 use nix::net::if_::if_nametoindex;
+use serde::{Deserialize, Serialize};
 
 use crate::wireguard_userspace::socket_path;
 
 /// What a companion does.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Job {
     /// Be the WireGuard device of this name.
     WireguardUserspace {

@@ -8,12 +8,13 @@ use anyhow::{Result, bail};
 
 use super::job::Job;
 use super::process::{Answer, Process};
+use crate::tunnels;
 
 /// The program that runs: the file it came from may have been replaced or removed, by an upgrade for example.
-const OWN_PROGRAM: &str = "/proc/self/exe";
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// How long a process may take from its start to its first answer.
-const START_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const START_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long an answer counts. A process that ends gives up its lock, or takes its device with it, which is looked for every
 /// time.
@@ -25,19 +26,29 @@ const QUESTIONS: u32 = 3;
 /// Pause between questions to a process that runs and does not listen, as one does that is just starting.
 const STARTING: Duration = Duration::from_millis(200);
 
+/// How companions are started.
+#[derive(Debug, Clone)]
+pub struct Companions {
+    /// Where their locks and logs are.
+    pub run_directory: PathBuf,
+    /// What reaps them.
+    pub runtime: tokio::runtime::Handle,
+    /// Socket of the process that starts them, where they have to outlive the daemon's container; none: they are children.
+    pub tunnels: Option<PathBuf>,
+}
+
 /// Keeps the companions of a daemon.
 pub struct Keeper {
-    run_directory: PathBuf,
-    runtime: tokio::runtime::Handle,
+    companions: Companions,
     /// When a companion last answered.
     answered: BTreeMap<Job, Instant>,
 }
 
 impl Keeper {
-    /// For the daemon with that run directory. Processes are reaped by the runtime.
+    /// Starts companions in this way, when they are needed.
     #[must_use]
-    pub fn new(run_directory: &Path, runtime: tokio::runtime::Handle) -> Self {
-        Self { run_directory: run_directory.to_owned(), runtime, answered: BTreeMap::new() }
+    pub fn new(companions: Companions) -> Self {
+        Self { companions, answered: BTreeMap::new() }
     }
 
     /// Makes sure that the process runs and answers. One that hangs is killed, and started like one that is missing. Takes
@@ -46,7 +57,7 @@ impl Keeper {
     /// # Errors
     /// When the process does not start, or cannot be ended.
     pub fn ensure(&mut self, job: &Job) -> Result<()> {
-        let process = Process::new(job, &self.run_directory);
+        let process = Process::new(job, &self.companions.run_directory);
         let fresh = self.answered.get(job).is_some_and(|at| at.elapsed() < FRESH);
         if fresh && job.is_there().map_or_else(|| process.runs(), Ok)? {
             return Ok(());
@@ -74,14 +85,20 @@ impl Keeper {
     /// When it does not end.
     pub fn stop(&mut self, job: &Job) -> Result<bool> {
         self.answered.remove(job);
-        Process::new(job, &self.run_directory).stop()
+        Process::new(job, &self.companions.run_directory).stop()
     }
 
     fn start(&self, process: &Process, job: &Job) -> Result<()> {
-        let _runtime = self.runtime.enter();
+        if let Some(socket) = &self.companions.tunnels {
+            tunnels::ask_to_start(socket, job)?;
+            tracing::info!("had the {job} started");
+            return Ok(());
+        }
+        let runtime = &self.companions.runtime;
+        let _runtime = runtime.enter();
         let mut child = process.spawn(Path::new(OWN_PROGRAM))?;
         let pid = child.id();
-        self.runtime.block_on(process.wait_ready(&mut child, START_PATIENCE))?;
+        runtime.block_on(process.wait_ready(&mut child, START_PATIENCE))?;
         tracing::info!(pid, "started the {job}");
         Ok(())
     }

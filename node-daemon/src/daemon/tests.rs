@@ -31,18 +31,30 @@ fn a_host_name_becomes_the_nodes_name() {
 fn a_configured_name_needs_no_host_name() {
     let mut config = config();
     config.node_name = Some(NodeName::new("localhost").unwrap());
-    assert_eq!(node_name(&config).unwrap().as_str(), "localhost");
+    let mut options = Options {
+        config: CONFIG_FILE.into(),
+        run_directory: marks::RUN_DIRECTORY.into(),
+        state_directory: marks::STATE_DIRECTORY.into(),
+        node_name: None,
+        proc_sys: sysctl::PROC_SYS.into(),
+    };
+    assert_eq!(node_name(&options, &config).unwrap().as_str(), "localhost");
+    options.node_name = Some(NodeName::new("of-the-command-line").unwrap());
+    assert_eq!(node_name(&options, &config).unwrap().as_str(), "of-the-command-line");
 }
 
 #[test]
 fn a_path_that_can_be_no_cluster_directory_is_told_at_once() {
     let directory = tempfile::tempdir().unwrap();
+    let (runtime, node) = (runtime(), NodeName::new("a").unwrap());
     let file = directory.path().join("file");
     std::fs::write(&file, "x").unwrap();
     for (path, joined) in [(file.clone(), false), (file.clone(), true), (file.join("below"), false)] {
         let mut config = config();
         config.source = SourceConfig::Directory { path: path.clone() };
-        let Err(error) = open_source(&config, joined, Limits::COMMAND) else { panic!("{} opens", path.display()) };
+        let wake = Arc::new(|| {});
+        let opening = Opening { node: &node, joined, limits: Limits::COMMAND, runtime: runtime.handle(), wake };
+        let Err(error) = source::open(&config, &opening) else { panic!("{} opens", path.display()) };
         let error = format!("{error:#}");
         assert!(error.contains("source.directory.path") && error.contains(path.to_str().unwrap()), "{error}");
     }
@@ -61,7 +73,7 @@ fn a_loop_that_is_stuck_holds_up_no_stop() {
     let work = move || {
         let _ = stuck.recv();
     };
-    runtime.block_on(supervise(work, || told.send(()).unwrap(), std::future::ready("SIGTERM"))).unwrap();
+    runtime.block_on(supervise(work, || told.send(()).unwrap(), std::future::ready(("SIGTERM", ())))).unwrap();
     drop(runtime);
     assert!(stopped.try_recv().is_ok());
     assert!(started.elapsed() < STOP_PATIENCE + Duration::from_secs(5));
@@ -76,7 +88,7 @@ fn a_loop_that_stops_when_told_is_waited_for() {
         told.recv().unwrap();
         ended.send(()).unwrap();
     };
-    runtime().block_on(supervise(work, || stop.send(()).unwrap(), std::future::ready("SIGTERM"))).unwrap();
+    runtime().block_on(supervise(work, || stop.send(()).unwrap(), std::future::ready(("SIGTERM", ())))).unwrap();
     assert!(end.try_recv().is_ok());
 }
 
@@ -84,7 +96,7 @@ fn a_loop_that_stops_when_told_is_waited_for() {
 fn a_loop_that_ends_by_itself_ends_the_daemon() {
     let nobody = || panic!("nobody is told to stop");
     for work in [|| {}, || panic!("the loop of a test")] {
-        let error = runtime().block_on(supervise(work, nobody, std::future::pending())).unwrap_err();
+        let error = runtime().block_on(supervise(work, nobody, std::future::pending::<(&str, ())>())).unwrap_err();
         assert!(error.to_string().contains("ended by itself"), "{error}");
     }
 }

@@ -27,7 +27,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 families,
                 router: last.plan.record.as_ref().map(|record| record.router).unwrap_or_default(),
                 cluster_cidrs: self.parts.config.cluster_cidrs.clone(),
-                cool_down: self.parts.config.cool_down,
+                cool_down: self.parts.config.ipam.cool_down,
                 tunnel_ports: self.parts.config.tunnel_ports(),
             }),
             _ => None,

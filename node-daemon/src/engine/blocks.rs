@@ -11,7 +11,8 @@ use std::time::Duration;
 use husk_dataplane::kernel::Kernel;
 use husk_ipam::block;
 use husk_ipam::lease::BootTime;
-use husk_overlay::config::Config;
+use husk_overlay::config::{BlockOrigin, Config};
+use husk_overlay::endpoint::Endpoint;
 use husk_overlay::ipc::Response;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::name::NodeName;
@@ -60,6 +61,45 @@ pub(super) fn pools(config: &Config, defined: &BTreeMap<String, Pool>) -> Vec<Po
     config.cluster_cidrs.iter().map(default).collect()
 }
 
+/// Blocks come from Kubernetes only, and there is none, or none with a free address.
+fn no_node_cidr(family: Family, own: &[Prefix]) -> Issue {
+    let issue = |severity, kind, message, remedy: &str| Issue {
+        severity,
+        kind,
+        subject: format!("{family} blocks"),
+        message,
+        remedy: remedy.to_owned(),
+    };
+    match own.iter().find(|block| block.family() == family) {
+        None => issue(
+            Severity::Blocking,
+            IssueKind::NoNodeCidr,
+            format!("spec.podCIDRs of the Node object has no {family} CIDR within the cluster CIDRs"),
+            "start kube-controller-manager with --allocate-node-cidrs and a --cluster-cidr as in clusterCIDRs, or set ipam.blocks to pools",
+        ),
+        Some(block) => issue(
+            Severity::Error,
+            IssueKind::PoolExhausted,
+            format!(
+                "every address of the node's CIDR {block} is taken, and with ipam.blocks: node-cidrs there are no others"
+            ),
+            "raise --node-cidr-mask-size of kube-controller-manager for new nodes, or set ipam.blocks to pools",
+        ),
+    }
+}
+
+/// Pods have addresses of a block that is not the node's any more.
+fn lost_block(block: Prefix, pods: usize, owner: Option<&NodeName>) -> Issue {
+    let owner = owner.map_or_else(|| "nobody, as the cluster source says".to_owned(), ToString::to_string);
+    Issue {
+        severity: Severity::Error,
+        kind: IssueKind::BlockLost,
+        subject: format!("block {block}"),
+        message: format!("it belongs to {owner}, and {pods} pods of this node have addresses of it; other nodes do not reach them"),
+        remedy: "delete these pods, so that they come back with addresses of this node's blocks; huskctl ipam show names them".into(),
+    }
+}
+
 fn in_cluster(config: &Config, prefix: &Prefix) -> bool {
     config.cluster_cidrs.iter().any(|cidr| cidr.covers(prefix))
 }
@@ -101,6 +141,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 remedy: "correct the pool's spec.cidr, or clusterCIDRs on all nodes".into(),
             });
         }
+        let still_lost = self.recover_blocks(issues);
         let own = self.own_blocks();
         let missing: Vec<Family> =
             self.parts.config.families().filter(|family| !own.iter().any(|block| block.family() == *family)).collect();
@@ -109,10 +150,56 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 issues.push(issue);
             }
         }
+        self.held = self.own_blocks().into_iter().chain(still_lost).collect();
+    }
+
+    /// Claims again what the source has forgotten, as one does that was restored from an older state: pods have addresses
+    /// of these blocks. Returns the blocks that it could not get back.
+    fn recover_blocks(&mut self, issues: &mut Vec<Issue>) -> Vec<Prefix> {
+        let own = self.own_blocks();
+        let leaving = &self.block_changes.leaving;
+        let lost = self.held.iter().filter(|block| !own.contains(block) && !leaving.contains(block)).copied();
+        let mut still_lost = Vec::new();
+        for block in lost.collect::<Vec<_>>() {
+            let within = |pod: &&Endpoint| pod.addresses.iter().any(|address| block.contains(address));
+            let pods = self.leases.endpoints.values().filter(within).count();
+            if pods == 0 {
+                continue;
+            }
+            let mut others = self.snapshot.blocks.iter().filter(|(_, owner)| **owner != self.parts.node_name);
+            let owner = others.find(|(other, _)| other.overlaps(&block)).map(|(_, owner)| owner.clone());
+            let claimed = match (&owner, self.parts.config.ipam.blocks) {
+                (None, BlockOrigin::Pools) => self.parts.source.claim(block, &self.parts.node_name),
+                _ => Ok(Claim::Taken),
+            };
+            // As long as pods are in it, every pass looks whether it can be had.
+            if !matches!(claimed, Ok(Claim::Granted)) {
+                still_lost.push(block);
+            }
+            match claimed {
+                Ok(Claim::Granted) => {
+                    tracing::warn!(%block, pods, "the cluster source had forgotten this node's block; it was claimed again");
+                    self.block_changes.granted.insert(block);
+                    self.snapshot.blocks.insert(block, self.parts.node_name.clone());
+                }
+                Ok(Claim::Taken) => issues.push(lost_block(block, pods, owner.as_ref())),
+                Err(error) => issues.push(Issue {
+                    severity: Severity::Error,
+                    kind: IssueKind::SourceUnavailable,
+                    subject: format!("block {block}"),
+                    message: format!("the cluster source has forgotten it, and it could not be claimed again: {error}"),
+                    remedy: "make the source writable for this node; nothing has to be restarted".into(),
+                }),
+            }
+        }
+        still_lost
     }
 
     /// Claims one more block of a family.
     fn claim(&mut self, family: Family) -> Result<Prefix, Issue> {
+        if self.parts.config.ipam.blocks == BlockOrigin::NodeCidrs {
+            return Err(no_node_cidr(family, &self.own_blocks()));
+        }
         let mut pools = pools(&self.parts.config, &self.snapshot.pools);
         pools.retain(|pool| in_cluster(&self.parts.config, &pool.cidr));
         let start = search_start(&pools, &self.own_blocks(), family, self.parts.block_offset);
@@ -197,14 +284,15 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     /// Addresses that are leased or rest, read under the store's lock.
     fn addresses_in_use(&self) -> Result<BTreeSet<IpAddr>, husk_ipam::Error> {
-        let cool_down = Duration::from_secs(self.parts.config.cool_down.into());
+        let cool_down = Duration::from_secs(self.parts.config.ipam.cool_down.into());
         self.parts.leases.lock()?.addresses(cool_down, BootTime::now())
     }
 
     /// Chooses empty blocks to give back: from here on neither the record nor `node.json` names them.
     pub(super) fn retire_blocks(&mut self) {
         let own = self.own_blocks();
-        if !self.owners_are_known() || own.len() <= self.parts.config.cluster_cidrs.len() {
+        let fixed = self.parts.config.ipam.blocks == BlockOrigin::NodeCidrs;
+        if fixed || !self.owners_are_known() || own.len() <= self.parts.config.cluster_cidrs.len() {
             return;
         }
         let in_use = match self.addresses_in_use() {

@@ -91,6 +91,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             peers: (routed, last.plan.peers.len()),
             source: match &config.source {
                 husk_overlay::config::SourceConfig::Directory { path } => format!("directory {}", path.display()),
+                husk_overlay::config::SourceConfig::Kubernetes { .. } => crate::kubernetes::source::SUBJECT.into(),
             },
             passes: self.passes,
             last_pass: LastPass {

@@ -27,7 +27,8 @@ fn as_host(mode: Mode, configure: impl Fn(&mut Config) + Sync, test: impl FnOnce
         configure(&mut config);
         let identity = Identity::load(NodeName::new("host1").unwrap(), directory.path()).unwrap();
         let sysctls = directory.path().join("sysctls.json");
-        let mut host = Host::new(&config, identity, directory.path(), sysctls, handle).unwrap();
+        let companions = Companions { run_directory: directory.path().to_owned(), runtime: handle, tunnels: None };
+        let mut host = Host::new(&config, identity, companions, sysctls).unwrap();
         test(&mut host, directory.path());
     });
     ran.unwrap();

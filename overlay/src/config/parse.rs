@@ -1,5 +1,6 @@
 //! The keys of the configuration, and what each may be.
 
+mod cluster;
 mod tunnels;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,8 +9,7 @@ use std::str::FromStr;
 
 use super::reader::{Complaint, Fields, Problems, UnknownKeys};
 use super::{
-    BlockLengths, CniConfig, Config, ConfigError, ConfigErrors, LogConfig, LogFormat, LogLevel, Problem, SourceConfig,
-    UnderlayConfig,
+    BlockLengths, CniConfig, Config, ConfigError, ConfigErrors, LogConfig, LogFormat, LogLevel, Problem, UnderlayConfig,
 };
 use crate::marks;
 use crate::mode::Mode;
@@ -18,9 +18,6 @@ use crate::name::InterfaceName;
 use crate::prefix::{Family, Prefix, PrefixError};
 use crate::record::DualStack;
 use crate::yaml::{self, Value};
-
-/// Longest rest of an address, in seconds: with a day, a pool of any sensible size would look exhausted.
-const MAX_COOL_DOWN: u32 = 24 * 60 * 60;
 
 /// Longest configuration in bytes; the documented example has three thousand.
 const MAX_TEXT: usize = 1 << 20;
@@ -64,18 +61,14 @@ fn read(mut top: Fields<'_, '_>) -> Config {
     node.finish();
 
     config.underlay = read_underlay(&mut top, &cidrs);
-    config.source = read_source(&mut top);
+    config.source = cluster::read_source(&mut top);
     config.vxlan = tunnels::read_vxlan(&mut top);
     config.wireguard = tunnels::read_wireguard(&mut top, config.vxlan);
     config.ipsec = tunnels::read_ipsec(&mut top, &config);
     config.rotation = tunnels::read_rotation(&mut top);
     config.masquerade = top.flag("masquerade").unwrap_or(config.masquerade);
 
-    let mut ipam = top.section("ipam");
-    config.cool_down = ipam
-        .number("coolDown", 0..=MAX_COOL_DOWN, "an address rests for at most a day (in seconds)")
-        .unwrap_or(config.cool_down);
-    ipam.finish();
+    config.ipam = cluster::read_ipam(&mut top, &config.source);
 
     config.cni = read_cni(&mut top);
     config.log = read_log(&mut top);
@@ -255,16 +248,6 @@ where
         section.complain(key, Complaint::conflict(reason, "use a cluster CIDR that no node has an address of"));
     }
     Some(own)
-}
-
-fn read_source(top: &mut Fields<'_, '_>) -> SourceConfig {
-    let SourceConfig::Directory { path: default } = SourceConfig::default();
-    let mut section = top.section("source");
-    let mut directory = section.section("directory");
-    let path = read_path(&mut directory, "path").unwrap_or(default);
-    directory.finish();
-    section.finish();
-    SourceConfig::Directory { path }
 }
 
 fn read_cni(top: &mut Fields<'_, '_>) -> CniConfig {

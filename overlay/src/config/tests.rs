@@ -71,7 +71,7 @@ ipsec:
   spiBits: 8
 keys: {rotation: 60, grace: 2, hardLifetime: 90}
 masquerade: false
-ipam: {coolDown: 5}
+ipam: {blocks: pools, coolDown: 5, releaseAfter: 60}
 cni: {binDirectory: /b, configDirectory: /c, network: pods}
 log: {format: json, level: trace}
 ";
@@ -103,7 +103,7 @@ log: {format: json, level: trace}
         },
         rotation: RotationConfig { interval: Some(60), grace: 2, hard_lifetime: 90 },
         masquerade: false,
-        cool_down: 5,
+        ipam: IpamConfig { blocks: BlockOrigin::Pools, cool_down: 5, release_after: 60 },
         cni: CniConfig { bin_directory: "/b".into(), config_directory: "/c".into(), network: "pods".parse().unwrap() },
         log: LogConfig { format: LogFormat::Json, level: LogLevel::Trace },
     };
@@ -190,7 +190,7 @@ const WRONG: &[(&str, &str, Problem, &str, &str)] = {
         ("underlay: {mtu: '1500'}", "underlay.mtu", WrongType, "text is given", "without quotes"),
         ("source: {directory: {path: cluster}}", "source.directory.path", BadValue, "relative", "from / on"),
         ("source: {directory: {path: ''}}", "source.directory.path", BadValue, "relative", "from / on"),
-        ("source: {kubernetes: {}}", "source.kubernetes", UnknownKey, "no such key", "directory"),
+        ("source: {etcd: {}}", "source.etcd", UnknownKey, "no such key", "directory"),
         ("vxlan: {vni: 16777216}", "vxlan.vni", BadValue, "24 bits", "16777215"),
         ("vxlan: {vni: 0}", "vxlan.vni", BadValue, "24 bits", "from 1"),
         ("vxlan: {port: 0}", "vxlan.port", BadValue, "0 is none", "from 1 to 65535"),
@@ -410,4 +410,33 @@ proptest! {
     ) {
         check_total(&mutated(&changes));
     }
+}
+
+#[test]
+fn kubernetes_is_a_source_with_or_without_a_kubeconfig() {
+    let source = |lines: &str| {
+        let text = format!("clusterCIDRs: [10.244.0.0/16]\n{lines}\n");
+        Config::parse("config", &text).unwrap().source
+    };
+    assert_eq!(source("source: {kubernetes: {}}"), SourceConfig::Kubernetes { kubeconfig: None });
+    let kubeconfig = Some("/etc/husk/kubeconfig".into());
+    assert_eq!(
+        source("source: {kubernetes: {kubeconfig: /etc/husk/kubeconfig}}"),
+        SourceConfig::Kubernetes { kubeconfig }
+    );
+    let error = only_error("source: {kubernetes: {}, directory: {path: /srv/husk}}");
+    assert!(error.reason.contains("one source") && error.key == "source.directory", "{error:?}");
+    assert_eq!(only_error("source: {kubernetes: {kubeconfig: x}}").key, "source.kubernetes.kubeconfig");
+    assert_eq!(only_error("source: {kubernets: {}}").key, "source.kubernets");
+}
+
+#[test]
+fn only_kubernetes_gives_cidrs_to_nodes() {
+    let text =
+        "clusterCIDRs: [10.244.0.0/16]\nsource: {kubernetes: {}}\nipam: {blocks: node-cidrs, releaseAfter: 10}\n";
+    let ipam = Config::parse("config", text).unwrap().ipam;
+    assert_eq!(ipam, IpamConfig { blocks: BlockOrigin::NodeCidrs, cool_down: 30, release_after: 10 });
+    let error = only_error("ipam: {blocks: node-cidrs}");
+    assert!(error.reason.contains("only Kubernetes") && error.remedy.contains("pools"), "{error:?}");
+    assert_eq!(only_error("ipam: {releaseAfter: 9}").key, "ipam.releaseAfter");
 }

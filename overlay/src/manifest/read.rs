@@ -39,6 +39,14 @@ pub fn parse_all(file: &str, text: &str) -> (Vec<Manifest>, Vec<Issue>) {
     (manifests, issues)
 }
 
+/// Reads an object that an API server delivered. `subject` is what issues call it.
+///
+/// # Errors
+/// Everything that is wrong with it. An object of another API group is nothing.
+pub fn from_json(subject: &str, object: &serde_json::Value) -> Result<Option<Manifest>, Vec<Issue>> {
+    read(subject, &Value::from(object))
+}
+
 fn bad(file: &str, message: String, remedy: String) -> Issue {
     Issue { severity: Severity::Error, kind: IssueKind::BadManifest, subject: file.to_owned(), message, remedy }
 }

@@ -514,3 +514,25 @@ proptest! {
         check_total(&text.into_iter().collect::<String>());
     }
 }
+
+#[test]
+fn an_api_servers_object_reads_as_the_same_manifest() {
+    let mut object = Manifest::Node(record()).to_json();
+    assert_eq!(object["metadata"]["creationTimestamp"], serde_json::Value::Null, "the server says when");
+    object["metadata"]["creationTimestamp"] = "2026-01-31T12:00:00Z".into();
+    object["metadata"]["managedFields"] = serde_json::json!([{ "manager": "husk" }]);
+    object["status"] = serde_json::json!({ "issues": 0 });
+    assert_eq!(from_json("OverlayNode node-a", &object), Ok(Some(Manifest::Node(record()))));
+    for manifest in [
+        block(p("fd42::40/122"), &n("a")),
+        Manifest::Pool(Pool { name: "b".into(), cidr: p("10.0.0.0/8"), block_length: 24, disabled: true }),
+    ] {
+        assert_eq!(from_json("", &manifest.to_json()), Ok(Some(manifest)));
+    }
+    object["spec"]["underlayMtu"] = 1.5.into();
+    let issues = from_json("OverlayNode node-a", &object).unwrap_err();
+    assert_eq!((issues.len(), issues[0].subject.as_str()), (1, "OverlayNode node-a"));
+    assert!(issues[0].message.contains("spec.underlayMtu"), "{issues:?}");
+    let foreign = serde_json::json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "a" } });
+    assert_eq!(from_json("", &foreign), Ok(None));
+}

@@ -56,26 +56,35 @@ enum Spec<'a> {
 }
 
 pub(super) fn to_yaml(manifest: &Manifest) -> String {
-    let (creation_timestamp, spec) = match manifest {
-        Manifest::Node(record) => (
-            Some(record.created),
-            Spec::Node {
-                instance: &record.instance,
-                addresses: record.addresses,
-                underlay_mtu: record.underlay_mtu,
-                blocks: &record.blocks,
-                router: record.router,
-                vxlan_mac: record.vxlan_mac,
-                wireguard: &record.wireguard,
-                esp: record.esp.as_ref(),
-            },
-        ),
+    let creation_timestamp = match manifest {
+        Manifest::Node(record) => Some(record.created),
+        Manifest::Pool(_) | Manifest::Block { .. } => None,
+    };
+    let object = object(manifest, creation_timestamp);
+    serde_saphyr::to_string(&object).expect("text, numbers, lists and maps have a YAML form")
+}
+
+pub(super) fn to_json(manifest: &Manifest) -> serde_json::Value {
+    serde_json::to_value(object(manifest, None)).expect("text, numbers, lists and maps have a JSON form")
+}
+
+fn object(manifest: &Manifest, creation_timestamp: Option<jiff::Timestamp>) -> Object<'_> {
+    let spec = match manifest {
+        Manifest::Node(record) => Spec::Node {
+            instance: &record.instance,
+            addresses: record.addresses,
+            underlay_mtu: record.underlay_mtu,
+            blocks: &record.blocks,
+            router: record.router,
+            vxlan_mac: record.vxlan_mac,
+            wireguard: &record.wireguard,
+            esp: record.esp.as_ref(),
+        },
         Manifest::Pool(pool) => {
-            (None, Spec::Pool { cidr: pool.cidr, block_length: pool.block_length, disabled: pool.disabled })
+            Spec::Pool { cidr: pool.cidr, block_length: pool.block_length, disabled: pool.disabled }
         }
-        Manifest::Block { cidr, node } => (None, Spec::Block { cidr: *cidr, node }),
+        Manifest::Block { cidr, node } => Spec::Block { cidr: *cidr, node },
     };
     let metadata = Metadata { name: manifest.name(), creation_timestamp };
-    let object = Object { api_version: API_VERSION, kind: manifest.kind(), metadata, spec };
-    serde_saphyr::to_string(&object).expect("text, numbers, lists and maps have a YAML form")
+    Object { api_version: API_VERSION, kind: manifest.kind(), metadata, spec }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use husk_overlay::config::Config;
+use husk_overlay::config::{BlockOrigin, Config};
 use husk_overlay::ipc::Response;
 use husk_overlay::issue::IssueKind;
 use husk_overlay::mode::Mode;
@@ -15,7 +15,7 @@ use super::bed::{Bed, address, blocks, name, prefix};
 fn small() -> Config {
     let mut config = Config::new(vec![prefix("10.64.0.0/24"), prefix("fd42::/120")]);
     config.mode = Mode::Wireguard;
-    config.cool_down = 0;
+    config.ipam.cool_down = 0;
     config
 }
 
@@ -23,7 +23,7 @@ fn small() -> Config {
 fn tiny() -> Config {
     let mut config = Config::new(vec![prefix("10.64.0.0/28")]);
     config.mode = Mode::Wireguard;
-    config.cool_down = 0;
+    config.ipam.cool_down = 0;
     config.block_lengths.ipv4 = 30;
     config
 }
@@ -193,7 +193,7 @@ fn pods_that_run_out_together_get_one_block_together() {
 #[test]
 fn addresses_that_rest_are_no_addresses_left() {
     let mut config = tiny();
-    config.cool_down = 3600;
+    config.ipam.cool_down = 3600;
     let mut bed = Bed::of(config);
     bed.pass();
     for pod in fill(&bed, "a") {
@@ -348,4 +348,70 @@ fn another_nodes_claim_to_our_block_changes_nothing_for_us() {
     assert!(bed.issues().contains(&IssueKind::DuplicateBlock));
     assert_eq!(bed.own_record().unwrap().addresses, address(0));
     assert!(bed.state.borrow().ready);
+}
+
+/// Blocks as Kubernetes gives them to nodes.
+fn of_nodes() -> Bed {
+    let mut config = small();
+    config.ipam.blocks = BlockOrigin::NodeCidrs;
+    Bed::of(config)
+}
+
+#[test]
+fn a_block_with_pods_that_the_source_forgot_is_claimed_again() {
+    let mut bed = Bed::of(small());
+    bed.pass();
+    bed.lease("pod").unwrap();
+    let owned = bed.owned();
+    // As a source that was restored from an older state, also while no daemon ran.
+    for restart in [false, true] {
+        bed.pass();
+        bed.source.state().snapshot.blocks.clear();
+        let claims = bed.claims().len();
+        if restart {
+            bed.restart();
+        }
+        bed.pass();
+        assert_eq!(bed.owned(), owned, "restarted: {restart}");
+        assert_eq!(bed.claims()[claims..], owned);
+        assert!(bed.state.borrow().ready, "{:?}", bed.state.borrow().reason);
+    }
+}
+
+#[test]
+fn a_block_with_pods_that_somebody_else_has_by_now_is_an_issue_until_the_pods_are_gone() {
+    let mut bed = Bed::of(small());
+    bed.pass();
+    bed.lease("pod").unwrap();
+    let lost = prefix("10.64.0.0/26");
+    bed.source.state().snapshot.blocks.insert(lost, name(7));
+    for _ in 0..2 {
+        bed.pass();
+        let issues = bed.state.borrow().issues.clone();
+        let issue = issues.iter().find(|issue| issue.kind == IssueKind::BlockLost).expect("the loss is told");
+        assert!(issue.message.contains(&name(7).to_string()) && issue.subject.contains("10.64.0.0/26"), "{issue}");
+    }
+    assert!(!bed.owned().contains(&lost) && bed.state.borrow().ready, "new pods get addresses of another block");
+    bed.release("pod");
+    bed.pass();
+    assert!(bed.state.borrow().issues.iter().all(|issue| issue.kind != IssueKind::BlockLost));
+}
+
+#[test]
+fn cidrs_of_nodes_are_waited_for_and_never_claimed_nor_given_back() {
+    let mut bed = of_nodes();
+    bed.pass();
+    let reason = bed.state.borrow().reason.clone().unwrap();
+    assert!(reason.contains("podCIDRs") && reason.contains("--allocate-node-cidrs"), "{reason}");
+    assert!(bed.own_record().is_some(), "others can reach the node already");
+    let cidrs = [prefix("10.64.0.0/30"), prefix("10.64.0.16/30"), prefix("fd42::/122")];
+    bed.source.state().snapshot.blocks.extend(cidrs.map(|cidr| (cidr, name(0))));
+    bed.pass();
+    assert!(bed.state.borrow().ready, "{:?}", bed.state.borrow().reason);
+    assert_eq!(bed.owned(), cidrs);
+    fill(&bed, "pod");
+    bed.pass();
+    let Response::Refused { reason } = bed.engine.more_blocks(&four()) else { panic!("there are no more") };
+    assert!(reason.contains("node-cidrs") && reason.contains("--node-cidr-mask-size"), "{reason}");
+    assert!(bed.claims().is_empty() && bed.releases().is_empty());
 }

@@ -1,0 +1,39 @@
+//! The Kubernetes API as cluster source, and as the place where a node tells how it is.
+//!
+//! ```text
+//!  API server ── watches ──► Store ── snapshot() ──► engine ── publish, claim, release ──► API server
+//!                                                      └─ State ──► Reporter ── status, Events, Node condition ──► API server
+//! ```
+//!
+//! | what | where |
+//! |---|---|
+//! | records of nodes | `OverlayNode`, one per node, written by that node with server-side apply |
+//! | allocation lock | `AddressBlock`: its name is its CIDR, so that the API's refusal to create a name twice is the lock |
+//! | blocks with `ipam.blocks: node-cidrs` | `spec.podCIDRs` of the `Node` objects; there are no `AddressBlock`s then |
+//!
+//! **What is kept in memory** is what a snapshot needs, parsed, and nothing of the objects' metadata but identity and version.
+//!
+//! **When the API is away**, watches try again with growing pauses. What they had delivered stays; after a moment the source
+//! calls itself unavailable, so that nothing is claimed or given back by what may be old. After an outage everything is listed
+//! anew: an API server that was restored from an older state counts versions from there, and would pass over changes in a watch
+//! that goes on from a later one.
+//!
+//! **A node is gone** when its `Node` object is missing and its daemon gives no sign of life, both for `ipam.releaseAfter`.
+//! Whichever daemon notices first removes its record and blocks; see [`departed`]. No owner references: the garbage
+//! collector of Kubernetes would give a block to others while pods of a live node still use it.
+//!
+//! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` how; [`source`]
+//! the cluster source; [`departed`] nodes that are gone; [`reporter`] the way back.
+
+pub mod client;
+pub mod departed;
+pub mod objects;
+pub mod reporter;
+pub mod source;
+pub mod store;
+mod watches;
+
+pub use client::connect;
+pub use objects::{definitions, definitions_yaml};
+pub use reporter::Reporter;
+pub use source::KubernetesSource;

@@ -1,0 +1,257 @@
+//! What a node tells Kubernetes about itself: the status of its record, Events for issues, and that its network is there.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
+
+use husk_overlay::issue::{Issue, Severity};
+use husk_overlay::name::NodeName;
+use k8s_openapi::api::core::v1::{Node, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+// The generation of jiff that the types of Kubernetes are made of.
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Api, Client};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::client::{Failure, bounded};
+use super::objects::{OverlayNode, OverlayNodeStatus};
+use super::source::FIELD_MANAGER;
+use crate::engine::State;
+
+/// How long a state has to last before it is told: passes come many a second, and what heals at once is no news.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long to wait after the API server did not take what was told, and how often to look whether it still has it.
+const RETRY: Duration = Duration::from_secs(5);
+const REFRESH: Duration = Duration::from_secs(60);
+
+/// Events within a minute; further ones wait. An issue is in the status of the record and in `huskctl status` anyway.
+const EVENTS_PER_MINUTE: usize = 20;
+
+/// Longest text of an Event (`k8s.io/kubernetes` `pkg/apis/core/validation/events.go`: 1024 bytes), and of its action (128).
+const LONGEST_NOTE: usize = 1024;
+const LONGEST_ACTION: usize = 128;
+
+/// Tells Kubernetes how the node is.
+pub struct Reporter {
+    node: NodeName,
+    records: Api<OverlayNode>,
+    nodes: Api<Node>,
+    recorder: Recorder,
+    states: watch::Receiver<State>,
+    /// Issues that have had their Event.
+    told: BTreeSet<Issue>,
+    /// When Events were sent, within the last minute.
+    sent: VecDeque<Instant>,
+    /// Issues of the configuration, which the loop does not know of.
+    config: watch::Receiver<Option<Issue>>,
+}
+
+impl Reporter {
+    /// A reporter of a node's states.
+    #[must_use]
+    pub fn new(
+        client: Client,
+        node: NodeName,
+        states: watch::Receiver<State>,
+        config: watch::Receiver<Option<Issue>>,
+    ) -> Self {
+        Self {
+            records: Api::all(client.clone()),
+            nodes: Api::all(client.clone()),
+            recorder: Recorder::new(client, "husk".to_owned().into()),
+            node,
+            states,
+            told: BTreeSet::new(),
+            sent: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// Reports until the daemon ends.
+    pub async fn run(mut self) {
+        loop {
+            let wait = match self.report().await {
+                Ok(()) => REFRESH,
+                Err(failure) => {
+                    tracing::debug!(%failure, "the node's state could not be told to Kubernetes");
+                    RETRY
+                }
+            };
+            tokio::select! {
+                changed = self.states.changed() => if changed.is_err() { return },
+                Ok(()) = self.config.changed() => {}
+                () = tokio::time::sleep(wait) => {}
+            }
+            tokio::time::sleep(SETTLE).await;
+        }
+    }
+
+    async fn report(&mut self) -> Result<(), Failure> {
+        let state = self.states.borrow_and_update().clone();
+        if state.passes == 0 {
+            return Ok(());
+        }
+        let mut issues = state.issues.clone();
+        issues.extend(self.config.borrow_and_update().clone());
+        self.tell_issues(&issues).await?;
+        if state.ready {
+            self.clear_network_unavailable().await?;
+        }
+        self.update_status(&state, issues.len()).await
+    }
+
+    async fn tell_issues(&mut self, issues: &[Issue]) -> Result<(), Failure> {
+        self.told.retain(|issue| issues.contains(issue));
+        let reference = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Node".into()),
+            name: Some(self.node.to_string()),
+            // As the kubelet does it, and `kubectl describe node` looks for it.
+            uid: Some(self.node.to_string()),
+            ..ObjectReference::default()
+        };
+        for issue in issues {
+            if self.told.contains(issue) {
+                continue;
+            }
+            let now = Instant::now();
+            while self.sent.front().is_some_and(|sent| now.duration_since(*sent) > Duration::from_secs(60)) {
+                self.sent.pop_front();
+            }
+            if self.sent.len() >= EVENTS_PER_MINUTE {
+                return Ok(());
+            }
+            bounded(self.recorder.publish(&event(issue), &reference)).await?;
+            self.sent.push_back(now);
+            self.told.insert(issue.clone());
+        }
+        Ok(())
+    }
+
+    /// Clouds say of a new node that its network is unavailable, and let no pod on it until the network says otherwise.
+    async fn clear_network_unavailable(&self) -> Result<(), Failure> {
+        let Some(node) = bounded(self.nodes.get_opt(self.node.as_str())).await? else { return Ok(()) };
+        let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
+        if conditions.iter().any(|it| it.type_ == "NetworkUnavailable" && it.status == "False") {
+            return Ok(());
+        }
+        let now = Timestamp::now();
+        let condition = json!({
+            "type": "NetworkUnavailable",
+            "status": "False",
+            "reason": "HuskIsReady",
+            "message": "Husk is ready on this node",
+            "lastTransitionTime": Time(now),
+            "lastHeartbeatTime": Time(now),
+        });
+        let patch = Patch::Strategic(json!({ "status": { "conditions": [condition] } }));
+        bounded(self.nodes.patch_status(self.node.as_str(), &PatchParams::default(), &patch)).await.map(drop)
+    }
+
+    async fn update_status(&self, state: &State, issues: usize) -> Result<(), Failure> {
+        // Before the record there is nothing whose status it could be.
+        let Some(record) = bounded(self.records.get_opt(self.node.as_str())).await? else { return Ok(()) };
+        let now = status(state, issues, record.metadata.generation, record.status.as_ref());
+        if record.status.as_ref() == Some(&now) {
+            return Ok(());
+        }
+        let patch = json!({ "status": now });
+        let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        bounded(self.records.patch_status(self.node.as_str(), &parameters, &Patch::Merge(&patch))).await.map(drop)
+    }
+}
+
+fn event(issue: &Issue) -> Event {
+    let Issue { severity, kind, subject, message, remedy } = issue;
+    let reason = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
+    Event {
+        type_: match severity {
+            Severity::Warning | Severity::Error | Severity::Blocking => EventType::Warning,
+        },
+        reason: reason.unwrap_or_else(|| "Issue".into()),
+        note: Some(shortened(&format!("{subject}: {message} ({remedy})"), LONGEST_NOTE)),
+        // Events that agree in this count as one, whose number goes up.
+        action: shortened(subject, LONGEST_ACTION),
+        secondary: None,
+    }
+}
+
+/// At most this many bytes.
+fn shortened(text: &str, longest: usize) -> String {
+    const MORE: &str = "…";
+    if text.len() <= longest {
+        return text.to_owned();
+    }
+    let mut end = longest - MORE.len();
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{MORE}", &text[..end])
+}
+
+/// The status of a record; what did not change keeps its time.
+fn status(
+    state: &State,
+    issues: usize,
+    generation: Option<i64>,
+    before: Option<&OverlayNodeStatus>,
+) -> OverlayNodeStatus {
+    let value = if state.ready { "True" } else { "False" };
+    let old = before.and_then(|status| status.conditions.iter().find(|condition| condition.type_ == "Ready"));
+    let since = old.filter(|old| old.status == value).map(|old| old.last_transition_time.clone());
+    let ready = Condition {
+        type_: "Ready".into(),
+        status: value.into(),
+        reason: if state.ready { "PodsCanBeAdded" } else { "PodsHaveToWait" }.into(),
+        message: state.reason.clone().unwrap_or_default(),
+        last_transition_time: since.unwrap_or_else(|| Time(Timestamp::now())),
+        observed_generation: generation,
+    };
+    OverlayNodeStatus {
+        conditions: vec![ready],
+        issues: i32::try_from(issues).ok(),
+        pod_mtu: state.node_file.as_ref().and_then(|file| i32::try_from(file.pod_mtu).ok()),
+        version: Some(env!("CARGO_PKG_VERSION").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_overlay::issue::IssueKind;
+
+    #[test]
+    fn an_event_fits_what_kubernetes_takes() {
+        let long = "ä".repeat(1000);
+        let issue = Issue {
+            severity: Severity::Error,
+            kind: IssueKind::NoRouteToPeer,
+            subject: long.clone(),
+            message: long.clone(),
+            remedy: long,
+        };
+        let event = event(&issue);
+        assert_eq!(event.reason, "NoRouteToPeer");
+        assert!(event.note.unwrap().len() <= LONGEST_NOTE);
+        assert!(event.action.len() <= LONGEST_ACTION);
+    }
+
+    #[test]
+    fn a_status_that_did_not_change_keeps_its_time() {
+        let state = State { ready: true, passes: 1, ..State::default() };
+        let first = status(&state, 0, Some(1), None);
+        assert_eq!(status(&state, 0, Some(1), Some(&first)), first);
+        let other = status(
+            &State { ready: false, reason: Some("why".into()), passes: 2, ..State::default() },
+            2,
+            Some(1),
+            Some(&first),
+        );
+        assert_eq!((other.conditions[0].status.as_str(), other.conditions[0].message.as_str()), ("False", "why"));
+        assert_eq!(other.issues, Some(2));
+    }
+}
