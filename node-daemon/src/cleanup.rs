@@ -24,6 +24,7 @@ use crate::identity::{INSTANCE_FILE, Identity};
 use crate::node_file::Writer;
 use crate::source::bounded::Limits;
 use crate::source::{ClusterSource as _, Opening};
+use crate::wireguard_userspace::socket_path;
 use crate::{daemon, files, host, keys, source};
 
 /// What to clean up.
@@ -152,8 +153,11 @@ fn leave(options: &Options, config: &Config, runtime: &Handle) -> Result<()> {
 fn companions(run_directory: &Path, steps: &mut Steps) -> Result<()> {
     for name in marks::WIREGUARD_INTERFACES {
         let interface = InterfaceName::new(name)?;
+        let socket = socket_path(&interface);
         let stopped = Process::new(&Job::WireguardUserspace { interface }, run_directory).stop();
         steps.note(&format!("process of {name}"), stopped.map(drop));
+        // One that was killed, as with its container, leaves it.
+        steps.note(&socket.display().to_string(), files::remove(&socket).map_err(Into::into));
     }
     // Whatever its port and family.
     let encapsulation = Job::UdpEncapsulation { port: 0, family: Family::Ipv4 };
@@ -193,7 +197,8 @@ fn restore_sysctls(file: &Path, steps: &mut Steps) {
 /// Removes a directory that others may use too. One that is a mount point stays.
 fn remove_if_empty(directory: &Path) -> Result<()> {
     use std::io::ErrorKind::{DirectoryNotEmpty, NotFound, ResourceBusy};
-    match std::fs::remove_dir(directory) {
+    // Somewhere on the way there may be a link, which is not the directory.
+    match std::fs::canonicalize(directory).and_then(std::fs::remove_dir) {
         Err(error) if !matches!(error.kind(), DirectoryNotEmpty | NotFound | ResourceBusy) => Err(error.into()),
         _ => Ok(()),
     }

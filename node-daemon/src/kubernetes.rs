@@ -23,11 +23,12 @@
 //! collector of Kubernetes would give a block to others while pods of a live node still use it.
 //!
 //! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` how; [`source`]
-//! the cluster source; [`departed`] nodes that are gone; [`reporter`] the way back.
+//! the cluster source; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back.
 
 pub mod client;
 pub mod departed;
 pub mod objects;
+mod pools;
 pub mod reporter;
 pub mod source;
 pub mod store;

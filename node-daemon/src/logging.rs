@@ -5,8 +5,9 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// Crates whose trace and debug output holds packets, some with keys in them.
-const QUIET: [&str; 4] = ["netlink_packet_core", "netlink_sys", "gotatun", "mio"];
+/// Crates whose trace and debug output holds packets, some with keys in them, or every step of every request to an API server.
+const QUIET: [&str; 9] =
+    ["netlink_packet_core", "netlink_sys", "gotatun", "mio", "hyper", "hyper_util", "kube_client", "rustls", "tower"];
 
 /// What is let through at a level.
 pub(crate) fn filter(config: &LogConfig) -> EnvFilter {

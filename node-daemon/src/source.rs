@@ -105,6 +105,7 @@ pub fn open(config: &Config, opening: &Opening<'_>) -> Result<Bounded> {
                 kubeconfig: kubeconfig.clone(),
                 node: opening.node.clone(),
                 ipam: config.ipam,
+                cluster_cidrs: config.cluster_cidrs.clone(),
                 // The call itself has to be over in time.
                 patience: opening.limits.read * 3 / 4,
             };

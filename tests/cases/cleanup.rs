@@ -1,104 +1,16 @@
 //! `huskd cleanup` leaves a host as it was before Husk came, and refuses where that would hurt.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::probe::Echo;
 use husk_tests::process::{Output, binary};
+use husk_tests::state::HostState;
 use husk_tests::{Cluster, Family, Host, MODES, Mode, Signal, eventually};
 
 /// How soon other nodes follow.
 const SOON: Duration = Duration::from_secs(4);
-
-/// What a host is made of, as far as a product for its network could change it.
-#[derive(Debug, PartialEq, Eq)]
-struct HostState(BTreeMap<String, String>);
-
-impl HostState {
-    fn of(host: &Host) -> Result<Self> {
-        let mut state = BTreeMap::new();
-        let commands = [
-            "ip -o -d link show",
-            "ip -o addr show",
-            "ip -4 route show table all",
-            "ip -6 route show table all",
-            "ip rule show",
-            "ip -6 rule show",
-            "ip neigh show nud permanent",
-            "ip xfrm state",
-            "ip xfrm policy",
-            "bridge fdb show",
-            "nft list ruleset",
-        ];
-        for command in commands {
-            let mut words = command.split(' ');
-            let text = host.program(words.next().unwrap_or_default()).args(words).check()?;
-            for (number, line) in text.lines().enumerate() {
-                state.insert(format!("{command} {number:04}"), line.trim().to_owned());
-            }
-        }
-        // Every parameter of the network that a namespace has for itself.
-        host.netns().run(|| parameters(Path::new("/proc/sys/net"), &mut state))??;
-        for directory in ["/run/husk", "/run/wireguard", "/var/lib/husk", "/etc/husk", "/etc/cni", "/opt/cni"] {
-            files(&host.file(directory), directory, &mut state)?;
-        }
-        for process in host.processes() {
-            state.insert(format!("process {}", process.command), String::new());
-        }
-        Ok(Self(state))
-    }
-
-    fn difference(&self, later: &Self) -> Vec<String> {
-        let keys: std::collections::BTreeSet<_> = self.0.keys().chain(later.0.keys()).collect();
-        let differs = keys.into_iter().filter(|key| self.0.get(*key) != later.0.get(*key));
-        differs.map(|key| format!("{key}: {:?} became {:?}", self.0.get(key), later.0.get(key))).collect()
-    }
-}
-
-fn parameters(directory: &Path, state: &mut BTreeMap<String, String>) -> Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        let path = entry.path();
-        if entry.file_type()?.is_dir() {
-            parameters(&path, state)?;
-        } else if let Ok(value) = fs::read_to_string(&path) {
-            // Counters and what the kernel randomises; a parameter that cannot be read is no state.
-            let name = path.display().to_string();
-            let moves = [
-                "nf_conntrack_count",
-                "/stable_secret",
-                "dev_weight",
-                "netdev_rss_key",
-                "/stat/",
-                "base_reachable_time",
-            ];
-            if !moves.iter().any(|part| name.contains(part)) {
-                state.insert(name, value);
-            }
-        }
-    }
-    Ok(())
-}
-
-fn files(directory: &Path, shown: &str, state: &mut BTreeMap<String, String>) -> Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        let (path, shown) = (entry.path(), format!("{shown}/{}", entry.file_name().to_string_lossy()));
-        let metadata = fs::symlink_metadata(&path)?;
-        state.insert(
-            shown.clone(),
-            format!("{:o} {} bytes", metadata.mode(), if metadata.is_dir() { 0 } else { metadata.len() }),
-        );
-        if metadata.is_dir() {
-            files(&path, &shown, state)?;
-        }
-    }
-    Ok(())
-}
 
 fn cleanup<'a>(host: &Host, options: impl IntoIterator<Item = &'a str>) -> Result<Output> {
     host.program(binary("huskd")?).args(["cleanup"]).args(options).run()

@@ -19,7 +19,8 @@
 //! [`cluster`] several of them on one underlay; [`cni`] and [`pod`] play the container runtime, [`runtime`] plays it in full;
 //! [`probe`] are the questions asked from inside a namespace, [`load`] many of them all the time; [`capture`] is what was seen on the wire,
 //! [`leak`] whether it told of pods. [`kernel`] tells what the kernel can do, [`xfrm`] what
-//! it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`demo`] shows all of it to people, [`mod@bench`] measures it.
+//! it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`kubernetes`] makes nodes of a
+//! real Kubernetes cluster of the hosts. [`demo`] shows all of it to people, [`mod@bench`] measures it.
 
 pub mod bench;
 pub mod capture;
@@ -33,6 +34,7 @@ pub mod engine;
 pub mod host;
 mod inject;
 pub mod kernel;
+pub mod kubernetes;
 pub mod leak;
 pub mod load;
 pub mod netns;
@@ -44,6 +46,7 @@ pub mod rotation;
 pub mod runtime;
 pub mod scope;
 pub mod secret;
+pub mod state;
 pub mod steady;
 pub mod syscalls;
 pub mod xfrm;

@@ -24,6 +24,8 @@ pub const DIRECTORY: &str = "/run/netns";
 pub struct Netns {
     name: String,
     file: File,
+    /// It goes when this is dropped.
+    own: bool,
 }
 
 impl Netns {
@@ -50,12 +52,17 @@ impl Netns {
             return Err(error);
         }
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        let netns = Self { name: name.to_owned(), file };
+        let netns = Self { name: name.to_owned(), file, own: true };
         netns.command("ip", ["link", "set", "lo", "up"])?;
         Ok(netns)
     }
 
-    /// The name, as `ip netns exec` takes it.
+    /// A namespace that somebody else made and will remove, under a name for messages.
+    pub(crate) fn of_others(name: &str, file: File) -> Self {
+        Self { name: name.to_owned(), file, own: false }
+    }
+
+    /// The name, as `ip netns exec` takes it; of a namespace that others made the name that messages use.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -158,6 +165,9 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
+        if !self.own {
+            return;
+        }
         if let Err(error) = remove(&self.name) {
             eprintln!("removing network namespace {}: {error:#}", self.name);
         }

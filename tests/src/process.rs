@@ -230,9 +230,12 @@ impl Process {
     }
 }
 
-/// True while a process of this id exists, be it only to be waited for.
+/// True while a process of this id runs. One that has ended and that nobody waits for, as in a container whose first process
+/// does not, stays in the list for ever.
 pub(crate) fn exists(pid: u32) -> bool {
-    Path::new("/proc").join(pid.to_string()).exists()
+    // The state follows the command in parentheses, which may hold any characters (proc(5)).
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
 }
 
 /// The processes whose network namespace is `net`, except this one.

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use husk_overlay::prefix::Prefix;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{ListParams, Patch, PatchParams, VersionMatch};
 use kube::core::{ApiResource, DynamicObject};
@@ -20,6 +21,7 @@ use serde_json::json;
 
 use super::client::bounded;
 use super::objects::{AddressBlock, Kept, OverlayNode};
+use super::pools;
 use super::source::delete_seen;
 use super::store::{Store, Watched};
 use super::watches::chance;
@@ -79,8 +81,8 @@ impl Suspects {
     }
 }
 
-/// Looks for nodes that are gone, for ever.
-pub(super) async fn patrol(client: Client, store: Arc<Store>, release_after: Duration) {
+/// Looks for nodes that are gone, for ever, and on the way at the pools.
+pub(super) async fn patrol(client: Client, store: Arc<Store>, release_after: Duration, cluster_cidrs: Vec<Prefix>) {
     let mut suspects = Suspects::default();
     let nodes: Api<Node> = Api::all(client.clone());
     loop {
@@ -88,10 +90,13 @@ pub(super) async fn patrol(client: Client, store: Arc<Store>, release_after: Dur
         let relaxed = SHORTEST_INTERVAL.max(CLUSTER_INTERVAL.saturating_mul(everyone));
         let interval = if suspects.is_empty() { relaxed } else { relaxed.min(release_after / SIGNS) };
         tokio::time::sleep(interval.mul_f64(0.75 + chance() / 2.0)).await;
-        if store.snapshot(Instant::now()).is_err() {
+        let Ok(snapshot) = store.snapshot(Instant::now()) else {
             // What the store has may be old, and a sign of life in what it has not.
             suspects = Suspects::default();
             continue;
+        };
+        if let Err(failure) = pools::tell(&client, &snapshot, &cluster_cidrs).await {
+            tracing::debug!(%failure, "the status of the pools could not be written");
         }
         let Some(present) = names(&nodes).await else { continue };
         let gone = suspects.observe(by_node(&store), &present, Instant::now(), release_after);

@@ -44,6 +44,8 @@ pub struct Reporter {
     states: watch::Receiver<State>,
     /// Issues that have had their Event.
     told: BTreeSet<Issue>,
+    /// Why telling failed the last time.
+    failure: Option<Failure>,
     /// When Events were sent, within the last minute.
     sent: VecDeque<Instant>,
     /// Issues of the configuration, which the loop does not know of.
@@ -66,6 +68,7 @@ impl Reporter {
             node,
             states,
             told: BTreeSet::new(),
+            failure: None,
             sent: VecDeque::new(),
             config,
         }
@@ -75,9 +78,15 @@ impl Reporter {
     pub async fn run(mut self) {
         loop {
             let wait = match self.report().await {
-                Ok(()) => REFRESH,
+                Ok(()) => {
+                    self.failure = None;
+                    REFRESH
+                }
                 Err(failure) => {
-                    tracing::debug!(%failure, "the node's state could not be told to Kubernetes");
+                    if self.failure.as_ref() != Some(&failure) {
+                        tracing::warn!(%failure, "the node's state could not be told to Kubernetes; it is tried again");
+                    }
+                    self.failure = Some(failure);
                     RETRY
                 }
             };
@@ -207,7 +216,8 @@ fn status(
         type_: "Ready".into(),
         status: value.into(),
         reason: if state.ready { "PodsCanBeAdded" } else { "PodsHaveToWait" }.into(),
-        message: state.reason.clone().unwrap_or_default(),
+        // Never empty: the types leave an empty one out, and the definition of the kind asks for it.
+        message: state.reason.clone().unwrap_or_else(|| "the node's network is as it should be".into()),
         last_transition_time: since.unwrap_or_else(|| Time(Timestamp::now())),
         observed_generation: generation,
     };

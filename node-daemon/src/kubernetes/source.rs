@@ -38,6 +38,8 @@ pub struct Options {
     pub node: NodeName,
     /// Addresses.
     pub ipam: IpamConfig,
+    /// The cluster CIDRs, within which pools have to lie.
+    pub cluster_cidrs: Vec<Prefix>,
     /// How long a snapshot may wait for the first lists.
     pub patience: Duration,
 }
@@ -78,9 +80,10 @@ impl KubernetesSource {
     pub fn with_client(client: Client, options: &Options, runtime: &Handle, wake: &Wake) -> Self {
         let wake = Arc::clone(wake);
         let store = Arc::new(Store::new(options.node.clone(), options.ipam.blocks, Box::new(move || wake())));
+        let cidrs = options.cluster_cidrs.clone();
         let mut tasks = watches::start(&client, &store, runtime);
         let release_after = Duration::from_secs(options.ipam.release_after.into());
-        tasks.push(runtime.spawn(departed::patrol(client.clone(), Arc::clone(&store), release_after)));
+        tasks.push(runtime.spawn(departed::patrol(client.clone(), Arc::clone(&store), release_after, cidrs)));
         tasks.push(runtime.spawn(departed::give_signs_of_life(client.clone(), Arc::clone(&store), release_after)));
         Self {
             store,
@@ -153,6 +156,12 @@ impl ClusterSource for KubernetesSource {
     fn claim(&mut self, block: Prefix, node: &NodeName) -> Result<Claim, SourceError> {
         if self.store.origin() == BlockOrigin::NodeCidrs {
             return Ok(Claim::Taken);
+        }
+        if self.store.own_node_is_missing() {
+            // Nobody could tell such a node from one that is gone, and its blocks would be given away.
+            return Err(unavailable(format!(
+                "it has no Node object {node}, and a node that it does not know takes no block"
+            )));
         }
         let object = body(&manifest::block(block, node));
         let parameters = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };

@@ -11,7 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Parser, ValueEnum};
 use husk_overlay::mtu;
 use husk_tests::demo::{self, Plan};
-use husk_tests::{Family, Mode, Signal, kernel, scope};
+use husk_tests::{Family, Mode, Signal, kernel, kubernetes, scope};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -192,7 +192,9 @@ fn wait(worker: &mut Child, awaited: &SigSet) -> Result<(ExitStatus, bool)> {
 }
 
 fn remove_kept() -> Result<ExitCode> {
-    let kept = scope::kept();
+    // What hack/cluster left up is not the demo's.
+    let clusters: Vec<String> = kubernetes::Kept::find()?.iter().map(|it| it.prefix().to_owned()).collect();
+    let kept: Vec<String> = scope::kept().into_iter().filter(|name| !clusters.contains(name)).collect();
     for prefix in &kept {
         scope::sweep_kept(prefix).with_context(|| format!("removing {prefix}"))?;
     }

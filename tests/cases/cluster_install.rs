@@ -1,0 +1,373 @@
+//! Husk as the network of a real Kubernetes, from the manifests that people apply to the host as it was before: pods and Services,
+//! host ports, what the daemon may do, a configuration that changes, a rolling update under load, and the way out.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use husk_tests::kubernetes::{Kubectl, Kubernetes, KubernetesPod, NAMESPACE, NodeService, render};
+use husk_tests::probe::tcp::{self, Flow};
+use husk_tests::probe::{Datagram, Echo, EchoServer, Stream};
+use husk_tests::state::HostState;
+use husk_tests::{Family, Leak, Netns, Signal, eventually};
+use serde_json::{Value, json};
+
+/// How long a change may take until every node has it.
+const SOON: Duration = Duration::from_secs(30);
+
+/// How long a rollout may take.
+const ROLLOUT: Duration = Duration::from_secs(180);
+
+/// The port that pods serve at.
+const PORT: u16 = 7000;
+
+/// The port of the Service at every node.
+const NODE_PORT: u16 = 30700;
+
+/// Steps that share a cluster: bringing one up takes longer than most of them.
+const STEPS: [(&str, fn(&Bench) -> Result<()>); 8] = [
+    ("nodes are ready and say so", nodes_are_ready_and_say_so),
+    ("pods reach each other and the wire tells nothing of them", pods_reach_each_other),
+    ("services by cluster address and node port, from everywhere", services_are_reached),
+    ("host ports, by husk and by the chained portmap", host_ports_lead_to_pods),
+    ("the daemon may do what it needs and nothing else", the_daemon_may_do_what_it_needs),
+    ("a bad configuration is refused with an event, a good one taken", configuration_is_followed),
+    ("a rolling update loses nothing", a_rolling_update_loses_nothing),
+    ("uninstalled, every host is as it was", uninstalled_hosts_are_as_they_were),
+];
+
+#[test]
+fn from_an_empty_cluster_and_back() -> Result<()> {
+    let kubernetes = Kubernetes::builder().nodes(3).dual_stack().start()?;
+    // What a runtime and a kubelet leave behind on a node is theirs: a pod comes and goes before the first look.
+    let before = kubernetes.nodes().iter().map(|node| HostState::of(node.host())).collect::<Result<Vec<_>>>()?;
+    let leak = Leak::watch(kubernetes.underlay())?;
+    let started = Instant::now();
+    kubernetes.install("dual-stack")?;
+    println!("installed and ready after {:.1?}", started.elapsed());
+    let pods = (1..=3).map(|node| kubernetes.pod(&format!("pod{node}"), node).label("app", "echo").add());
+    let pods = pods.collect::<Result<Vec<_>>>()?;
+    let bench = Bench { kubernetes, pods, before, leak: Some(leak).into() };
+    for (name, step) in STEPS {
+        let started = Instant::now();
+        step(&bench).with_context(|| format!("step: {name}"))?;
+        println!("{name}: {:.1?}", started.elapsed());
+    }
+    Ok(())
+}
+
+struct Bench {
+    kubernetes: Kubernetes,
+    pods: Vec<KubernetesPod>,
+    before: Vec<HostState>,
+    leak: std::cell::Cell<Option<Leak>>,
+}
+
+impl Bench {
+    fn admin(&self) -> Kubectl {
+        self.kubernetes.admin()
+    }
+
+    fn servers(&self) -> Result<Vec<EchoServer>> {
+        let serve = |pod: &KubernetesPod| EchoServer::start_on(pod.netns(), SocketAddr::new([0_u16; 8].into(), PORT));
+        self.pods.iter().map(serve).collect()
+    }
+}
+
+/// Asks over TCP and UDP.
+fn ask(from: &Netns, to: SocketAddr) -> Result<()> {
+    tcp::transfer(from, to, 200_000).with_context(|| format!("TCP from {} to {to}", from.name()))?;
+    let reach = Datagram::to(to).run(from)?;
+    ensure!(reach.arrived(), "UDP from {} to {to}: {reach:?}", from.name());
+    Ok(())
+}
+
+fn nodes_are_ready_and_say_so(bench: &Bench) -> Result<()> {
+    let admin = bench.admin();
+    eventually("NetworkUnavailable to be cleared on every node", SOON, || {
+        let path =
+            r#"jsonpath={range .items[*]}{.status.conditions[?(@.type=="NetworkUnavailable")].status}{"\n"}{end}"#;
+        Ok(admin.run(["get", "nodes", "--output", path])?.lines().filter(|line| *line == "False").count() == 3)
+    })?;
+    eventually("every record to have the condition Ready", SOON, || {
+        let records = admin.list("overlaynodes")?;
+        Ok(records.len() == 3 && records.iter().all(|it| it["status"]["conditions"][0]["status"] == "True"))
+    })?;
+    let shown = admin.run(["get", "overlaynodes"])?;
+    let first = shown.lines().next().unwrap_or_default();
+    ensure!(first.split_whitespace().eq(["NAME", "READY", "ADDRESS", "BLOCKS", "MTU", "ISSUES", "AGE"]), "{shown}");
+    ensure!(shown.contains("192.0.2.1") && shown.contains("True"), "{shown}");
+    for node in bench.kubernetes.nodes() {
+        let status = node.host().huskctl_json(["status"])?;
+        ensure!(status["ready"] == true && status["source"] == "Kubernetes API", "{status}");
+        ensure!(status["issues"].as_array().is_some_and(Vec::is_empty), "{}", status["issues"]);
+    }
+    Ok(())
+}
+
+fn pods_reach_each_other(bench: &Bench) -> Result<()> {
+    let _servers = bench.servers()?;
+    for from in &bench.pods {
+        for to in &bench.pods {
+            for address in to.addresses() {
+                ask(from.netns(), SocketAddr::new(*address, PORT))?;
+                let reach = Echo::to(*address).run(from.netns())?;
+                ensure!(reach.arrived(), "echo from {} to {address}: {reach:?}", from.name());
+            }
+        }
+        for (node, address) in bench
+            .kubernetes
+            .nodes()
+            .iter()
+            .flat_map(|node| from.addresses().iter().map(move |address| (*node, *address)))
+        {
+            ask(node.netns(), SocketAddr::new(address, PORT)).with_context(|| format!("node {}", node.name()))?;
+        }
+    }
+    // The API server lies beyond the nodes: nothing of it is encrypted by Husk, and nothing of it is a pod's either.
+    let seen = bench.leak.take().context("the watch was ended already")?.finish(bench.kubernetes.underlay())?;
+    ensure!(seen.kinds.keys().any(|kind| *kind == husk_tests::Kind::Wireguard), "{seen:?}");
+    Ok(())
+}
+
+fn service(name: &str, family: Family, node_port: u16) -> Value {
+    let port = |protocol: &str| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 80, "targetPort": PORT, "nodePort": node_port });
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": name },
+        "spec": {
+            "type": "NodePort", "selector": { "app": "echo" }, "ports": [port("TCP"), port("UDP")],
+            "ipFamilyPolicy": "SingleStack", "ipFamilies": [format!("{family}")],
+        },
+    })
+}
+
+/// Kube-proxy chooses a pod by chance: asked as often as this, each of three is chosen, or the test fails once in a million times.
+const TRIES: usize = 36;
+
+fn services_are_reached(bench: &Bench) -> Result<()> {
+    let (admin, servers) = (bench.admin(), bench.servers()?);
+    let outside = bench.kubernetes.underlay().outside();
+    for (index, family) in (0_u16..).zip(Family::ALL) {
+        let (name, node_port) = (format!("echo-{index}"), NODE_PORT + index);
+        admin.apply(&service(&name, family, node_port).to_string())?;
+        let path = ["get", "service", &name, "--output", "jsonpath={.spec.clusterIP}"];
+        let cluster_ip: IpAddr = admin.run(path)?.parse()?;
+        let at_service = SocketAddr::new(cluster_ip, 80);
+        let first = bench.pods[0].netns();
+        eventually("kube-proxy to know the service", SOON, || Ok(ask(first, at_service).is_ok()))?;
+        for pod in &bench.pods {
+            for _ in 0..TRIES {
+                // The own one is among those who may be chosen: a hairpin.
+                tcp::transfer(pod.netns(), at_service, 1000)
+                    .with_context(|| format!("{} to {at_service}", pod.name()))?;
+            }
+            ask(pod.netns(), at_service)?;
+        }
+        for node in bench.kubernetes.nodes() {
+            for _ in 0..TRIES / 3 {
+                tcp::transfer(node.netns(), at_service, 1000)
+                    .with_context(|| format!("{} to {at_service}", node.name()))?;
+            }
+            let at_node = SocketAddr::new(node.host().address(family)?, node_port);
+            for _ in 0..TRIES / 3 {
+                tcp::transfer(outside, at_node, 1000).with_context(|| format!("outside to {at_node}"))?;
+            }
+            ask(outside, at_node)?;
+            ask(node.netns(), at_node)?;
+            ask(first, at_node)?;
+        }
+    }
+    for (pod, server) in bench.pods.iter().zip(&servers) {
+        let peers: BTreeSet<IpAddr> = server.peers().iter().map(SocketAddr::ip).collect();
+        let others = bench.pods.iter().filter(|other| other.name() != pod.name());
+        let unseen: Vec<&str> = others
+            .filter(|other| !other.addresses().iter().all(|address| peers.contains(address)))
+            .map(KubernetesPod::name)
+            .collect();
+        ensure!(unseen.is_empty(), "{} was never asked by {unseen:?} with their own addresses: {peers:?}", pod.name());
+    }
+    // The API server, as every pod finds it.
+    let api: IpAddr = admin.run(["get", "service", "kubernetes", "--output", "jsonpath={.spec.clusterIP}"])?.parse()?;
+    for pod in &bench.pods {
+        tcp::connect(pod.netns(), SocketAddr::new(api, 443), SOON)
+            .with_context(|| format!("{} to the API server", pod.name()))?;
+    }
+    Ok(())
+}
+
+fn host_ports_lead_to_pods(bench: &Bench) -> Result<()> {
+    let outside = bench.kubernetes.underlay().outside();
+    let node = bench.kubernetes.node(1);
+    let ask_host_port = |name: &str, host_port: u16| -> Result<()> {
+        let ports = json!([{ "containerPort": PORT, "hostPort": host_port, "protocol": "TCP" }]);
+        let pod = bench.kubernetes.pod(name, 1).change(|pod| pod["spec"]["containers"][0]["ports"] = ports).add()?;
+        let _server = EchoServer::start_on(pod.netns(), SocketAddr::new([0_u16; 8].into(), PORT))?;
+        for family in Family::ALL {
+            let at = SocketAddr::new(node.host().address(family)?, host_port);
+            tcp::transfer(outside, at, 10_000).with_context(|| format!("{name} at {at}"))?;
+            tcp::transfer(bench.pods[1].netns(), at, 10_000)
+                .with_context(|| format!("{name} at {at} from another node"))?;
+        }
+        pod.delete()
+    };
+    ask_host_port("native", 8101)?;
+
+    // The reference plugin in its place: an administrator's own list, which sorts before Husk's.
+    fs::copy("/usr/lib/cni/portmap", node.file("/opt/cni/bin/portmap")).context("copying portmap")?;
+    let capabilities = json!({ "portMappings": false });
+    let list = json!({
+        "cniVersion": "0.4.0", "name": "husk",
+        "plugins": [
+            { "type": "husk", "capabilities": capabilities },
+            { "type": "portmap", "capabilities": { "portMappings": true } },
+        ],
+    });
+    let chained = node.file("/etc/cni/net.d/01-chained.conflist");
+    fs::write(&chained, list.to_string())?;
+    // Containerd reads the directory when it changes; a start makes sure.
+    node.restart(NodeService::Containerd, Signal::SIGTERM)?;
+    bench.kubernetes.wait_nodes_ready()?;
+    ask_host_port("chained", 8102)?;
+    fs::remove_file(&chained)?;
+    fs::remove_file(node.file("/opt/cni/bin/portmap"))?;
+    node.restart(NodeService::Containerd, Signal::SIGTERM)?;
+    bench.kubernetes.wait_nodes_ready()
+}
+
+/// What the daemon's account may do beyond what every account may, as `kubectl auth can-i --list` shows it.
+const RIGHTS: [&str; 9] = [
+    "addressblocks.husk.dev [get list watch create delete]",
+    "addresspools.husk.dev [get list watch]",
+    "addresspools.husk.dev/status [patch]",
+    "events.events.k8s.io [create patch]",
+    "nodes [get list watch]",
+    "nodes/status [patch]",
+    "overlaynodes.husk.dev [get list watch create patch delete]",
+    "overlaynodes.husk.dev/status [patch]",
+    "selfsubject",
+];
+
+fn the_daemon_may_do_what_it_needs(bench: &Bench) -> Result<()> {
+    let admin = bench.admin();
+    let account = "--as=system:serviceaccount:husk-system:husk";
+    let groups = ["--as-group=system:serviceaccounts", "--as-group=system:authenticated"];
+    let listed = admin.run(["auth", "can-i", "--list", account, groups[0], groups[1]])?;
+    let mut found: BTreeSet<String> = BTreeSet::new();
+    for line in listed.lines().skip(1) {
+        let Some((resource, rest)) = line.split_once(char::is_whitespace) else { continue };
+        let verbs = rest.rsplit_once('[').map(|(_, verbs)| format!("[{verbs}")).unwrap_or_default();
+        // Asking about oneself, and addresses that are no resources (`/healthz`), everybody may.
+        if resource.is_empty() || resource.starts_with("selfsubject") || resource.starts_with('[') {
+            continue;
+        }
+        found.insert(format!("{resource} {verbs}"));
+    }
+    let expected: BTreeSet<String> = RIGHTS.into_iter().filter(|it| *it != "selfsubject").map(str::to_owned).collect();
+    ensure!(found == expected, "too much or too little: {:?}\n{listed}", found.symmetric_difference(&expected));
+    for forbidden in [["get", "secrets"], ["list", "pods"], ["update", "nodes"], ["create", "addresspools.husk.dev"]] {
+        let said = admin.output(["auth", "can-i", forbidden[0], forbidden[1], account, groups[0], groups[1]])?;
+        ensure!(said.stdout.trim() == "no", "{forbidden:?}: {said:?}");
+    }
+    Ok(())
+}
+
+fn configuration_is_followed(bench: &Bench) -> Result<()> {
+    let admin = bench.admin();
+    let good: Value = admin.json(["get", "configmap", "husk-config", "--namespace", NAMESPACE])?;
+    let good = good["data"]["config.yaml"].as_str().context("a ConfigMap without config.yaml")?.to_owned();
+    let write = |text: &str| -> Result<()> {
+        let patch = json!({ "data": { "config.yaml": text } }).to_string();
+        admin.run(["patch", "configmap", "husk-config", "--namespace", NAMESPACE, "--patch", &patch])?;
+        // The kubelet brings a ConfigMap to its pods once a minute or so, and at once when the pod changes.
+        let annotation = format!("husk.dev/test={}", text.len());
+        admin.run(["annotate", "pods", "--namespace", NAMESPACE, "--all", "--overwrite", &annotation])?;
+        Ok(())
+    };
+    write(&good.replace("mode: wireguard", "mode: wiregaurd"))?;
+    eventually("an event that names the bad value", Duration::from_secs(150), || {
+        let events = admin.list("events")?;
+        let told = |event: &Value| {
+            event["reason"] == "BadConfig" && event["message"].as_str().is_some_and(|it| it.contains("wiregaurd"))
+        };
+        Ok(events.iter().filter(|event| told(event)).count() >= 1)
+    })?;
+    let described = admin.run(["describe", "node", "host1"])?;
+    ensure!(described.contains("BadConfig") && described.contains("stays in force"), "{described}");
+    ask_pair(bench).context("with a bad configuration")?;
+    write(&format!("{good}\nlog: {{level: debug}}\n"))?;
+    for node in bench.kubernetes.nodes() {
+        eventually("the daemon to take the new configuration", Duration::from_secs(150), || {
+            let kept = fs::read_to_string(node.file("/var/lib/husk/config.yaml")).unwrap_or_default();
+            Ok(kept.contains("level: debug")
+                && node.host().huskctl_json(["status"]).is_ok_and(|it| it["ready"] == true))
+        })?;
+    }
+    let restarts = r"jsonpath={.items[*].status.containerStatuses[*].restartCount}";
+    let restarts = admin.run(["get", "pods", "--namespace", NAMESPACE, "--output", restarts])?;
+    ensure!(restarts.split_whitespace().all(|count| count == "0"), "a container was restarted: {restarts}");
+    write(&good)?;
+    ask_pair(bench)
+}
+
+fn ask_pair(bench: &Bench) -> Result<()> {
+    let _servers = bench.servers()?;
+    let [from, .., to] = bench.pods.as_slice() else { unreachable!("there are three pods") };
+    to.addresses().iter().try_for_each(|address| ask(from.netns(), SocketAddr::new(*address, PORT)))
+}
+
+fn a_rolling_update_loses_nothing(bench: &Bench) -> Result<()> {
+    let (admin, servers) = (bench.admin(), bench.servers()?);
+    let [one, two, three] = bench.pods.as_slice() else { unreachable!("there are three pods") };
+    let streams = [
+        Stream::udp(one.netns(), two.netns(), two.address(Family::Ipv4)?, 200)?,
+        Stream::udp(two.netns(), three.netns(), three.address(Family::Ipv6)?, 200)?,
+        Stream::ping(three.netns(), one.address(Family::Ipv4)?, 100)?,
+    ];
+    let flow = Flow::start(one.netns(), servers[2].at(three.address(Family::Ipv4)?), 200_000)?;
+    admin.run(["rollout", "restart", "daemonset/husk", "--namespace", NAMESPACE])?;
+    admin.wait(ROLLOUT, ["rollout", "status", "daemonset/husk", "--namespace", NAMESPACE])?;
+    let moved = flow.stop().context("the TCP stream")?;
+    println!("TCP: {} bytes, longest stall {:?}", moved.bytes, moved.largest_stall);
+    for stream in streams {
+        let report = stream.stop()?;
+        println!("{report}");
+        ensure!(report.lossless(), "{report}");
+    }
+    Ok(())
+}
+
+fn uninstalled_hosts_are_as_they_were(bench: &Bench) -> Result<()> {
+    let admin = bench.admin();
+    admin.run(["delete", "service", "echo-0", "echo-1"])?;
+    admin.wait(SOON * 2, ["delete", "pods", "--all"])?;
+    bench.pods.iter().try_for_each(KubernetesPod::wait_gone)?;
+    // As the README tells it.
+    for set in ["daemonset/husk", "daemonset/husk-tunnels"] {
+        admin.wait(SOON * 2, ["delete", set, "--namespace", NAMESPACE])?;
+    }
+    eventually("the daemons to be gone", SOON * 2, || Ok(admin.list("pods")?.is_empty()))?;
+    admin.apply(&render("uninstall")?)?;
+    admin.wait(ROLLOUT, ["rollout", "status", "daemonset/husk-cleanup", "--namespace", NAMESPACE])?;
+    ensure!(admin.list("overlaynodes")?.is_empty(), "records are left");
+    admin.wait(ROLLOUT, ["delete", "--ignore-not-found", "namespace", NAMESPACE])?;
+    admin.run_with(["delete", "--ignore-not-found", "--wait=false", "-f", "-"], &render("dual-stack")?)?;
+    let left = admin.run(["get", "clusterroles,clusterrolebindings,customresourcedefinitions", "--output", "name"])?;
+    ensure!(!left.contains("husk"), "{left}");
+    for (node, before) in bench.kubernetes.nodes().iter().zip(&bench.before) {
+        let mut difference = Vec::new();
+        let restored = eventually("the host to be as it was", SOON, || {
+            difference = before.difference(&HostState::of(node.host())?);
+            difference.retain(|line| !is_of_kubernetes(line));
+            Ok(difference.is_empty())
+        });
+        restored.with_context(|| format!("{}: {difference:#?}", node.name()))?;
+    }
+    Ok(())
+}
+
+/// What kube-proxy, kubelet and containerd keep or leave themselves.
+fn is_of_kubernetes(line: &str) -> bool {
+    ["nft list ruleset", "nf_conntrack", "process ", "kube"].iter().any(|part| line.contains(part))
+}
