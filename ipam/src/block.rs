@@ -76,8 +76,9 @@ pub fn releasable(blocks: &[Prefix], in_use: &BTreeSet<IpAddr>, router: &DualSta
     leaving
 }
 
-/// Addresses of a block that a pod could get now.
-fn free_in(block: &Prefix, in_use: &BTreeSet<IpAddr>, router: &DualStack) -> u128 {
+/// Addresses of a block that a pod could get now; `in_use` and `router` as in [`releasable`].
+#[must_use]
+pub fn free_in(block: &Prefix, in_use: &BTreeSet<IpAddr>, router: &DualStack) -> u128 {
     let reserved = router.iter().filter(|address| block.contains(*address) && !in_use.contains(address)).count();
     let used = in_use.iter().filter(|address| block.contains(**address)).count();
     block.size().saturating_sub((used + reserved) as u128)

@@ -241,7 +241,7 @@ const RIGHTS: [&str; 9] = [
     "addressblocks.husk.dev [get list watch create delete]",
     "addresspools.husk.dev [get list watch]",
     "addresspools.husk.dev/status [patch]",
-    "events.events.k8s.io [create patch]",
+    "events [create patch]",
     "nodes [get list watch]",
     "nodes/status [patch]",
     "overlaynodes.husk.dev [get list watch create patch delete]",
@@ -286,12 +286,12 @@ fn configuration_is_followed(bench: &Bench) -> Result<()> {
         Ok(())
     };
     write(&good.replace("mode: wireguard", "mode: wiregaurd"))?;
-    eventually("an event that names the bad value", Duration::from_secs(150), || {
+    eventually("an event of every node that names the bad value", Duration::from_secs(150), || {
         let events = admin.list("events")?;
         let told = |event: &Value| {
             event["reason"] == "BadConfig" && event["message"].as_str().is_some_and(|it| it.contains("wiregaurd"))
         };
-        Ok(events.iter().filter(|event| told(event)).count() >= 1)
+        Ok(events.iter().filter(|event| told(event)).count() == 3)
     })?;
     let described = admin.run(["describe", "node", "host1"])?;
     ensure!(described.contains("BadConfig") && described.contains("stays in force"), "{described}");
@@ -347,7 +347,8 @@ fn uninstalled_hosts_are_as_they_were(bench: &Bench) -> Result<()> {
     for set in ["daemonset/husk", "daemonset/husk-tunnels"] {
         admin.wait(SOON * 2, ["delete", set, "--namespace", NAMESPACE])?;
     }
-    eventually("the daemons to be gone", SOON * 2, || Ok(admin.list("pods")?.is_empty()))?;
+    eventually("the daemons to be gone", ROLLOUT, || Ok(admin.list("pods")?.is_empty()))
+        .with_context(|| admin.run(["get", "pods", "--all-namespaces", "--output", "wide"]).unwrap_or_default())?;
     admin.apply(&render("uninstall")?)?;
     admin.wait(ROLLOUT, ["rollout", "status", "daemonset/husk-cleanup", "--namespace", NAMESPACE])?;
     ensure!(admin.list("overlaynodes")?.is_empty(), "records are left");

@@ -156,11 +156,15 @@ fn nodes_take_different_blocks(bench: &mut Bench) -> Result<()> {
     let nodes: BTreeSet<&String> = owners.values().collect();
     ensure!(owners.len() == 3 && nodes.len() == 3, "{owners:?}");
     let shown = bench.kubernetes.kubectl(["get", "addressblocks"])?;
-    let mut lines = shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    ensure!(lines.next().is_some_and(|line| line == ["NAME", "CIDR", "NODE", "AGE"]), "{shown}");
-    for (line, (block, node)) in lines.zip(&owners) {
+    let rows: Vec<Vec<&str>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
+    ensure!(rows[0] == ["NAME", "CIDR", "NODE", "AGE"], "{shown}");
+    for (block, node) in &owners {
         let cidr = block.to_string();
-        ensure!(line[..3] == [cidr.replace('/', "-").as_str(), &cidr, node], "{shown}");
+        let row = [cidr.replace('/', "-"), cidr, node.clone()];
+        ensure!(
+            rows.iter().any(|it| it.starts_with(&row.each_ref().map(String::as_str))),
+            "{row:?} is not in\n{shown}"
+        );
     }
     for node in bench.kubernetes.nodes() {
         let status = node.host().huskctl_json(["status"])?;

@@ -61,30 +61,42 @@ pub(super) fn pools(config: &Config, defined: &BTreeMap<String, Pool>) -> Vec<Po
     config.cluster_cidrs.iter().map(default).collect()
 }
 
+/// Why a node has no block of a family.
+fn no_block(family: Family, kind: IssueKind, message: String, remedy: &str) -> Issue {
+    let (subject, remedy) = (format!("{family} blocks"), remedy.to_owned());
+    Issue { severity: Severity::Blocking, kind, subject, message, remedy }
+}
+
+/// Every block is somebody's.
+fn pool_exhausted(family: Family) -> Issue {
+    no_block(
+        family,
+        IssueKind::PoolExhausted,
+        format!("every {family} block of the cluster's pools belongs to a node"),
+        "enlarge clusterCIDRs, add an AddressPool, or remove the manifests of nodes that are gone",
+    )
+}
+
 /// Blocks come from Kubernetes only, and there is none, or none with a free address.
 fn no_node_cidr(family: Family, own: &[Prefix]) -> Issue {
-    let issue = |severity, kind, message, remedy: &str| Issue {
-        severity,
-        kind,
-        subject: format!("{family} blocks"),
-        message,
-        remedy: remedy.to_owned(),
-    };
     match own.iter().find(|block| block.family() == family) {
-        None => issue(
-            Severity::Blocking,
+        None => no_block(
+            family,
             IssueKind::NoNodeCidr,
             format!("spec.podCIDRs of the Node object has no {family} CIDR within the cluster CIDRs"),
             "start kube-controller-manager with --allocate-node-cidrs and a --cluster-cidr as in clusterCIDRs, or set ipam.blocks to pools",
         ),
-        Some(block) => issue(
-            Severity::Error,
-            IssueKind::PoolExhausted,
-            format!(
-                "every address of the node's CIDR {block} is taken, and with ipam.blocks: node-cidrs there are no others"
-            ),
-            "raise --node-cidr-mask-size of kube-controller-manager for new nodes, or set ipam.blocks to pools",
-        ),
+        Some(block) => Issue {
+            severity: Severity::Error,
+            ..no_block(
+                family,
+                IssueKind::PoolExhausted,
+                format!(
+                    "every address of the node's CIDR {block} is taken, and with ipam.blocks: node-cidrs there are no others"
+                ),
+                "raise --node-cidr-mask-size of kube-controller-manager for new nodes, or set ipam.blocks to pools",
+            )
+        },
     }
 }
 
@@ -127,6 +139,13 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.delivered && self.source_issue.is_none() && !self.name_taken
     }
 
+    /// The pools that blocks are cut from.
+    fn usable_pools(&self) -> Vec<Pool> {
+        let mut pools = pools(&self.parts.config, &self.snapshot.pools);
+        pools.retain(|pool| in_cluster(&self.parts.config, &pool.cidr));
+        pools
+    }
+
     /// Every family needs a block before the first pod comes.
     pub(super) fn ensure_blocks(&mut self, issues: &mut Vec<Issue>) {
         if !self.owners_are_known() {
@@ -143,14 +162,31 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let still_lost = self.recover_blocks(issues);
         let own = self.own_blocks();
-        let missing: Vec<Family> =
-            self.parts.config.families().filter(|family| !own.iter().any(|block| block.family() == *family)).collect();
-        for family in missing {
-            if let Err(issue) = self.claim(family) {
-                issues.push(issue);
-            }
+        let families: Vec<Family> = self.parts.config.families().collect();
+        for family in families {
+            let has_block = own.iter().any(|block| block.family() == family);
+            issues.extend(if has_block { self.exhausted(family, &own) } else { self.claim(family).err() });
         }
         self.held = self.own_blocks().into_iter().chain(still_lost).collect();
+    }
+
+    /// The next pod will have to wait: every address of the node's blocks is taken, and there is no other block for it.
+    fn exhausted(&self, family: Family, own: &[Prefix]) -> Option<Issue> {
+        let fixed = self.parts.config.ipam.blocks == BlockOrigin::NodeCidrs;
+        let another = || block::candidates(&self.usable_pools(), &self.snapshot.blocks, family, 0).next().is_some();
+        if !fixed && another() {
+            return None;
+        }
+        // Where they cannot be read, retire_blocks says so.
+        let in_use = self.addresses_in_use().ok()?;
+        let router = self.router_in(own);
+        let mut blocks = own.iter().filter(|block| block.family() == family);
+        if blocks.any(|block| block::free_in(block, &in_use, &router) > 0) {
+            return None;
+        }
+        let issue = if fixed { no_node_cidr(family, own) } else { pool_exhausted(family) };
+        // Pods that run are not concerned, and one that goes makes room for another.
+        Some(Issue { severity: Severity::Error, ..issue })
     }
 
     /// Claims again what the source has forgotten, as one does that was restored from an older state: pods have addresses
@@ -200,8 +236,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if self.parts.config.ipam.blocks == BlockOrigin::NodeCidrs {
             return Err(no_node_cidr(family, &self.own_blocks()));
         }
-        let mut pools = pools(&self.parts.config, &self.snapshot.pools);
-        pools.retain(|pool| in_cluster(&self.parts.config, &pool.cidr));
+        let pools = self.usable_pools();
         let start = search_start(&pools, &self.own_blocks(), family, self.parts.block_offset);
         let candidates = block::candidates(&pools, &self.snapshot.blocks, family, start)
             .filter(|block| !self.block_changes.leaving.contains(block));
@@ -212,13 +247,6 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 Claim::Taken => block::Claim::Taken,
             })
         });
-        let issue = |kind, message: String, remedy: &str| Issue {
-            severity: Severity::Blocking,
-            kind,
-            subject: format!("{family} blocks"),
-            message,
-            remedy: remedy.to_owned(),
-        };
         match claimed {
             Ok(Some(block)) => {
                 tracing::info!(%block, "claimed an address block");
@@ -226,12 +254,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 self.snapshot.blocks.insert(block, node.clone());
                 Ok(block)
             }
-            Ok(None) => Err(issue(
-                IssueKind::PoolExhausted,
-                format!("every {family} block of the cluster's pools belongs to a node"),
-                "enlarge clusterCIDRs, add an AddressPool, or remove the manifests of nodes that are gone",
-            )),
-            Err(error) => Err(issue(
+            Ok(None) => Err(pool_exhausted(family)),
+            Err(error) => Err(no_block(
+                family,
                 IssueKind::SourceUnavailable,
                 format!("no block could be claimed: {error}"),
                 "make the source writable for this node; nothing has to be restarted",
@@ -274,12 +299,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     fn has_free_address(&self, family: Family, in_use: &BTreeSet<IpAddr>) -> bool {
         let state = self.state.borrow();
         let Some(node_file) = &state.node_file else { return false };
-        node_file.blocks.iter().filter(|block| block.family() == family).any(|block| {
-            let inside = |address: &IpAddr| block.contains(*address);
-            let reserved = node_file.router.iter().filter(|it| inside(it) && !in_use.contains(it)).count();
-            let used = in_use.iter().filter(|it| inside(it)).count();
-            block.size() > (used + reserved) as u128
-        })
+        let mut blocks = node_file.blocks.iter().filter(|block| block.family() == family);
+        blocks.any(|block| block::free_in(block, in_use, &node_file.router) > 0)
     }
 
     /// Addresses that are leased or rest, read under the store's lock.

@@ -4,15 +4,30 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use kube::client::ConfigExt as _;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use tower::ServiceBuilder;
 
 /// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a request that is no watch may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(4);
+
+/// How long a connection is quiet before the kernel asks whether the other side is still there, and how long it may go without an
+/// answer. A connection that began at an address which the node has no more, or whose server or load balancer has vanished, says
+/// nothing by itself: a watch on it would wait for the end of its time, some five minutes.
+const PROBE_AFTER: Duration = Duration::from_secs(5);
+const LOST_AFTER: Duration = Duration::from_secs(15);
+
+/// How long a connection is kept for another request. Requests are rare, and one that went out on a connection that is lost would
+/// wait in vain.
+const KEEP_IDLE: Duration = Duration::from_secs(5);
 
 /// A client of the API server: of a kubeconfig, else of the pod that this process runs in. Nothing is sent yet. Has to be
 /// called in a runtime.
@@ -30,10 +45,39 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client> {
             "there is no service account here: outside a pod, source.kubernetes.kubeconfig has to name a kubeconfig",
         )?,
     };
+    if let Some(proxy) = &config.proxy_url {
+        bail!(
+            "the kubeconfig, or HTTPS_PROXY, says that {proxy} stands before the API server, and Husk talks to no proxy: it has to \
+             reach the API server itself"
+        );
+    }
     config.connect_timeout = Some(CONNECT_LIMIT);
-    // The loop asks again itself, and must not wait for a server that says "later".
-    config.default_retry = false;
-    Client::try_from(config).context("cannot make a client for the API server")
+    client(config).context("cannot make a client for the API server")
+}
+
+/// As `Client::try_from` makes it, but for connections that notice when they are lost. Nothing is tried again in here: the loop does
+/// that itself, and must not wait for a server that says "later"; nor is a failure logged, which is an issue later.
+fn client(config: Config) -> kube::Result<Client> {
+    let mut http = HttpConnector::new();
+    http.enforce_http(false);
+    http.set_keepalive(Some(PROBE_AFTER));
+    http.set_keepalive_interval(Some(PROBE_AFTER));
+    http.set_tcp_user_timeout(Some(LOST_AFTER));
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(http)?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(KEEP_IDLE)
+        .build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace))
 }
 
 /// Waits for an answer, but not for ever.

@@ -3,20 +3,20 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use husk_overlay::issue::{Issue, Severity};
+use husk_overlay::issue::Issue;
 use husk_overlay::name::NodeName;
-use k8s_openapi::api::core::v1::{Node, ObjectReference};
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 // The generation of jiff that the types of Kubernetes are made of.
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
-use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Client};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::client::{Failure, bounded};
+use super::events::Events;
 use super::objects::{OverlayNode, OverlayNodeStatus};
 use super::source::FIELD_MANAGER;
 use crate::engine::State;
@@ -31,21 +31,17 @@ const REFRESH: Duration = Duration::from_secs(60);
 /// Events within a minute; further ones wait. An issue is in the status of the record and in `huskctl status` anyway.
 const EVENTS_PER_MINUTE: usize = 20;
 
-/// Longest text of an Event (`k8s.io/kubernetes` `pkg/apis/core/validation/events.go`: 1024 bytes), and of its action (128).
-const LONGEST_NOTE: usize = 1024;
-const LONGEST_ACTION: usize = 128;
-
 /// Tells Kubernetes how the node is.
 pub struct Reporter {
     node: NodeName,
     records: Api<OverlayNode>,
     nodes: Api<Node>,
-    recorder: Recorder,
+    events: Events,
     states: watch::Receiver<State>,
     /// Issues that have had their Event.
     told: BTreeSet<Issue>,
-    /// Why telling failed the last time.
-    failure: Option<Failure>,
+    /// Telling failed the last time, and the log says so.
+    failing: bool,
     /// When Events were sent, within the last minute.
     sent: VecDeque<Instant>,
     /// Issues of the configuration, which the loop does not know of.
@@ -64,11 +60,11 @@ impl Reporter {
         Self {
             records: Api::all(client.clone()),
             nodes: Api::all(client.clone()),
-            recorder: Recorder::new(client, "husk".to_owned().into()),
+            events: Events::new(client, node.clone()),
             node,
             states,
             told: BTreeSet::new(),
-            failure: None,
+            failing: false,
             sent: VecDeque::new(),
             config,
         }
@@ -77,23 +73,21 @@ impl Reporter {
     /// Reports until the daemon ends.
     pub async fn run(mut self) {
         loop {
-            let wait = match self.report().await {
-                Ok(()) => {
-                    self.failure = None;
-                    REFRESH
-                }
+            match self.report().await {
+                Ok(()) => self.failing = false,
                 Err(failure) => {
-                    if self.failure.as_ref() != Some(&failure) {
+                    if !self.failing {
                         tracing::warn!(%failure, "the node's state could not be told to Kubernetes; it is tried again");
                     }
-                    self.failure = Some(failure);
-                    RETRY
+                    self.failing = true;
+                    tokio::time::sleep(RETRY).await;
+                    continue;
                 }
-            };
+            }
             tokio::select! {
                 changed = self.states.changed() => if changed.is_err() { return },
                 Ok(()) = self.config.changed() => {}
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep(REFRESH) => {}
             }
             tokio::time::sleep(SETTLE).await;
         }
@@ -115,14 +109,6 @@ impl Reporter {
 
     async fn tell_issues(&mut self, issues: &[Issue]) -> Result<(), Failure> {
         self.told.retain(|issue| issues.contains(issue));
-        let reference = ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Node".into()),
-            name: Some(self.node.to_string()),
-            // As the kubelet does it, and `kubectl describe node` looks for it.
-            uid: Some(self.node.to_string()),
-            ..ObjectReference::default()
-        };
         for issue in issues {
             if self.told.contains(issue) {
                 continue;
@@ -134,7 +120,7 @@ impl Reporter {
             if self.sent.len() >= EVENTS_PER_MINUTE {
                 return Ok(());
             }
-            bounded(self.recorder.publish(&event(issue), &reference)).await?;
+            self.events.tell(issue).await?;
             self.sent.push_back(now);
             self.told.insert(issue.clone());
         }
@@ -174,34 +160,6 @@ impl Reporter {
     }
 }
 
-fn event(issue: &Issue) -> Event {
-    let Issue { severity, kind, subject, message, remedy } = issue;
-    let reason = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
-    Event {
-        type_: match severity {
-            Severity::Warning | Severity::Error | Severity::Blocking => EventType::Warning,
-        },
-        reason: reason.unwrap_or_else(|| "Issue".into()),
-        note: Some(shortened(&format!("{subject}: {message} ({remedy})"), LONGEST_NOTE)),
-        // Events that agree in this count as one, whose number goes up.
-        action: shortened(subject, LONGEST_ACTION),
-        secondary: None,
-    }
-}
-
-/// At most this many bytes.
-fn shortened(text: &str, longest: usize) -> String {
-    const MORE: &str = "…";
-    if text.len() <= longest {
-        return text.to_owned();
-    }
-    let mut end = longest - MORE.len();
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{MORE}", &text[..end])
-}
-
 /// The status of a record; what did not change keeps its time.
 fn status(
     state: &State,
@@ -232,23 +190,6 @@ fn status(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_overlay::issue::IssueKind;
-
-    #[test]
-    fn an_event_fits_what_kubernetes_takes() {
-        let long = "ä".repeat(1000);
-        let issue = Issue {
-            severity: Severity::Error,
-            kind: IssueKind::NoRouteToPeer,
-            subject: long.clone(),
-            message: long.clone(),
-            remedy: long,
-        };
-        let event = event(&issue);
-        assert_eq!(event.reason, "NoRouteToPeer");
-        assert!(event.note.unwrap().len() <= LONGEST_NOTE);
-        assert!(event.action.len() <= LONGEST_ACTION);
-    }
 
     #[test]
     fn a_status_that_did_not_change_keeps_its_time() {

@@ -1,5 +1,7 @@
 //! What the watches have delivered: the one place where watching and asking meet.
 
+mod past;
+
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use husk_overlay::prefix::Prefix;
 use husk_overlay::record::Snapshot;
 use kube::runtime::watcher::Event;
 
+use self::past::Past;
 use super::objects::Kept;
 use super::watches::heard;
 
@@ -101,6 +104,8 @@ struct Tables {
     blocks: Table<Kept>,
     nodes: Table<Vec<Prefix>>,
     troubles: BTreeMap<Watched, Trouble>,
+    /// What was known when a watch failed, until the time for others to say it again is over.
+    past: Option<Past>,
     /// What the tables make; none while they are newer.
     assembled: Option<Snapshot>,
 }
@@ -161,6 +166,9 @@ impl Store {
     /// Takes an event about objects of Husk's kinds.
     pub fn object(&self, watched: Watched, event: Event<(String, Kept)>) {
         let mut tables = self.tables();
+        if let (Some(past), Event::Apply((name, kept)) | Event::Delete((name, kept))) = (&mut tables.past, &event) {
+            past.heard(watched, name, kept);
+        }
         let table = match watched {
             Watched::Records => &mut tables.records,
             Watched::Pools => &mut tables.pools,
@@ -181,6 +189,11 @@ impl Store {
     /// Takes note that a watch failed.
     pub fn failed(&self, watched: Watched, reason: String, now: Instant) {
         let mut tables = self.tables();
+        if tables.past.is_none() && tables.ready(self.origin, now).is_ok() {
+            let snapshot = tables.assemble(self.origin, &self.own);
+            tables.past = Some(Past::of(&tables.records.items, &snapshot, &self.own));
+        }
+        tables.past.iter_mut().for_each(Past::fails);
         let since = tables.troubles.get(&watched).map_or(now, |trouble| trouble.since);
         tables.troubles.insert(watched, Trouble { since, reason });
         drop(tables);
@@ -194,6 +207,10 @@ impl Store {
     pub fn snapshot(&self, now: Instant) -> Result<Snapshot, Missing> {
         let mut tables = self.tables();
         tables.ready(self.origin, now)?;
+        if tables.troubles.is_empty() && tables.past.as_mut().is_some_and(|past| past.is_over(now)) {
+            tables.past = None;
+            tables.assembled = None;
+        }
         let snapshot = tables.assembled.take().unwrap_or_else(|| tables.assemble(self.origin, &self.own));
         Ok(tables.assembled.insert(snapshot).clone())
     }
@@ -278,6 +295,9 @@ impl Tables {
                 .extend(blocks.flat_map(|(node, cidrs)| cidrs.iter().map(move |cidr| manifest::block(*cidr, &node))));
         }
         let mut snapshot = manifest::snapshot_from(manifests);
+        if let Some(past) = &self.past {
+            past.complete(&mut snapshot, &self.records.items);
+        }
         if !self.nodes.items.contains_key(own.as_str()) {
             issues.push(node_missing(own));
         }

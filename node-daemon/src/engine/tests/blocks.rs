@@ -183,11 +183,15 @@ fn pods_that_run_out_together_get_one_block_together() {
     assert_eq!(bed.owned().len(), 3);
     fill(&bed, "c");
     assert_eq!(bed.engine.more_blocks(&four()), Response::Done);
-    fill(&bed, "d");
+    let last = fill(&bed, "d");
     let Response::Refused { reason } = bed.engine.more_blocks(&four()) else { panic!("there are four blocks") };
     assert!(reason.contains("every IPv4 block") && reason.contains("AddressPool"), "{reason}");
-    // Out of blocks for more pods is no reason to fail those that are served.
+    // Out of blocks for more pods is no reason to fail those that are served, but people are told, for as long as it is so.
     assert!(bed.state.borrow().ready);
+    assert_eq!(bed.issues(), [IssueKind::PoolExhausted].into());
+    bed.release(&last[0]);
+    bed.pass();
+    assert!(bed.issues().is_empty());
 }
 
 #[test]

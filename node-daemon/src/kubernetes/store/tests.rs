@@ -134,3 +134,64 @@ fn what_nodes_own_is_told_by_owner_and_never_the_own() {
     let told: Vec<(&str, &str)> = all.iter().map(|(node, _, name, _)| (node.as_str(), name.as_str())).collect();
     assert_eq!(told, [("b", "10.42.0.64-26")]);
 }
+
+fn record(name: &str, blocks: &[&str], version: &str) -> (String, Kept) {
+    let json = serde_json::json!({
+        "apiVersion": "husk.dev/v1alpha1", "kind": "OverlayNode",
+        "metadata": { "name": name, "creationTimestamp": "2026-11-28T08:00:00Z" },
+        "spec": {
+            "instance": "0123456789abcdef", "addresses": { "ipv4": "192.0.2.1" }, "underlayMtu": 1500, "blocks": blocks,
+            "router": {},
+        },
+    });
+    let read = manifest::from_json(name, &json).map(|manifest| manifest.expect("it is of our group"));
+    (name.to_owned(), Kept { uid: "u".into(), version: version.into(), read })
+}
+
+fn told(store: &Store, now: Instant) -> Vec<String> {
+    let snapshot = store.snapshot(now).unwrap();
+    let blocks = snapshot.blocks.iter().map(|(block, node)| format!("{block} {node}"));
+    let records = snapshot.nodes.values().map(|it| format!("{} {:?}", it.name, it.blocks.iter().collect::<Vec<_>>()));
+    blocks.chain(records).collect()
+}
+
+const LATER: Duration = Duration::from_secs(30);
+
+/// A store that knows two other nodes and itself, when its watches fail.
+fn failing(start: Instant) -> Store {
+    let (first, second) = ("10.42.0.0/26", "10.42.0.64/26");
+    let (store, _) = listed(vec![block(first, "a", "1"), block(second, "a", "5"), block("10.42.1.0/26", "own", "2")]);
+    list(&store, Watched::Records, vec![record("a", &[first, second], "6"), record("own", &["10.42.1.0/26"], "3")]);
+    store.failed(Watched::Blocks, "gone".into(), start);
+    store.failed(Watched::Records, "gone".into(), start);
+    store
+}
+
+#[test]
+fn what_a_restored_server_has_forgotten_of_others_counts_until_they_could_say_it_again() {
+    let start = Instant::now();
+    let store = failing(start);
+    let before = told(&store, start);
+    // The first block of each only, in the state that was; of the own node nothing.
+    list(&store, Watched::Blocks, vec![block("10.42.0.0/26", "a", "1")]);
+    list(&store, Watched::Records, vec![record("a", &["10.42.0.0/26"], "2")]);
+    let others = |told: &[String]| told.iter().filter(|it| !it.contains("own")).cloned().collect::<Vec<_>>();
+    assert_eq!(told(&store, start), others(&before));
+    assert_eq!(told(&store, start + LATER / 2), others(&before));
+    assert_eq!(told(&store, start + LATER), ["10.42.0.0/26 a", "a [10.42.0.0/26]"]);
+}
+
+#[test]
+fn news_and_what_others_have_by_now_end_the_past_at_once() {
+    let start = Instant::now();
+    let store = failing(start);
+    // A newer record, one block fewer, and another owner of the other.
+    list(&store, Watched::Blocks, vec![block("10.42.0.64/26", "b", "7")]);
+    list(&store, Watched::Records, vec![record("a", &["10.42.0.0/26"], "8")]);
+    assert_eq!(told(&store, start), ["10.42.0.0/26 a", "10.42.0.64/26 b", "a [10.42.0.0/26]"]);
+    // Whatever is told after the lists counts, also with a lower version.
+    store.object(Watched::Records, Event::Apply(record("a", &[], "4")));
+    assert_eq!(told(&store, start), ["10.42.0.64/26 b", "a []"]);
+    store.object(Watched::Records, Event::Delete(record("a", &[], "4")));
+    assert_eq!(told(&store, start), ["10.42.0.64/26 b"]);
+}

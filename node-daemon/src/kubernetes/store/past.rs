@@ -1,0 +1,81 @@
+//! What other nodes had said when a watch failed, and what of it still counts when a list comes afterwards that lacks it.
+//!
+//! An API server that was restored from an older state has forgotten records and blocks of nodes that live. Each of them says and
+//! claims its own again as soon as it hears the API, but not all hear it at the same moment. Until then the others keep their
+//! routes to it, and take no block for free that it uses.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use husk_overlay::manifest::Manifest;
+use husk_overlay::name::NodeName;
+use husk_overlay::prefix::Prefix;
+use husk_overlay::record::Snapshot;
+
+use super::{Kept, Watched};
+
+/// How long others may take to hear the API after this node does: the longest pause between two attempts, and some more.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Records and blocks of other nodes.
+#[derive(Debug)]
+pub(super) struct Past {
+    records: BTreeMap<String, Kept>,
+    blocks: BTreeMap<Prefix, NodeName>,
+    /// When it is over; none while a watch still fails.
+    until: Option<Instant>,
+}
+
+impl Past {
+    /// Keeps what is known, but for what is the own node's, which knows better itself.
+    pub(super) fn of(records: &BTreeMap<String, Kept>, snapshot: &Snapshot, own: &NodeName) -> Self {
+        let others = records.iter().filter(|(name, _)| *name != own.as_str());
+        let blocks = snapshot.blocks.iter().filter(|(_, owner)| *owner != own);
+        Self {
+            records: others.map(|(name, kept)| (name.clone(), kept.clone())).collect(),
+            blocks: blocks.map(|(block, owner)| (*block, owner.clone())).collect(),
+            until: None,
+        }
+    }
+
+    /// A watch failed, or failed again.
+    pub(super) fn fails(&mut self) {
+        self.until = None;
+    }
+
+    /// No watch fails, at the time `now`. True if the past counts no longer.
+    pub(super) fn is_over(&mut self, now: Instant) -> bool {
+        now >= *self.until.get_or_insert(now + GRACE)
+    }
+
+    /// What a watch tells, other than a list, is news.
+    pub(super) fn heard(&mut self, watched: Watched, name: &str, kept: &Kept) {
+        match (watched, &kept.read) {
+            (Watched::Records, _) => drop(self.records.remove(name)),
+            (Watched::Blocks, Ok(Manifest::Block { cidr, .. })) => drop(self.blocks.remove(cidr)),
+            _ => {}
+        }
+    }
+
+    /// Adds to a snapshot what it lacks, and what it has in an older state only.
+    pub(super) fn complete(&self, snapshot: &mut Snapshot, listed: &BTreeMap<String, Kept>) {
+        for (name, past) in &self.records {
+            let forgotten = listed.get(name).is_none_or(|listed| version(listed) < version(past));
+            if let (true, Ok(Manifest::Node(record))) = (forgotten, &past.read) {
+                snapshot.nodes.insert(record.name.clone(), record.clone());
+            }
+        }
+        for (block, owner) in &self.blocks {
+            let used = snapshot.nodes.get(owner).is_some_and(|record| record.blocks.contains(block));
+            // What somebody else was given meanwhile is theirs.
+            if used && !snapshot.blocks.contains_key(block) && !snapshot.blocks.keys().any(|it| it.overlaps(block)) {
+                snapshot.blocks.insert(*block, owner.clone());
+            }
+        }
+    }
+}
+
+/// Versions are numbers that only grow, unless the whole of the API goes back in time.
+fn version(kept: &Kept) -> Option<u64> {
+    kept.version.parse().ok()
+}
