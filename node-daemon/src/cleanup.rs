@@ -25,7 +25,7 @@ use crate::node_file::Writer;
 use crate::source::bounded::Limits;
 use crate::source::{ClusterSource as _, Opening};
 use crate::wireguard_userspace::socket_path;
-use crate::{daemon, files, host, keys, source};
+use crate::{daemon, files, follow, host, keys, source};
 
 /// What to clean up.
 #[derive(Debug, Clone, clap::Args)]
@@ -69,7 +69,8 @@ fn clean(options: &Options, runtime: &Handle) -> Result<()> {
         );
     }
     let config = match options.daemon.config.exists() {
-        true => Some(options.daemon.read_config()?),
+        // With one that was spoilt meanwhile, what the daemon last ran with still tells what there is to clean.
+        true => Some(follow::choose(&options.daemon, true)?.config),
         false => None,
     };
     let state = &options.daemon.state_directory;

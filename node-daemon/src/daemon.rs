@@ -200,13 +200,10 @@ fn start_watching(config: &Config, leases: PathBuf, waker: &Waker) -> Result<()>
 pub async fn run(options: RunOptions) -> Result<End> {
     let RunOptions { common: options, tunnels, follow_config } = options;
     files::create_directory(&options.state_directory, 0o700)?;
-    let Chosen { config, text, issue } = follow::choose(&options, follow_config)?;
-    logging::start(&config.log);
-    if let Some(issue) = &issue {
-        tracing::error!("{issue}");
-    }
+    let mut chosen = follow::choose(&options, follow_config)?;
+    logging::start(&chosen.config.log);
     sysctl::set_through(&options.proc_sys);
-    let node_name = node_name(&options, &config)?;
+    let node_name = node_name(&options, &chosen.config)?;
     let _lock = lock(&options.run_directory)?;
     let identity = Identity::load(node_name.clone(), &options.state_directory)?;
     let leases = options.run_directory.join(LEASE_DIRECTORY);
@@ -226,11 +223,27 @@ pub async fn run(options: RunOptions) -> Result<End> {
         runtime: &runtime,
         wake: Arc::new(move || wake.wake()),
     };
+    let companions = Companions { run_directory: options.run_directory.clone(), runtime: runtime.clone(), tunnels };
     // Waits for an answer of the source, whose thread waits for the runtime.
-    let source = tokio::task::block_in_place(|| source::open(&config, &opening))?;
-    let companions = Companions { run_directory: options.run_directory.clone(), runtime, tunnels };
+    let open = |config: &Config| {
+        let host = Host::new(config, identity.clone(), companions.clone(), options.sysctl_file())?;
+        let source = tokio::task::block_in_place(|| source::open(config, &opening))?;
+        Ok((host, source))
+    };
+    let (node, source) = match open(&chosen.config) {
+        // It reads well and asks for what is not there, such as a key.
+        Err(error) if follow_config && chosen.issue.is_none() => {
+            chosen = follow::instead(&options, error)?;
+            open(&chosen.config)?
+        }
+        opened => opened?,
+    };
+    let Chosen { config, text, issue } = chosen;
+    if let Some(issue) = &issue {
+        tracing::error!("{issue}");
+    }
     let parts = Parts {
-        node: Host::new(&config, identity, companions, options.sysctl_file())?,
+        node,
         kernel: Linux::open(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY))
             .context("cannot talk to the kernel over netlink; huskd needs root (CAP_NET_ADMIN)")?,
         source,

@@ -308,7 +308,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let without_block = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr];
         let cannot_receive =
             |issue: &Issue| issue.severity == Severity::Blocking && !without_block.contains(&issue.kind);
-        if !self.delivered || plan.blocking().chain(issues.iter()).any(cannot_receive) {
+        // A source that does not answer reads is not made to wait for either.
+        if !self.delivered || self.source_issue.is_some() || plan.blocking().chain(issues.iter()).any(cannot_receive) {
             return false;
         }
         match self.parts.source.publish(record) {

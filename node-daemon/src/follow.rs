@@ -34,25 +34,39 @@ pub struct Chosen {
 /// # Errors
 /// When there is no good one.
 pub fn choose(options: &Options, follow: bool) -> Result<Chosen> {
-    let last_good = options.state_directory.join(LAST_GOOD_FILE);
-    let error = match options.read_config_text().and_then(|text| Ok((options.parse_config(&text)?, text))) {
-        Ok((config, text)) => {
-            if follow {
-                // A disk that is full is no reason not to start.
-                if let Err(error) = files::replace(&last_good, text.as_bytes(), 0o600) {
-                    tracing::warn!(%error, "the configuration is not kept for a start without it");
-                }
-            }
-            return Ok(Chosen { config, text, issue: None });
-        }
-        Err(error) if follow => error,
-        Err(error) => return Err(error),
-    };
-    let kept = files::read_text(&last_good, 1 << 20).ok().flatten();
+    match options.read_config_text().and_then(|text| Ok((options.parse_config(&text)?, text))) {
+        Ok((config, text)) => Ok(Chosen { config, text, issue: None }),
+        Err(error) if follow => instead(options, error),
+        Err(error) => Err(error),
+    }
+}
+
+/// The last good configuration, in place of one with which the daemon cannot start.
+///
+/// # Errors
+/// The one given, when there is none.
+pub fn instead(options: &Options, error: anyhow::Error) -> Result<Chosen> {
+    let kept = files::read_text(&last_good(options), 1 << 20).ok().flatten();
     let Some((text, Ok(config))) = kept.map(|text| (text.clone(), options.parse_config(&text))) else {
         return Err(error.context("there is no earlier configuration to go on with"));
     };
     Ok(Chosen { config, text, issue: Some(refused(&options.config, &error)) })
+}
+
+/// Keeps the text of a configuration with which the daemon has started.
+fn keep(options: &Options, text: &str) {
+    let file = last_good(options);
+    if std::fs::read_to_string(&file).is_ok_and(|kept| kept == text) {
+        return;
+    }
+    // A disk that is full is no reason not to start.
+    if let Err(error) = files::replace(&file, text.as_bytes(), 0o600) {
+        tracing::warn!(%error, "the configuration is not kept for a start without it");
+    }
+}
+
+fn last_good(options: &Options) -> PathBuf {
+    options.state_directory.join(LAST_GOOD_FILE)
 }
 
 fn refused(file: &Path, error: &anyhow::Error) -> Issue {
@@ -72,17 +86,22 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Starts to follow, or to do nothing. `text` is what is in force, `issue` why it is not what stands in the file.
+    /// Starts to follow, or to do nothing. `text` is what the daemon has started with, `issue` why it is not what stands in the
+    /// file.
     ///
     /// # Errors
     /// When the kernel gives no thread.
     pub fn start(options: &Options, text: String, issue: Option<Issue>, follow: bool) -> Result<Self> {
-        let (sender, issues) = issue_watch::channel(issue);
+        let (sender, issues) = issue_watch::channel(issue.clone());
         let changed = Arc::new(Notify::new());
         if follow {
+            keep(options, &text);
             let (options, tell) = (options.clone(), Arc::clone(&changed));
+            // What could not be started with is not tried again before it changes.
+            let in_vain = issue.as_ref().and_then(|_| options.read_config_text().ok());
             let folder = options.config.parent().map_or_else(|| PathBuf::from("/"), Path::to_owned);
-            let look = move || match look(&options, &text) {
+            let look = move || match look(&options, &text, in_vain.as_deref()) {
+                Seen::Unchanged => {}
                 Seen::Same => {
                     sender.send_if_modified(|issue| issue.take().is_some());
                 }
@@ -116,12 +135,16 @@ impl Follower {
 }
 
 enum Seen {
+    Unchanged,
     Same,
     New,
     Bad(Issue),
 }
 
-fn look(options: &Options, in_force: &str) -> Seen {
+fn look(options: &Options, in_force: &str, in_vain: Option<&str>) -> Seen {
+    if in_vain.is_some() && options.read_config_text().ok().as_deref() == in_vain {
+        return Seen::Unchanged;
+    }
     let read = options.read_config_text().and_then(|text| Ok((options.parse_config(&text)?, text)));
     match read {
         // The same but for comments is the same.
@@ -159,7 +182,10 @@ mod tests {
         let error = format!("{:#}", choose(&options, true).unwrap_err());
         assert!(error.contains("no earlier configuration") && error.contains("nonsense"), "{error}");
         std::fs::write(&options.config, OTHER).unwrap();
-        assert!(choose(&options, true).unwrap().issue.is_none());
+        let chosen = choose(&options, true).unwrap();
+        assert!(chosen.issue.is_none());
+        assert!(!last_good(&options).exists(), "nobody has started with it yet");
+        keep(&options, &chosen.text);
         for bad in ["mode: nonsense\n", "", "\u{0}"] {
             std::fs::write(&options.config, bad).unwrap();
             let chosen = choose(&options, true).unwrap();
@@ -175,6 +201,7 @@ mod tests {
     async fn changes_are_seen_and_bad_ones_told() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path());
+        std::fs::create_dir(&options.state_directory).unwrap();
         std::fs::write(&options.config, GOOD).unwrap();
         let mut follower = Follower::start(&options, GOOD.into(), None, true).unwrap();
         let mut issues = follower.issues();
@@ -184,6 +211,23 @@ mod tests {
         files::replace(&options.config, format!("# a comment\n{GOOD}").as_bytes(), 0o644).unwrap();
         issues.wait_for(Option::is_none).await.unwrap();
         files::replace(&options.config, OTHER.as_bytes(), 0o644).unwrap();
+        follower.changed().await;
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_started_with_waits_for_a_change() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path());
+        std::fs::create_dir(&options.state_directory).unwrap();
+        keep(&options, GOOD);
+        // It reads well, but names a key that is not there.
+        std::fs::write(&options.config, OTHER).unwrap();
+        let chosen = instead(&options, anyhow::anyhow!("no such key")).unwrap();
+        assert_eq!(chosen.text, GOOD);
+        assert!(chosen.issue.as_ref().unwrap().message.contains("no such key"));
+        assert!(matches!(look(&options, GOOD, Some(OTHER)), Seen::Unchanged));
+        let mut follower = Follower::start(&options, chosen.text, chosen.issue, true).unwrap();
+        files::replace(&options.config, format!("{OTHER}vxlan: {{vni: 7}}\n").as_bytes(), 0o644).unwrap();
         follower.changed().await;
     }
 }

@@ -15,16 +15,15 @@
 //!
 //! **When the API is away**, watches try again with growing pauses. What they had delivered stays; after a moment the source
 //! calls itself unavailable, so that nothing is claimed or given back by what may be old. After an outage everything is listed
-//! anew: an API server that was restored from an older state counts versions from there, and would pass over changes in a watch
-//! that goes on from a later one.
-//! What such a list lacks of other nodes counts for half a minute more: a restored API server has forgotten it,
-//! and who hears it first must neither drop their routes nor take their blocks.
+//! anew. An API server that was restored from an older state counts versions from there: a watch that goes on from a later one
+//! would pass over changes, and is not resumed (`resume`). What others have said, and such an API server has forgotten, counts
+//! for half a minute more: who hears of it first must neither drop their routes nor take their blocks.
 //!
 //! **A node is gone** when its `Node` object is missing and its daemon gives no sign of life, both for `ipam.releaseAfter`.
 //! Whichever daemon notices first removes its record and blocks; see [`departed`]. No owner references: the garbage
 //! collector of Kubernetes would give a block to others while pods of a live node still use it.
 //!
-//! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` how; [`source`]
+//! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` and `resume` how; [`source`]
 //! the cluster source; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back, with `events`.
 
 pub mod client;
@@ -33,6 +32,7 @@ mod events;
 pub mod objects;
 mod pools;
 pub mod reporter;
+mod resume;
 pub mod source;
 pub mod store;
 mod watches;

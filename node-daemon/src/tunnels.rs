@@ -53,7 +53,10 @@ pub async fn run(options: Options) -> Result<()> {
                 return Ok(());
             }
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve(stream, &options.run_directory).await,
+                Ok((stream, _)) => {
+                    let run_directory = options.run_directory.clone();
+                    tokio::spawn(async move { serve(stream, &run_directory).await });
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -63,11 +66,10 @@ pub async fn run(options: Options) -> Result<()> {
     }
 }
 
-/// One at a time: there is one daemon, and it waits.
+/// Of two processes for one job the second finds the first one's lock, and ends.
 async fn serve(stream: UnixStream, run_directory: &Path) {
     let served = async {
-        let job = receive(stream).await?;
-        let (stream, job) = job;
+        let (stream, job) = receive(stream).await?;
         let started = start(&job, run_directory).await.map_err(|error| format!("{error:#}"));
         match &started {
             Ok(()) => tracing::info!("started the {job}"),

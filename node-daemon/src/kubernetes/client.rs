@@ -8,10 +8,13 @@ use anyhow::{Context as _, Result, bail};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use kube::client::ConfigExt as _;
+use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tower::ServiceBuilder;
+use tower::filter::AsyncFilterLayer;
+
+use super::resume;
 
 /// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -27,7 +30,7 @@ const LOST_AFTER: Duration = Duration::from_secs(15);
 
 /// How long a connection is kept for another request. Requests are rare, and one that went out on a connection that is lost would
 /// wait in vain.
-const KEEP_IDLE: Duration = Duration::from_secs(5);
+const KEEP_IDLE: Duration = Duration::from_secs(1);
 
 /// A client of the API server: of a kubeconfig, else of the pod that this process runs in. Nothing is sent yet. Has to be
 /// called in a runtime.
@@ -67,17 +70,21 @@ fn client(config: Config) -> kube::Result<Client> {
     connector.set_connect_timeout(config.connect_timeout);
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
-    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
-        .pool_timer(TokioTimer::new())
-        .pool_idle_timeout(KEEP_IDLE)
-        .build(connector);
+    let http: hyper_util::client::legacy::Client<_, Body> =
+        hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(KEEP_IDLE)
+            .build(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(tower::BoxError::from)
         .service(http);
-    Ok(Client::new(service, config.default_namespace))
+    let namespace = config.default_namespace;
+    let asking = Client::new(service.clone(), namespace.clone());
+    let check = AsyncFilterLayer::new(move |request| resume::check(asking.clone(), request));
+    Ok(Client::new(ServiceBuilder::new().layer(check).service(service), namespace))
 }
 
 /// Waits for an answer, but not for ever.

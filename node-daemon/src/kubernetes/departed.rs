@@ -85,11 +85,14 @@ impl Suspects {
 pub(super) async fn patrol(client: Client, store: Arc<Store>, release_after: Duration, cluster_cidrs: Vec<Prefix>) {
     let mut suspects = Suspects::default();
     let nodes: Api<Node> = Api::all(client.clone());
+    // When a whole cluster starts, somebody still looks soon.
+    let mut part = chance();
     loop {
         let everyone = u32::try_from(by_node(&store).len()).unwrap_or(u32::MAX).saturating_add(1);
         let relaxed = SHORTEST_INTERVAL.max(CLUSTER_INTERVAL.saturating_mul(everyone));
         let interval = if suspects.is_empty() { relaxed } else { relaxed.min(release_after / SIGNS) };
-        tokio::time::sleep(interval.mul_f64(0.75 + chance() / 2.0)).await;
+        tokio::time::sleep(interval.mul_f64(part)).await;
+        part = 0.75 + chance() / 2.0;
         let Ok(snapshot) = store.snapshot(Instant::now()) else {
             // What the store has may be old, and a sign of life in what it has not.
             suspects = Suspects::default();

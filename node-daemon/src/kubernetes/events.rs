@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use husk_overlay::issue::Issue;
+use husk_overlay::issue::{Issue, IssueKind};
 use husk_overlay::name::NodeName;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -29,8 +29,8 @@ const REMEMBERED: usize = 256;
 pub(super) struct Events {
     api: Api<Event>,
     node: NodeName,
-    /// Name and count of the events made, by what they tell.
-    made: BTreeMap<Issue, (String, i32)>,
+    /// Name and count of the events made, by kind and subject of the issue: numbers in a message may change all the time.
+    made: BTreeMap<(IssueKind, String), (String, i32)>,
 }
 
 impl Events {
@@ -41,8 +41,11 @@ impl Events {
     /// Tells an issue. One that was told before is counted in the event there is.
     pub(super) async fn tell(&mut self, issue: &Issue) -> Result<(), Failure> {
         let now = Timestamp::now();
-        if let Some((name, count)) = self.made.get_mut(issue) {
-            let patch = Patch::Merge(json!({ "count": *count + 1, "lastTimestamp": Time(now) }));
+        let about = (issue.kind, issue.subject.clone());
+        let message = shortened(&issue.to_string(), LONGEST_MESSAGE);
+        if let Some((name, count)) = self.made.get_mut(&about) {
+            let patch = json!({ "count": *count + 1, "lastTimestamp": Time(now), "message": message });
+            let patch = Patch::Merge(patch);
             match bounded(self.api.patch(name, &PatchParams::default(), &patch)).await {
                 Ok(_) => {
                     *count += 1;
@@ -53,16 +56,18 @@ impl Events {
                 Err(failure) => return Err(failure),
             }
         }
-        let name = format!("{}.{:x}", self.node, now.as_nanosecond());
-        bounded(self.api.create(&PostParams::default(), &self.event(&name, issue, now))).await?;
+        // Names have 253 bytes at most, as the node's own may have.
+        let node: String = self.node.as_str().chars().take(200).collect();
+        let name = format!("{}.{:x}", node.trim_end_matches(['.', '-']), now.as_nanosecond());
+        bounded(self.api.create(&PostParams::default(), &self.event(&name, issue.kind, message, now))).await?;
         if self.made.len() >= REMEMBERED {
             self.made.clear();
         }
-        self.made.insert(issue.clone(), (name, 1));
+        self.made.insert(about, (name, 1));
         Ok(())
     }
 
-    fn event(&self, name: &str, issue: &Issue, now: Timestamp) -> Event {
+    fn event(&self, name: &str, kind: IssueKind, message: String, now: Timestamp) -> Event {
         let node = self.node.to_string();
         Event {
             metadata: ObjectMeta {
@@ -79,8 +84,8 @@ impl Events {
                 ..ObjectReference::default()
             },
             type_: Some("Warning".into()),
-            reason: Some(format!("{:?}", issue.kind)),
-            message: Some(shortened(&issue.to_string(), LONGEST_MESSAGE)),
+            reason: Some(format!("{kind:?}")),
+            message: Some(message),
             source: Some(EventSource { component: Some("husk".into()), host: Some(node) }),
             first_timestamp: Some(Time(now)),
             last_timestamp: Some(Time(now)),

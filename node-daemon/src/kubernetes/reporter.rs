@@ -31,6 +31,14 @@ const REFRESH: Duration = Duration::from_secs(60);
 /// Events within a minute; further ones wait. An issue is in the status of the record and in `huskctl status` anyway.
 const EVENTS_PER_MINUTE: usize = 20;
 
+/// What of a state is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Told {
+    ready: bool,
+    reason: Option<String>,
+    issues: Vec<Issue>,
+}
+
 /// Tells Kubernetes how the node is.
 pub struct Reporter {
     node: NodeName,
@@ -38,8 +46,11 @@ pub struct Reporter {
     nodes: Api<Node>,
     events: Events,
     states: watch::Receiver<State>,
+    /// What Kubernetes was told last, and when.
+    told: Option<Told>,
+    refreshed: Option<Instant>,
     /// Issues that have had their Event.
-    told: BTreeSet<Issue>,
+    with_event: BTreeSet<Issue>,
     /// Telling failed the last time, and the log says so.
     failing: bool,
     /// When Events were sent, within the last minute.
@@ -63,7 +74,9 @@ impl Reporter {
             events: Events::new(client, node.clone()),
             node,
             states,
-            told: BTreeSet::new(),
+            told: None,
+            refreshed: None,
+            with_event: BTreeSet::new(),
             failing: false,
             sent: VecDeque::new(),
             config,
@@ -100,17 +113,27 @@ impl Reporter {
         }
         let mut issues = state.issues.clone();
         issues.extend(self.config.borrow_and_update().clone());
-        self.tell_issues(&issues).await?;
-        if state.ready {
+        // Most passes change nothing of what is told, and a cluster has many nodes: nothing is asked then.
+        let now = Told { reason: state.reason.clone().filter(|_| !state.ready), issues, ready: state.ready };
+        let fresh = self.refreshed.is_some_and(|at| at.elapsed() < REFRESH);
+        if fresh && self.told.as_ref() == Some(&now) {
+            return Ok(());
+        }
+        // Events come last: where they are limited, the rest is told all the same.
+        if now.ready {
             self.clear_network_unavailable().await?;
         }
-        self.update_status(&state, issues.len()).await
+        self.update_status(&state, now.issues.len()).await?;
+        self.tell_issues(&now.issues).await?;
+        self.told = Some(now);
+        self.refreshed = Some(Instant::now());
+        Ok(())
     }
 
     async fn tell_issues(&mut self, issues: &[Issue]) -> Result<(), Failure> {
-        self.told.retain(|issue| issues.contains(issue));
+        self.with_event.retain(|issue| issues.contains(issue));
         for issue in issues {
-            if self.told.contains(issue) {
+            if self.with_event.contains(issue) {
                 continue;
             }
             let now = Instant::now();
@@ -122,7 +145,7 @@ impl Reporter {
             }
             self.events.tell(issue).await?;
             self.sent.push_back(now);
-            self.told.insert(issue.clone());
+            self.with_event.insert(issue.clone());
         }
         Ok(())
     }

@@ -137,6 +137,11 @@ fn body(manifest: &Manifest) -> DynamicObject {
 
 impl ClusterSource for KubernetesSource {
     fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
+        if self.tasks.iter().any(JoinHandle::is_finished) {
+            return Err(unavailable(
+                "a task that watches it has ended, which is a bug of Husk; the log tells where".into(),
+            ));
+        }
         self.store.snapshot_within(self.patience).map_err(|missing| match missing {
             Missing::NotYet => unavailable("it has not delivered its first lists yet".into()),
             Missing::Failing(reason) => unavailable(reason),

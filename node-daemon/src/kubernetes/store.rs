@@ -280,6 +280,26 @@ impl Tables {
         if needed.iter().all(listed) { Ok(()) } else { Err(Missing::NotYet) }
     }
 
+    /// The CIDRs of all nodes. A node whose `Node` object is missing keeps those that its record names, as long as the record is
+    /// there and nobody else has them: its pods run, and it may be back.
+    fn node_cidrs(&self) -> Vec<Manifest> {
+        let mut owners: BTreeMap<Prefix, NodeName> = BTreeMap::new();
+        for (name, cidrs) in &self.nodes.items {
+            let Ok(node) = NodeName::new(name) else { continue };
+            owners.extend(cidrs.iter().map(|cidr| (*cidr, node.clone())));
+        }
+        let orphaned = self.records.items.iter().filter(|(name, _)| !self.nodes.items.contains_key(*name));
+        for record in orphaned.filter_map(|(_, kept)| match &kept.read {
+            Ok(Manifest::Node(record)) => Some(record),
+            _ => None,
+        }) {
+            let free = record.blocks.iter().filter(|block| !owners.keys().any(|owned| owned.overlaps(block)));
+            let theirs: Vec<Prefix> = free.copied().collect();
+            owners.extend(theirs.into_iter().map(|block| (block, record.name.clone())));
+        }
+        owners.iter().map(|(cidr, node)| manifest::block(*cidr, node)).collect()
+    }
+
     fn assemble(&self, origin: BlockOrigin, own: &NodeName) -> Snapshot {
         let mut manifests = Vec::new();
         let mut issues = Vec::new();
@@ -290,9 +310,7 @@ impl Tables {
             }
         }
         if origin == BlockOrigin::NodeCidrs {
-            let blocks = self.nodes.items.iter().filter_map(|(name, cidrs)| Some((NodeName::new(name).ok()?, cidrs)));
-            manifests
-                .extend(blocks.flat_map(|(node, cidrs)| cidrs.iter().map(move |cidr| manifest::block(*cidr, &node))));
+            manifests.extend(self.node_cidrs());
         }
         let mut snapshot = manifest::snapshot_from(manifests);
         if let Some(past) = &self.past {

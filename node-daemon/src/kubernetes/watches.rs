@@ -52,15 +52,11 @@ where
     let config = config.any_semantic();
     let mut pause = Pause::default();
     loop {
+        let started = Instant::now();
         let mut events = watcher(api.clone(), config.clone()).boxed();
         while let Some(event) = events.next().await {
             match event {
-                Ok(event) => {
-                    if heard(&event) {
-                        pause = Pause::default();
-                    }
-                    take(event);
-                }
+                Ok(event) => take(event),
                 Err(error) => {
                     let failure = explain(&error);
                     tracing::debug!(?watched, error = failure.reason, "a watch failed");
@@ -70,6 +66,10 @@ where
             }
         }
         drop(events);
+        // A server that lists and refuses to watch is not to be asked for lists without end.
+        if started.elapsed() > Pause::LONGEST {
+            pause = Pause::default();
+        }
         tokio::time::sleep(pause.next()).await;
     }
 }
@@ -99,20 +99,20 @@ fn explain(error: &watcher::Error) -> Failure {
     }
 }
 
-/// Pauses between attempts: doubling from the first to the longest, each up to a half longer by chance, so that the daemons of a
-/// cluster do not come back as one.
+/// Pauses between attempts: doubling from the first to the longest, each somewhere between a half and one and a half of that by
+/// chance, so that the daemons of a cluster do not come back as one.
 struct Pause {
     length: Duration,
 }
 
 impl Pause {
-    const FIRST: Duration = Duration::from_millis(200);
+    const FIRST: Duration = Duration::from_millis(500);
     const LONGEST: Duration = Duration::from_secs(15);
 
     fn next(&mut self) -> Duration {
         let length = self.length;
         self.length = (length * 2).min(Self::LONGEST);
-        length + length.mul_f64(chance() / 2.0)
+        length.mul_f64(0.5 + chance())
     }
 }
 

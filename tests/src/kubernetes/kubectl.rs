@@ -92,6 +92,12 @@ impl Kubectl {
         self.program().args(arguments).args([timeout]).limit(limit + MARGIN).check()
     }
 
+    /// The program itself, for scripts that are told how to ask the cluster.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.program
+    }
+
     /// The file by which this user logs on.
     #[must_use]
     pub fn kubeconfig(&self) -> &Path {

@@ -195,3 +195,26 @@ fn news_and_what_others_have_by_now_end_the_past_at_once() {
     store.object(Watched::Records, Event::Delete(record("a", &[], "4")));
     assert_eq!(told(&store, start), ["10.42.0.64/26 b"]);
 }
+
+#[test]
+fn a_node_without_its_object_keeps_its_cidrs_unless_another_has_them() {
+    let (store, _) = store(BlockOrigin::NodeCidrs);
+    let record = |name: &str, block: &str| {
+        let record = serde_json::json!({
+            "apiVersion": "husk.dev/v1alpha1", "kind": "OverlayNode",
+            "metadata": { "name": name, "creationTimestamp": "2026-11-28T08:00:00Z" },
+            "spec": { "instance": "0123456789abcdef", "underlayMtu": 1500, "blocks": [block] },
+        });
+        let read = manifest::from_json(name, &record).map(|manifest| manifest.expect("a record"));
+        (name.to_owned(), Kept { uid: "u".into(), version: "1".into(), read })
+    };
+    list(&store, Watched::Records, vec![record("b", "10.244.1.0/24"), record("c", "10.244.2.0/24")]);
+    list_nodes(&store, &[("own", &["10.244.0.0/24"]), ("b", &["10.244.1.0/24"]), ("c", &["10.244.2.0/24"])]);
+    store.node(Event::Delete(("b".into(), Vec::new())));
+    store.node(Event::Delete(("c".into(), Vec::new())));
+    assert_eq!(owners(&store), ["10.244.0.0/24 own", "10.244.1.0/24 b", "10.244.2.0/24 c"]);
+    store.node(Event::Apply(("d".into(), vec!["10.244.2.0/24".parse().unwrap()])));
+    assert_eq!(owners(&store), ["10.244.0.0/24 own", "10.244.1.0/24 b", "10.244.2.0/24 d"]);
+    store.object(Watched::Records, Event::Delete(record("b", "10.244.1.0/24")));
+    assert_eq!(owners(&store), ["10.244.0.0/24 own", "10.244.2.0/24 d"]);
+}
