@@ -27,8 +27,11 @@ const PORT: u16 = 7000;
 /// The port of the Service at every node.
 const NODE_PORT: u16 = 30700;
 
+/// What is done, and the doing.
+type Step = (&'static str, fn(&Bench) -> Result<()>);
+
 /// Steps that share a cluster: bringing one up takes longer than most of them.
-const STEPS: [(&str, fn(&Bench) -> Result<()>); 10] = [
+const STEPS: [Step; 10] = [
     ("nodes are ready and say so", nodes_are_ready_and_say_so),
     ("pods reach each other and the wire tells nothing of them", pods_reach_each_other),
     ("services by cluster address and node port, from everywhere", services_are_reached),
@@ -48,14 +51,14 @@ fn from_an_empty_cluster_and_back() -> Result<()> {
     let leak = Leak::watch(kubernetes.underlay())?;
     let started = Instant::now();
     kubernetes.install("dual-stack")?;
-    println!("installed and ready after {:.1?}", started.elapsed());
+    eprintln!("installed and ready after {:.1?}", started.elapsed());
     let pods = (1..=3).map(|node| kubernetes.pod(&format!("pod{node}"), node).label("app", "echo").add());
     let pods = pods.collect::<Result<Vec<_>>>()?;
     let bench = Bench { kubernetes, pods, before, leak: Some(leak).into() };
     for (name, step) in STEPS {
         let started = Instant::now();
         step(&bench).with_context(|| format!("step: {name}"))?;
-        println!("{name}: {:.1?}", started.elapsed());
+        eprintln!("{name}: {:.1?}", started.elapsed());
     }
     Ok(())
 }
@@ -314,7 +317,7 @@ fn the_smoke_test_passes(bench: &Bench) -> Result<()> {
     let outside = bench.kubernetes.underlay().outside();
     let test = outside.program(script).args(["--kubectl", &kubectl, "--image", IMAGE]).limit(ROLLOUT);
     let said = test.check()?;
-    println!("{}", said.lines().last().unwrap_or_default());
+    eprintln!("{}", said.lines().last().unwrap_or_default());
     Ok(())
 }
 
@@ -374,10 +377,10 @@ fn a_rolling_update_loses_nothing(bench: &Bench) -> Result<()> {
     admin.run(["rollout", "restart", "daemonset/husk", "--namespace", NAMESPACE])?;
     admin.wait(ROLLOUT, ["rollout", "status", "daemonset/husk", "--namespace", NAMESPACE])?;
     let moved = flow.stop().context("the TCP stream")?;
-    println!("TCP: {} bytes, longest stall {:?}", moved.bytes, moved.largest_stall);
+    eprintln!("TCP: {} bytes, longest stall {:?}", moved.bytes, moved.largest_stall);
     for stream in streams {
         let report = stream.stop()?;
-        println!("{report}");
+        eprintln!("{report}");
         ensure!(report.lossless(), "{report}");
     }
     Ok(())

@@ -22,8 +22,11 @@ const ROUNDS: usize = 10;
 /// How long a round may take until all pods run, and until all are gone.
 const ROUND: Duration = Duration::from_secs(180);
 
+/// What is done, and the doing.
+type Step = (&'static str, fn(&Bench) -> Result<()>);
+
 /// Steps that share a cluster.
-const STEPS: [(&str, fn(&Bench) -> Result<()>); 4] = [
+const STEPS: [Step; 4] = [
     ("runtime and kubelet restart, and nothing happens", restarts_are_nothing),
     ("a daemon that crashes again and again leaves pods alone and lets them be deleted", crash_loops_are_survived),
     ("STATUS and GC answer a caller", status_and_gc_answer),
@@ -39,7 +42,7 @@ fn in_operation() -> Result<()> {
     for (name, step) in STEPS {
         let started = Instant::now();
         step(&bench).with_context(|| format!("step: {name}"))?;
-        println!("{name}: {:.1?}", started.elapsed());
+        eprintln!("{name}: {:.1?}", started.elapsed());
     }
     Ok(())
 }
@@ -64,7 +67,7 @@ impl Bench {
         work()?;
         let moved = flow.stop().context("the TCP stream")?;
         let report = datagrams.stop()?;
-        println!("  {report}; TCP: longest stall {:?}", moved.largest_stall);
+        eprintln!("  {report}; TCP: longest stall {:?}", moved.largest_stall);
         ensure!(report.lossless(), "{report}");
         Ok(())
     }
@@ -215,7 +218,7 @@ fn many_pods_leave_nothing(bench: &Bench) -> Result<()> {
             Ok(left == before)
         });
         gone.with_context(|| format!("round {round}: {before:?} became {left:?}"))?;
-        println!("  round {round}: {PODS} pods ready after {running:.1?}, gone after {:.1?}", started.elapsed());
+        eprintln!("  round {round}: {PODS} pods ready after {running:.1?}, gone after {:.1?}", started.elapsed());
     }
     Ok(())
 }

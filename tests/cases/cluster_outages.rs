@@ -37,8 +37,11 @@ const FORGOTTEN: Duration = Duration::from_secs(8);
 /// Packets per second of each stream.
 const RATE: u32 = 100;
 
+/// What is done, and the doing.
+type Step = (&'static str, fn(&Bench) -> Result<()>);
+
 /// Steps that share a cluster: bringing one up takes longer than most of them.
-const STEPS: [(&str, fn(&Bench) -> Result<()>); 4] = [
+const STEPS: [Step; 4] = [
     ("an api server that is away, and daemons that start meanwhile, are not noticed", an_outage_is_not_noticed),
     ("a node whose object was deleted keeps its pods and blocks", a_forgotten_node_keeps_what_it_has),
     ("a node with another address is followed", a_moved_node_is_followed),
@@ -66,7 +69,7 @@ fn the_api_server_fails_and_forgets() -> Result<()> {
         STEPS.into_iter().try_for_each(|(name, step)| {
             let started = Instant::now();
             step(&bench).with_context(|| format!("step: {name}"))?;
-            println!("{name}: {:.1?}", started.elapsed());
+            eprintln!("{name}: {:.1?}", started.elapsed());
             Ok(())
         })
     });
@@ -141,7 +144,7 @@ impl Streams {
     fn finish(self) -> Result<Vec<(&'static str, Report)>> {
         let reports: Vec<_> =
             self.0.into_iter().map(|(name, stream)| Ok((name, stream.stop()?))).collect::<Result<_>>()?;
-        reports.iter().for_each(|(name, report)| println!("  {name}: {report}"));
+        reports.iter().for_each(|(name, report)| eprintln!("  {name}: {report}"));
         Ok(reports)
     }
 }
@@ -187,7 +190,7 @@ fn an_outage_is_not_noticed(bench: &Bench) -> Result<()> {
         blocks.insert(node.name(), node.host().huskctl_json(["status"])?["blocks"].clone());
         restart_daemon(&node)?;
     }
-    println!("all daemons were started again {:.1?} after the API server was killed", stopped.elapsed());
+    eprintln!("all daemons were started again {:.1?} after the API server was killed", stopped.elapsed());
     throughout(stopped, OUTAGE, || {
         for node in kubernetes.nodes() {
             let status = node.host().huskctl_json(["status"])?;
@@ -202,7 +205,7 @@ fn an_outage_is_not_noticed(bench: &Bench) -> Result<()> {
     kubernetes.wait_api_server()?;
     let back = Instant::now();
     bench.wait_settled(AFTER_OUTAGE)?;
-    println!("every node was settled {:.1?} after the API server was back", back.elapsed());
+    eprintln!("every node was settled {:.1?} after the API server was back", back.elapsed());
     bench.try_new_pod("after-outage", 2)?;
     streams.finish_lossless()
 }
@@ -250,7 +253,7 @@ fn a_moved_node_is_followed(bench: &Bench) -> Result<()> {
     let further = names.iter().map(|name| kubernetes.find_pod("default", name)).collect::<Result<Vec<_>>>()?;
     let asked = Instant::now();
     further.iter().try_for_each(|pod| await_answer(three, pod))?;
-    println!("pods in another node's new block were reached from it {:.1?} after they ran", asked.elapsed());
+    eprintln!("pods in another node's new block were reached from it {:.1?} after they ran", asked.elapsed());
     further.into_iter().try_for_each(KubernetesPod::delete_at_once)?;
     bench.wait_settled(AFTER_OUTAGE)?;
     ensure!(bench.records()?["host3"]["addresses"]["ipv4"] == "192.0.2.33", "{:?}", bench.records());
@@ -311,7 +314,7 @@ fn a_restored_etcd_is_told(bench: &Bench) -> Result<()> {
         Ok(bench.owners()? == owners && bench.records()? == records)
     })
     .with_context(|| format!("{:?}, before {owners:?}", bench.owners()))?;
-    println!("the node had told and claimed everything again after {:.1?}", awake.elapsed());
+    eprintln!("the node had told and claimed everything again after {:.1?}", awake.elapsed());
     bench.wait_settled(AFTER_OUTAGE)?;
     unknown.wait_gone()?;
     bench.try_new_pod("after-restore", 1)?;

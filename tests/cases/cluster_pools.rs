@@ -31,8 +31,11 @@ const PER_BLOCK: usize = 4;
 /// Pods that a first block has room for.
 const PER_FIRST_BLOCK: usize = PER_BLOCK - 1;
 
+/// What is done, and the doing.
+type Step = (&'static str, fn(&mut Bench) -> Result<()>);
+
 /// Steps that share a cluster, since each goes on from the blocks that the one before left.
-const STEPS: [(&str, fn(&mut Bench) -> Result<()>); 4] = [
+const STEPS: [Step; 4] = [
     ("nodes that start at once take different blocks", nodes_take_different_blocks),
     ("an exhausted pool is told of everywhere and another one ends it", an_exhausted_pool_is_told_of),
     ("a block that is not needed goes back and another node takes it", a_spare_block_changes_hands),
@@ -46,7 +49,7 @@ fn blocks_out_of_pools() -> Result<()> {
     let done = STEPS.into_iter().try_for_each(|(name, step)| {
         let started = Instant::now();
         step(&mut bench).with_context(|| format!("step: {name}"))?;
-        println!("{name}: {:.1?}", started.elapsed());
+        eprintln!("{name}: {:.1?}", started.elapsed());
         Ok(())
     });
     bench.kubernetes.with_logs(done)
@@ -188,7 +191,7 @@ fn an_exhausted_pool_is_told_of(bench: &mut Bench) -> Result<()> {
     ensure!(bench.owners()?.len() == 4 && bench.blocks_of(1)?.len() == 2, "{:?}", bench.owners());
 
     let told = bench.wait_for_event("Pod", &waiting[0], "FailedCreatePodSandBox")?;
-    println!("the pod's event: {told}");
+    eprintln!("the pod's event: {told}");
     for part in ["husk", "10.244.100.", "every IPv4 block of the cluster's pools belongs to a node", "AddressPool"] {
         ensure!(told.contains(part), "{part:?} is not in {told}");
     }
@@ -206,7 +209,7 @@ fn an_exhausted_pool_is_told_of(bench: &mut Bench) -> Result<()> {
     })
     .with_context(|| condition.to_string())?;
     ensure!(condition["type"] == "Usable" && condition["status"] == "False", "{condition}");
-    println!("the pool's status said so {:.0?} later", started.elapsed());
+    eprintln!("the pool's status said so {:.0?} later", started.elapsed());
     let shown = admin.run(["get", "addresspool", "first", "--no-headers"])?;
     ensure!(shown.contains("False") && shown.contains("4/4"), "{shown}");
 
@@ -218,7 +221,7 @@ fn an_exhausted_pool_is_told_of(bench: &mut Bench) -> Result<()> {
         await_answer(&bench.pods[1], &pod)?;
         await_answer(&bench.pods[2], &pod)?;
     }
-    println!("the pods that waited ran {:.1?} after a pool was added", added.elapsed());
+    eprintln!("the pods that waited ran {:.1?} after a pool was added", added.elapsed());
     ensure!(added.elapsed() < husk_tests::patience(ANOTHER_ATTEMPT), "this took {:?}", added.elapsed());
     eventually("nothing to be wrong any more", SOON, || {
         Ok(bench.kubernetes.node(1).host().huskctl_json(["status"])?["issues"] == json!([]))
@@ -236,7 +239,7 @@ fn a_spare_block_changes_hands(bench: &mut Bench) -> Result<()> {
     let deleted = Instant::now();
     eventually("host1 to have one block", SOON * 2, || Ok(bench.blocks_of(1)?.len() == 1))
         .with_context(|| format!("{:?}", bench.owners()))?;
-    println!("spare blocks were back {:.1?} after their pods were deleted", deleted.elapsed());
+    eprintln!("spare blocks were back {:.1?} after their pods were deleted", deleted.elapsed());
     ensure!(!bench.owners()?.contains_key(&spare[0]), "the node's first block went back: {:?}", bench.owners());
 
     let pods = bench.find(&bench.request("heir", 2, PER_FIRST_BLOCK)?)?;
@@ -269,11 +272,11 @@ fn a_gone_node_leaves_its_blocks(bench: &mut Bench) -> Result<()> {
     })?;
     let released = released.context("no time was taken")?;
     ensure!(released >= RELEASE_AFTER, "the block was given away after {released:?}");
-    println!("a node's block was free {released:.0?} after it failed (releaseAfter: {RELEASE_AFTER:?})");
+    eprintln!("a node's block was free {released:.0?} after it failed (releaseAfter: {RELEASE_AFTER:?})");
 
     let heir = bench.find(&waiting)?;
     ensure!(left[0].contains(address(&heir[0])?), "{} has {}", heir[0].name(), address(&heir[0])?);
-    println!("a pod had an address of it {:.0?} after that", gone.elapsed() - released);
+    eprintln!("a pod had an address of it {:.0?} after that", gone.elapsed() - released);
     await_answer(&bench.pods[1], &heir[0])?;
     for number in [1, 2] {
         let status = bench.kubernetes.node(number).host().huskctl_json(["status"])?;

@@ -38,8 +38,11 @@ const LABEL: &str = "husk.dev/test";
 /// Seconds after which a node counts as gone; the shortest that the configuration takes.
 const RELEASE_AFTER: u32 = 10;
 
+/// What is done, and the doing.
+type Step = (&'static str, fn(&Bench) -> Result<()>);
+
 /// Steps that share a cluster, since each leaves it as the next one finds it.
-const STEPS: [(&str, fn(&Bench) -> Result<()>); 8] = [
+const STEPS: [Step; 8] = [
     ("records are written once and read by all", records_are_written_once_and_read_by_all),
     ("of two claims one is granted", of_two_claims_one_is_granted),
     ("200 daemons race for blocks and none is allocated twice", two_hundred_daemons_race),
@@ -58,7 +61,7 @@ fn the_source_at_a_real_api_server() -> Result<()> {
     for (name, step) in STEPS {
         let started = Instant::now();
         step(&bench).with_context(|| format!("step: {name}"))?;
-        println!("{name}: {:.1?}", started.elapsed());
+        eprintln!("{name}: {:.1?}", started.elapsed());
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A real Kubernetes on one machine, without Docker, registry or virtual machine: each node is a [`Host`] of a [`crate::Cluster`]
+//! A real Kubernetes on one machine, without Docker, registry or virtual machine: each node is a [`Host`](crate::Host) of a [`crate::Cluster`]
 //! with processes, control groups and directories of its own, on which containerd and a kubelet run; the control plane runs
 //! beyond the nodes' gateway, as a hosted one would.
 //!
