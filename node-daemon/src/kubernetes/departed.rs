@@ -6,7 +6,7 @@
 //! when its node is away from the API, too.
 //!
 //! Nobody watches all `Node` objects for this: their status changes all the time. Every daemon lists their names now and then,
-//! the more seldom the more daemons there are, so that a cluster of any size does it about every [`CLUSTER_INTERVAL`].
+//! the more seldom the more daemons there are, so that a cluster of any size does it about every ten seconds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
