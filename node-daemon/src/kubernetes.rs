@@ -15,9 +15,9 @@
 //!
 //! **When the API is away**, watches try again with growing pauses. What they had delivered stays; after a moment the source
 //! calls itself unavailable, so that nothing is claimed or given back by what may be old. After an outage everything is listed
-//! anew. An API server that was restored from an older state counts versions from there: a watch that goes on from a later one
-//! would pass over changes, and is not resumed (`resume`). What others have said, and such an API server has forgotten, counts
-//! for half a minute more: who hears of it first must neither drop their routes nor take their blocks.
+//! anew. An API server that was restored from an older state counts versions from there; a watch that goes on from a later one is
+//! deaf, which `resume` finds out. What others have said, and such an API server has forgotten, counts for a minute more: who hears
+//! of it first must neither drop their routes nor take their blocks.
 //!
 //! **A node is gone** when its `Node` object is missing and its daemon gives no sign of life, both for `ipam.releaseAfter`.
 //! Whichever daemon notices first removes its record and blocks; see [`departed`]. No owner references: the garbage

@@ -31,7 +31,7 @@ const RELEASE_AFTER: u32 = 10;
 /// How long pods may be out of reach whose node got another address.
 const MOVE: Duration = Duration::from_secs(10);
 
-/// How long the API has forgotten a block that is in use: less than the half minute for which the other nodes go on as before.
+/// How long the API has forgotten a block that is in use: less than the minute for which the other nodes go on as before.
 const FORGOTTEN: Duration = Duration::from_secs(8);
 
 /// Packets per second of each stream.

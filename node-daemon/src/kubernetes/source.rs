@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use super::client::{Failure, bounded, connect};
 use super::departed;
 use super::objects::{AddressBlock, Kept, OverlayNode};
+use super::resume;
 use super::store::{Missing, Store, Watched};
 use super::watches;
 use crate::source::{Claim, ClusterSource, SourceError};
@@ -84,6 +85,7 @@ impl KubernetesSource {
         let mut tasks = watches::start(&client, &store, runtime);
         let release_after = Duration::from_secs(options.ipam.release_after.into());
         tasks.push(runtime.spawn(departed::patrol(client.clone(), Arc::clone(&store), release_after, cidrs)));
+        tasks.push(runtime.spawn(resume::look_for_deafness(client.clone(), Arc::clone(&store))));
         tasks.push(runtime.spawn(departed::give_signs_of_life(client.clone(), Arc::clone(&store), release_after)));
         Self {
             store,
@@ -149,6 +151,11 @@ impl ClusterSource for KubernetesSource {
     }
 
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {
+        let known = self.store.identity(Watched::Records, record.name.as_str()).map(|kept| kept.read);
+        if matches!(known, Some(Ok(Manifest::Node(known))) if known.addresses != record.addresses) {
+            // Their connections began at an address that may be no more.
+            self.store.distrust_watches();
+        }
         let object = Patch::Apply(body(&Manifest::Node(record.clone())));
         // Whoever else wrote into the record was wrong.
         let parameters = PatchParams::apply(FIELD_MANAGER).force();

@@ -13,6 +13,7 @@ use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::Snapshot;
 use kube::runtime::watcher::Event;
+use tokio::sync::watch;
 
 use self::past::Past;
 use super::objects::Kept;
@@ -126,13 +127,15 @@ pub struct Store {
     tables: Mutex<Tables>,
     changed: Condvar,
     wake: Box<dyn Fn() + Send + Sync>,
+    distrust: watch::Sender<()>,
 }
 
 impl Store {
     /// An empty store; `wake` is called when something is new.
     #[must_use]
     pub fn new(own: NodeName, origin: BlockOrigin, wake: Box<dyn Fn() + Send + Sync>) -> Self {
-        Self { own, origin, tables: Mutex::default(), changed: Condvar::new(), wake }
+        let distrust = watch::Sender::new(());
+        Self { own, origin, tables: Mutex::default(), changed: Condvar::new(), wake, distrust }
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -149,6 +152,16 @@ impl Store {
     #[must_use]
     pub fn own(&self) -> &NodeName {
         &self.own
+    }
+
+    /// Has every watch begin anew, with a list.
+    pub fn distrust_watches(&self) {
+        self.distrust.send_replace(());
+    }
+
+    /// Changes when watches have to begin anew.
+    pub(super) fn distrusted(&self) -> watch::Receiver<()> {
+        self.distrust.subscribe()
     }
 
     fn finish(&self, mut tables: MutexGuard<'_, Tables>, watched: Watched, heard: bool, changed: bool) {
@@ -189,11 +202,10 @@ impl Store {
     /// Takes note that a watch failed.
     pub fn failed(&self, watched: Watched, reason: String, now: Instant) {
         let mut tables = self.tables();
-        if tables.past.is_none() && tables.ready(self.origin, now).is_ok() {
+        if tables.troubles.is_empty() && tables.ready(self.origin, now).is_ok() {
             let snapshot = tables.assemble(self.origin, &self.own);
-            tables.past = Some(Past::of(&tables.records.items, &snapshot, &self.own));
+            tables.past = Some(Past::of(&tables.records.items, &snapshot, &self.own, tables.past.as_ref()));
         }
-        tables.past.iter_mut().for_each(Past::fails);
         let since = tables.troubles.get(&watched).map_or(now, |trouble| trouble.since);
         tables.troubles.insert(watched, Trouble { since, reason });
         drop(tables);

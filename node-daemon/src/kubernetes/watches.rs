@@ -50,11 +50,20 @@ where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let config = config.any_semantic();
-    let mut pause = Pause::default();
+    let (mut pause, mut distrusted) = (Pause::default(), store.distrusted());
     loop {
         let started = Instant::now();
         let mut events = watcher(api.clone(), config.clone()).boxed();
-        while let Some(event) = events.next().await {
+        distrusted.mark_unchanged();
+        loop {
+            let event = tokio::select! {
+                event = events.next() => event,
+                _ = distrusted.changed() => {
+                    store.failed(watched, "everything is listed anew".into(), Instant::now());
+                    break;
+                }
+            };
+            let Some(event) = event else { break };
             match event {
                 Ok(event) => take(event),
                 Err(error) => {

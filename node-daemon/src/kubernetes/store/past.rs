@@ -14,8 +14,9 @@ use husk_overlay::record::Snapshot;
 
 use super::{Kept, Watched};
 
-/// How long others may take to hear the API after this node does: the longest pause between two attempts, and some more.
-const GRACE: Duration = Duration::from_secs(30);
+/// How long others may take to hear the API after this node does: the longest pause between two attempts, or the time until they
+/// find their watches deaf, and some more.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// Records and blocks of other nodes.
 #[derive(Debug)]
@@ -27,20 +28,23 @@ pub(super) struct Past {
 }
 
 impl Past {
-    /// Keeps what is known, but for what is the own node's, which knows better itself.
-    pub(super) fn of(records: &BTreeMap<String, Kept>, snapshot: &Snapshot, own: &NodeName) -> Self {
-        let others = records.iter().filter(|(name, _)| *name != own.as_str());
+    /// Keeps what is known, but for what is the own node's, which knows better itself. `before` is a past that counts still.
+    pub(super) fn of(
+        listed: &BTreeMap<String, Kept>,
+        snapshot: &Snapshot,
+        own: &NodeName,
+        before: Option<&Self>,
+    ) -> Self {
+        let mut records = listed.clone();
+        records.extend(
+            before
+                .into_iter()
+                .flat_map(|past| past.forgotten_in(listed))
+                .map(|(name, kept)| (name.clone(), kept.clone())),
+        );
+        records.remove(own.as_str());
         let blocks = snapshot.blocks.iter().filter(|(_, owner)| *owner != own);
-        Self {
-            records: others.map(|(name, kept)| (name.clone(), kept.clone())).collect(),
-            blocks: blocks.map(|(block, owner)| (*block, owner.clone())).collect(),
-            until: None,
-        }
-    }
-
-    /// A watch failed, or failed again.
-    pub(super) fn fails(&mut self) {
-        self.until = None;
+        Self { records, blocks: blocks.map(|(block, owner)| (*block, owner.clone())).collect(), until: None }
     }
 
     /// No watch fails, at the time `now`. True if the past counts no longer.
@@ -57,11 +61,16 @@ impl Past {
         }
     }
 
+    /// Records that a list lacks, or has in an older state.
+    fn forgotten_in(&self, listed: &BTreeMap<String, Kept>) -> impl Iterator<Item = (&String, &Kept)> {
+        let is_forgotten = |name: &str, past: &Kept| listed.get(name).is_none_or(|it| version(it) < version(past));
+        self.records.iter().filter(move |(name, past)| is_forgotten(name, past))
+    }
+
     /// Adds to a snapshot what it lacks, and what it has in an older state only.
     pub(super) fn complete(&self, snapshot: &mut Snapshot, listed: &BTreeMap<String, Kept>) {
-        for (name, past) in &self.records {
-            let forgotten = listed.get(name).is_none_or(|listed| version(listed) < version(past));
-            if let (true, Ok(Manifest::Node(record))) = (forgotten, &past.read) {
+        for (_, past) in self.forgotten_in(listed) {
+            if let Ok(Manifest::Node(record)) = &past.read {
                 snapshot.nodes.insert(record.name.clone(), record.clone());
             }
         }
