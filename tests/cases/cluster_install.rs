@@ -254,9 +254,10 @@ const RIGHTS: [&str; 7] = [
 
 const EVENTS: &str = "events [create patch]";
 
-/// Addresses that are no resources and that every account may read (ClusterRoles `system:discovery` and
-/// `system:public-info-viewer`).
-const PUBLIC: [&str; 8] = ["/api", "/openapi", "/healthz", "/livez", "/readyz", "/version", "/.well-known", "/apis"];
+/// Addresses that are no resources and that every account may read (ClusterRoles `system:discovery`,
+/// `system:public-info-viewer` and `system:service-account-issuer-discovery`).
+const PUBLIC: [&str; 9] =
+    ["/api", "/openapi", "/openid", "/healthz", "/livez", "/readyz", "/version", "/.well-known", "/apis"];
 
 fn the_daemon_may_do_what_it_needs(bench: &Bench) -> Result<()> {
     let admin = bench.admin();

@@ -98,13 +98,6 @@ impl Bench {
         self.kubernetes.wait_nodes_ready()
     }
 
-    /// Who owns which block.
-    fn owners(&self) -> Result<BTreeMap<Prefix, String>> {
-        let text = |value: &Value| value.as_str().map(str::to_owned).context("an AddressBlock without CIDR or node");
-        let blocks = self.kubernetes.admin().list("addressblocks")?;
-        blocks.iter().map(|it| Ok((text(&it["spec"]["cidr"])?.parse()?, text(&it["spec"]["node"])?))).collect()
-    }
-
     /// What nodes tell of themselves.
     fn records(&self) -> Result<BTreeMap<String, Value>> {
         let records = self.kubernetes.admin().list("overlaynodes")?;
@@ -212,7 +205,7 @@ fn an_outage_is_not_noticed(bench: &Bench) -> Result<()> {
 
 fn a_forgotten_node_keeps_what_it_has(bench: &Bench) -> Result<()> {
     let (kubernetes, streams) = (&bench.kubernetes, bench.streams()?);
-    let (owners, records) = (bench.owners()?, bench.records()?);
+    let (owners, records) = (bench.kubernetes.block_owners()?, bench.records()?);
     // It would delete the node's pods after 40 s, and the kubelet would end them: no matter of Husk's.
     kubernetes.stop_control(ControlService::ControllerManager, Signal::SIGKILL)?;
     kubernetes.kubectl(["delete", "node", "host3"])?;
@@ -223,7 +216,11 @@ fn a_forgotten_node_keeps_what_it_has(bench: &Bench) -> Result<()> {
         Ok(status["issues"].as_array().is_some_and(|all| all.iter().any(|it| it["kind"] == "NodeMissing")))
     })?;
     throughout(deleted, ABSENCE, || {
-        ensure!(bench.owners()? == owners, "blocks changed hands: {:?}, before {owners:?}", bench.owners());
+        ensure!(
+            bench.kubernetes.block_owners()? == owners,
+            "blocks changed hands: {:?}, before {owners:?}",
+            bench.kubernetes.block_owners()
+        );
         ensure!(bench.records()? == records, "a record is gone or another: {:?}", bench.records());
         for node in kubernetes.nodes() {
             let status = node.host().huskctl_json(["status"])?;
@@ -237,7 +234,7 @@ fn a_forgotten_node_keeps_what_it_has(bench: &Bench) -> Result<()> {
     })?;
     kubernetes.start_control(ControlService::ControllerManager)?;
     bench.wait_settled(AFTER_OUTAGE)?;
-    ensure!(bench.owners()? == owners, "{:?}, before {owners:?}", bench.owners());
+    ensure!(bench.kubernetes.block_owners()? == owners, "{:?}, before {owners:?}", bench.kubernetes.block_owners());
     bench.try_new_pod("registered-again", 3)?;
     streams.finish_lossless()
 }
@@ -272,11 +269,11 @@ fn a_restored_etcd_is_told(bench: &Bench) -> Result<()> {
     kubernetes.node(1).stop(NodeService::Kubelet, Signal::SIGTERM)?;
     let names: Vec<String> = (1..=3).map(|number| format!("late{number}")).collect();
     names.iter().try_for_each(|name| kubernetes.pod(name, 1).create())?;
-    let before = bench.owners()?;
+    let before = bench.kubernetes.block_owners()?;
     let snapshot = kubernetes.snapshot("early")?;
     kubernetes.node(1).start(NodeService::Kubelet)?;
     let late = names.iter().map(|name| kubernetes.find_pod("default", name)).collect::<Result<Vec<_>>>()?;
-    let (owners, records) = (bench.owners()?, bench.records()?);
+    let (owners, records) = (bench.kubernetes.block_owners()?, bench.records()?);
     let new: BTreeSet<&Prefix> = owners.keys().filter(|block| !before.contains_key(block)).collect();
     ensure!(new.len() == 1, "{owners:?}, before {before:?}");
     let within = late.iter().find(|pod| address(pod).is_ok_and(|it| new.iter().any(|block| block.contains(it))));
@@ -303,7 +300,7 @@ fn a_restored_etcd_is_told(bench: &Bench) -> Result<()> {
         Ok(sources.into_iter().all(|it| it.is_ok_and(|it| it["issues"] == json!([]) && it["peers"] == json!([2, 2]))))
     })?;
     throughout(restored, FORGOTTEN, || {
-        ensure!(bench.owners()? == before, "{:?}, before {before:?}", bench.owners());
+        ensure!(bench.kubernetes.block_owners()? == before, "{:?}, before {before:?}", bench.kubernetes.block_owners());
         let report = streams.0.last().context("no stream")?.1.so_far();
         ensure!(report.refused == 0, "routes went at once: {report}");
         Ok(())
@@ -311,9 +308,9 @@ fn a_restored_etcd_is_told(bench: &Bench) -> Result<()> {
     nix::sys::signal::kill(last, Signal::SIGCONT)?;
     let awake = Instant::now();
     eventually("blocks and records to be as they were", AFTER_OUTAGE, || {
-        Ok(bench.owners()? == owners && bench.records()? == records)
+        Ok(bench.kubernetes.block_owners()? == owners && bench.records()? == records)
     })
-    .with_context(|| format!("{:?}, before {owners:?}", bench.owners()))?;
+    .with_context(|| format!("{:?}, before {owners:?}", bench.kubernetes.block_owners()))?;
     eprintln!("the node had told and claimed everything again after {:.1?}", awake.elapsed());
     bench.wait_settled(AFTER_OUTAGE)?;
     unknown.wait_gone()?;

@@ -1,7 +1,7 @@
 //! Blocks out of pools in a real Kubernetes: who gets which, what becomes of pods when there is none left, and how a block comes
 //! back from a node that does not need it any more, or is gone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -62,16 +62,15 @@ struct Bench {
 }
 
 impl Bench {
-    /// Who owns which block.
-    fn owners(&self) -> Result<BTreeMap<Prefix, String>> {
-        let text = |value: &Value| value.as_str().map(str::to_owned).context("an AddressBlock without CIDR or node");
-        let blocks = self.kubernetes.admin().list("addressblocks")?;
-        blocks.iter().map(|it| Ok((text(&it["spec"]["cidr"])?.parse()?, text(&it["spec"]["node"])?))).collect()
-    }
-
     fn blocks_of(&self, number: usize) -> Result<BTreeSet<Prefix>> {
         let name = format!("host{number}");
-        Ok(self.owners()?.into_iter().filter(|(_, owner)| *owner == name).map(|(block, _)| block).collect())
+        Ok(self
+            .kubernetes
+            .block_owners()?
+            .into_iter()
+            .filter(|(_, owner)| *owner == name)
+            .map(|(block, _)| block)
+            .collect())
     }
 
     /// Has pods made, all at once, and waits for none of them.
@@ -108,7 +107,7 @@ impl Bench {
             seen = self.running_and_waiting(group)?;
             Ok((seen.0.len(), seen.1.len()) == (running, waiting))
         })
-        .with_context(|| format!("running and waiting: {seen:?}; blocks: {:?}", self.owners()))?;
+        .with_context(|| format!("running and waiting: {seen:?}; blocks: {:?}", self.kubernetes.block_owners()))?;
         Ok(seen.1)
     }
 
@@ -155,7 +154,7 @@ fn nodes_take_different_blocks(bench: &mut Bench) -> Result<()> {
     bench.kubernetes.import_image(&husk_image()?)?;
     // Four blocks for three nodes, there before the first daemon asks.
     bench.kubernetes.install_manifests(&format!("{manifests}\n---\n{}\n", pool("first", "10.244.100.0/28")))?;
-    let owners = bench.owners()?;
+    let owners = bench.kubernetes.block_owners()?;
     let nodes: BTreeSet<&String> = owners.values().collect();
     ensure!(owners.len() == 3 && nodes.len() == 3, "{owners:?}");
     let shown = bench.kubernetes.kubectl(["get", "addressblocks"])?;
@@ -188,7 +187,11 @@ fn an_exhausted_pool_is_told_of(bench: &mut Bench) -> Result<()> {
     let (room, more) = (PER_FIRST_BLOCK - 1 + PER_BLOCK, 2);
     bench.request("burst", 1, room + more)?;
     let waiting = bench.wait_for_waiting("burst", room, more)?;
-    ensure!(bench.owners()?.len() == 4 && bench.blocks_of(1)?.len() == 2, "{:?}", bench.owners());
+    ensure!(
+        bench.kubernetes.block_owners()?.len() == 4 && bench.blocks_of(1)?.len() == 2,
+        "{:?}",
+        bench.kubernetes.block_owners()
+    );
 
     let told = bench.wait_for_event("Pod", &waiting[0], "FailedCreatePodSandBox")?;
     eprintln!("the pod's event: {told}");
@@ -238,12 +241,20 @@ fn a_spare_block_changes_hands(bench: &mut Bench) -> Result<()> {
     admin.run(["delete", "pods", "--selector=group=burst", "--force", "--grace-period=0"])?;
     let deleted = Instant::now();
     eventually("host1 to have one block", SOON * 2, || Ok(bench.blocks_of(1)?.len() == 1))
-        .with_context(|| format!("{:?}", bench.owners()))?;
+        .with_context(|| format!("{:?}", bench.kubernetes.block_owners()))?;
     eprintln!("spare blocks were back {:.1?} after their pods were deleted", deleted.elapsed());
-    ensure!(!bench.owners()?.contains_key(&spare[0]), "the node's first block went back: {:?}", bench.owners());
+    ensure!(
+        !bench.kubernetes.block_owners()?.contains_key(&spare[0]),
+        "the node's first block went back: {:?}",
+        bench.kubernetes.block_owners()
+    );
 
     let pods = bench.find(&bench.request("heir", 2, PER_FIRST_BLOCK)?)?;
-    ensure!(bench.owners()?.get(&spare[0]).is_some_and(|owner| owner == "host2"), "{:?}", bench.owners());
+    ensure!(
+        bench.kubernetes.block_owners()?.get(&spare[0]).is_some_and(|owner| owner == "host2"),
+        "{:?}",
+        bench.kubernetes.block_owners()
+    );
     let inside = pods.iter().find(|pod| address(pod).is_ok_and(|it| spare[0].contains(it)));
     let inside = inside.with_context(|| format!("no pod has an address of {}", spare[0]))?;
     await_answer(&bench.pods[0], inside)?;

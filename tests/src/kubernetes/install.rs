@@ -1,9 +1,11 @@
 //! Husk on the cluster, installed as a user would: its image on every node, its manifests at the API server.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_overlay::prefix::Prefix;
 use serde_json::Value;
 
 use super::Kubernetes;
@@ -74,6 +76,16 @@ impl Kubernetes {
         });
         waited.with_context(|| self.describe_pods())?;
         self.wait_nodes_ready()
+    }
+
+    /// The nodes that own blocks, as `AddressBlock` objects say.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or one of them makes no sense.
+    pub fn block_owners(&self) -> Result<BTreeMap<Prefix, String>> {
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("an AddressBlock without CIDR or node");
+        let blocks = self.admin().list("addressblocks")?;
+        blocks.iter().map(|it| Ok((text(&it["spec"]["cidr"])?.parse()?, text(&it["spec"]["node"])?))).collect()
     }
 
     /// What is known of Husk's pods, for an error.

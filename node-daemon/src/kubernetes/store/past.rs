@@ -5,6 +5,7 @@
 //! routes to it, and take no block for free that it uses.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use husk_overlay::manifest::Manifest;
@@ -36,12 +37,8 @@ impl Past {
         before: Option<&Self>,
     ) -> Self {
         let mut records = listed.clone();
-        records.extend(
-            before
-                .into_iter()
-                .flat_map(|past| past.forgotten_in(listed))
-                .map(|(name, kept)| (name.clone(), kept.clone())),
-        );
+        let forgotten = before.into_iter().flat_map(|past| past.forgotten_in(listed));
+        records.extend(forgotten.map(|(name, kept)| (name.clone(), kept.clone())));
         records.remove(own.as_str());
         let blocks = snapshot.blocks.iter().filter(|(_, owner)| *owner != own);
         Self { records, blocks: blocks.map(|(block, owner)| (*block, owner.clone())).collect(), until: None }
@@ -69,8 +66,16 @@ impl Past {
 
     /// Adds to a snapshot what it lacks, and what it has in an older state only.
     pub(super) fn complete(&self, snapshot: &mut Snapshot, listed: &BTreeMap<String, Kept>) {
+        let present: BTreeMap<IpAddr, NodeName> = snapshot
+            .nodes
+            .values()
+            .flat_map(|it| it.addresses.iter().map(|address| (address, it.name.clone())))
+            .collect();
         for (_, past) in self.forgotten_in(listed) {
-            if let Ok(Manifest::Node(record)) = &past.read {
+            let Ok(Manifest::Node(record)) = &past.read else { continue };
+            // A machine that came back under another name: it is there, and the one that it was is not.
+            let replaced = |address: IpAddr| present.get(&address).is_some_and(|name| *name != record.name);
+            if !record.addresses.iter().any(replaced) {
                 snapshot.nodes.insert(record.name.clone(), record.clone());
             }
         }

@@ -187,6 +187,16 @@ fn what_a_restored_server_has_forgotten_of_others_counts_until_they_could_say_it
 }
 
 #[test]
+fn a_node_whose_address_another_one_has_by_now_is_no_past() {
+    let start = Instant::now();
+    let store = failing(start);
+    list(&store, Watched::Blocks, Vec::new());
+    // All records of these tests have one address.
+    list(&store, Watched::Records, vec![record("b", &[], "9")]);
+    assert_eq!(told(&store, start), ["b []"]);
+}
+
+#[test]
 fn news_and_what_others_have_by_now_end_the_past_at_once() {
     let start = Instant::now();
     let store = failing(start);
