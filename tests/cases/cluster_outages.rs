@@ -265,6 +265,9 @@ fn a_moved_node_is_followed(bench: &Bench) -> Result<()> {
 fn a_restored_etcd_is_told(bench: &Bench) -> Result<()> {
     let kubernetes = &bench.kubernetes;
     let [_, two, three] = bench.pods.as_slice() else { unreachable!("there are three pods") };
+    eventually("blocks that the step before needed to be given back", SOON, || {
+        Ok(bench.kubernetes.block_owners()?.len() == kubernetes.nodes().len())
+    })?;
     // Pods that the snapshot knows, and which take a block that it does not know.
     kubernetes.node(1).stop(NodeService::Kubelet, Signal::SIGTERM)?;
     let names: Vec<String> = (1..=3).map(|number| format!("late{number}")).collect();
