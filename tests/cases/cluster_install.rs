@@ -215,7 +215,7 @@ fn host_ports_lead_to_pods(bench: &Bench) -> Result<()> {
             tcp::transfer(bench.pods[1].netns(), at, 10_000)
                 .with_context(|| format!("{name} at {at} from another node"))?;
         }
-        pod.delete()
+        pod.delete_at_once()
     };
     ask_host_port("native", 8101)?;
 
@@ -390,11 +390,11 @@ fn a_rolling_update_loses_nothing(bench: &Bench) -> Result<()> {
 fn uninstalled_hosts_are_as_they_were(bench: &Bench) -> Result<()> {
     let admin = bench.admin();
     admin.run(["delete", "service", "echo-0", "echo-1"])?;
-    admin.wait(SOON * 2, ["delete", "pods", "--all"])?;
+    admin.wait(ROLLOUT, ["delete", "pods", "--all"])?;
     bench.pods.iter().try_for_each(KubernetesPod::wait_gone)?;
     // As the README tells it.
     for set in ["daemonset/husk", "daemonset/husk-tunnels"] {
-        admin.wait(SOON * 2, ["delete", set, "--namespace", NAMESPACE])?;
+        admin.wait(ROLLOUT, ["delete", set, "--namespace", NAMESPACE])?;
     }
     eventually("the daemons to be gone", ROLLOUT, || Ok(admin.list("pods")?.is_empty()))
         .with_context(|| admin.run(["get", "pods", "--all-namespaces", "--output", "wide"]).unwrap_or_default())?;
