@@ -16,8 +16,11 @@ use crate::eventually;
 use crate::netns::Netns;
 use crate::process::Program;
 
-/// How long a pod may take to be ready, and to be gone.
+/// How long a pod may take to be ready.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long it may take to be gone: the kubelet looks at a pod that ends once in a while only, and several times.
+const GONE_LIMIT: Duration = Duration::from_secs(180);
 
 /// Where the container runtime names the namespaces of pods.
 const NAMESPACES: &str = "/run/netns";
@@ -200,7 +203,7 @@ impl KubernetesPod {
     /// When one of both takes too long.
     pub fn delete(self) -> Result<()> {
         let (namespace, name) = (self.namespace.as_str(), self.name.as_str());
-        self.kubectl.wait(TIME_LIMIT, ["delete", "--namespace", namespace, "pod", name])?;
+        self.kubectl.wait(GONE_LIMIT, ["delete", "--namespace", namespace, "pod", name])?;
         self.wait_gone()
     }
 
@@ -219,7 +222,7 @@ impl KubernetesPod {
     /// # Errors
     /// When it takes too long.
     pub fn wait_gone(&self) -> Result<()> {
-        eventually(&format!("pod {} to be gone", self.name), TIME_LIMIT, || {
+        eventually(&format!("pod {} to be gone", self.name), GONE_LIMIT, || {
             Ok(self.sandbox.as_ref().is_none_or(|sandbox| !sandbox.exists()) && first_process(&self.uid).is_none())
         })
     }
