@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::kubernetes::{IMAGE, Kubectl, Kubernetes, KubernetesPod, NAMESPACE, NodeService, render};
+use husk_tests::kubernetes::{IMAGE, Kubectl, Kubernetes, KubernetesPod, NAMESPACE, NodeService, render, step};
 use husk_tests::probe::tcp::{self, Flow};
 use husk_tests::probe::{Datagram, Echo, EchoServer, Stream};
 use husk_tests::state::HostState;
@@ -55,12 +55,7 @@ fn from_an_empty_cluster_and_back() -> Result<()> {
     let pods = (1..=3).map(|node| kubernetes.pod(&format!("pod{node}"), node).label("app", "echo").add());
     let pods = pods.collect::<Result<Vec<_>>>()?;
     let bench = Bench { kubernetes, pods, before, leak: Some(leak).into() };
-    for (name, step) in STEPS {
-        let started = Instant::now();
-        step(&bench).with_context(|| format!("step: {name}"))?;
-        eprintln!("{name}: {:.1?}", started.elapsed());
-    }
-    Ok(())
+    STEPS.into_iter().try_for_each(|(name, work)| step(name, || work(&bench)))
 }
 
 struct Bench {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::kubernetes::{IMAGE, Kubectl, Kubernetes, KubernetesPod, NAMESPACE, Node, NodeService};
+use husk_tests::kubernetes::{IMAGE, Kubectl, Kubernetes, KubernetesPod, NAMESPACE, Node, NodeService, step};
 use husk_tests::probe::tcp::Flow;
 use husk_tests::probe::{Echo, EchoServer, Stream};
 use husk_tests::{Family, Signal, eventually};
@@ -39,12 +39,7 @@ fn in_operation() -> Result<()> {
     kubernetes.install("vxlan")?;
     let pods = (1..=2).map(|node| kubernetes.pod(&format!("pod{node}"), node).add()).collect::<Result<Vec<_>>>()?;
     let bench = Bench { kubernetes, pods };
-    for (name, step) in STEPS {
-        let started = Instant::now();
-        step(&bench).with_context(|| format!("step: {name}"))?;
-        eprintln!("{name}: {:.1?}", started.elapsed());
-    }
-    Ok(())
+    STEPS.into_iter().try_for_each(|(name, work)| step(name, || work(&bench)))
 }
 
 struct Bench {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::kubernetes::{ControlService, Kubernetes, KubernetesPod, Node, NodeService, husk_image, render};
+use husk_tests::kubernetes::{ControlService, Kubernetes, KubernetesPod, Node, NodeService, husk_image, render, step};
 use husk_tests::probe::{Echo, Report, Stream};
 use husk_tests::{Family, Prefix, Signal, eventually};
 use nix::unistd::Pid;
@@ -65,14 +65,9 @@ fn the_api_server_fails_and_forgets() -> Result<()> {
     kubernetes.with_logs(ready)?;
     let pods = (1..=3).map(|node| kubernetes.pod(&format!("pod{node}"), node).add()).collect::<Result<_>>()?;
     let bench = Bench { kubernetes, pods };
-    let done = bench.wait_settled(SOON).and_then(|()| {
-        STEPS.into_iter().try_for_each(|(name, step)| {
-            let started = Instant::now();
-            step(&bench).with_context(|| format!("step: {name}"))?;
-            eprintln!("{name}: {:.1?}", started.elapsed());
-            Ok(())
-        })
-    });
+    let done = bench
+        .wait_settled(SOON)
+        .and_then(|()| STEPS.into_iter().try_for_each(|(name, work)| step(name, || work(&bench))));
     bench.kubernetes.with_logs(done)
 }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::kubernetes::{Kubernetes, KubernetesPod, husk_image, render};
+use husk_tests::kubernetes::{Kubernetes, KubernetesPod, husk_image, render, step};
 use husk_tests::probe::Echo;
 use husk_tests::{Family, Prefix, eventually};
 use serde_json::{Value, json};
@@ -46,12 +46,7 @@ const STEPS: [Step; 4] = [
 fn blocks_out_of_pools() -> Result<()> {
     let kubernetes = Kubernetes::builder().nodes(3).without_node_cidrs().start()?;
     let mut bench = Bench { kubernetes, pods: Vec::new() };
-    let done = STEPS.into_iter().try_for_each(|(name, step)| {
-        let started = Instant::now();
-        step(&mut bench).with_context(|| format!("step: {name}"))?;
-        eprintln!("{name}: {:.1?}", started.elapsed());
-        Ok(())
-    });
+    let done = STEPS.into_iter().try_for_each(|(name, work)| step(name, || work(&mut bench)));
     bench.kubernetes.with_logs(done)
 }
 

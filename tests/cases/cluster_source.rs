@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use husk_ipam::block;
@@ -18,7 +18,7 @@ use husk_overlay::issue::IssueKind;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, NodeRecord, Pool, Snapshot};
-use husk_tests::kubernetes::{ControlService, Kubernetes};
+use husk_tests::kubernetes::{ControlService, Kubernetes, step};
 use husk_tests::{Netns, Signal, eventually};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
@@ -58,12 +58,7 @@ fn the_source_at_a_real_api_server() -> Result<()> {
     let kubernetes = Kubernetes::builder().nodes(1).without_kube_proxy().start()?;
     kubernetes.apply(&definitions_yaml()?)?;
     let bench = Bench { kubernetes };
-    for (name, step) in STEPS {
-        let started = Instant::now();
-        step(&bench).with_context(|| format!("step: {name}"))?;
-        eprintln!("{name}: {:.1?}", started.elapsed());
-    }
-    Ok(())
+    STEPS.into_iter().try_for_each(|(name, work)| step(name, || work(&bench)))
 }
 
 struct Bench {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::cri::{Cri, Message};
+use husk_tests::cri::{self, Cri, Message};
 use husk_tests::engine::Engine;
 use husk_tests::probe::tcp;
 use husk_tests::process::Program;
@@ -39,31 +39,7 @@ impl<'a> Containerd<'a> {
             .with_context(|| format!("{LOOPBACK}: install the package containernetworking-plugins"))?;
         let socket = directory.join("containerd.sock");
         let path = |name: &str| directory.join(name).display().to_string();
-        // The files of containerd 1.6 and of 2.x alike: 2.x migrates version 2.
-        let config = format!(
-            r#"
-version = 2
-root = "{root}"
-state = "/run/containerd"
-[grpc]
-  address = "{socket}"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{IMAGE}"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  disable_tcp_service = true
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
-    default_runtime_name = "runc"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
-    conf_dir = "/etc/cni/net.d"
-"#,
-            root = path("root"),
-            socket = socket.display(),
-        );
+        let config = cri::containerd(&path("root"), &socket.display().to_string(), IMAGE);
         fs::write(directory.join("config.toml"), config)?;
         let log = File::create(directory.join("log"))?;
         engine.program("containerd").args(["--config", &path("config.toml")]).spawn(&log)?;

@@ -128,6 +128,34 @@ fn read_varint(rest: &mut &[u8]) -> Result<u64> {
     bail!("a number has more than 64 bits")
 }
 
+/// A configuration of containerd, in the form that 1.6 and 2.x read alike (2.x migrates version 2): `root` is where it keeps its
+/// files, `image` what sandboxes run.
+#[must_use]
+pub fn containerd(root: &str, socket: &str, image: &str) -> String {
+    format!(
+        r#"
+version = 2
+root = "{root}"
+state = "/run/containerd"
+[grpc]
+  address = "{socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  disable_tcp_service = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "native"
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
+"#
+    )
+}
+
 /// A runtime's socket.
 #[derive(Debug, Clone)]
 pub struct Cri {

@@ -19,8 +19,8 @@
 //!
 //! Reading order: `builder` says what is made, and in which order; `machine` makes a node of a host, `node` what runs on it;
 //! `control_plane` and `credentials` are the API server's side, `kubectl` the user's; `image` and `pod` what tests run; `install`
-//! brings Husk; `logs` saves what was logged; `keep` and `supervise` serve hack/cluster. `binaries` says where Kubernetes comes
-//! from, `service` is any of its programs.
+//! brings Husk; `logs` saves what was logged; `keep` serves hack/cluster. `binaries` says where Kubernetes comes from, `service`
+//! is any of its programs.
 
 mod binaries;
 mod builder;
@@ -35,10 +35,9 @@ mod machine;
 mod node;
 mod pod;
 mod service;
-pub mod supervise;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
@@ -315,4 +314,15 @@ impl Kubernetes {
             running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|it| std::panic::resume_unwind(it)))
         })
     }
+}
+
+/// Takes one of the steps of a case that share a cluster, and tells how long it took.
+///
+/// # Errors
+/// Those of the work, with the step's name.
+pub fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let started = Instant::now();
+    work().with_context(|| format!("step: {name}"))?;
+    eprintln!("{name}: {:.1?}", started.elapsed());
+    Ok(())
 }

@@ -20,7 +20,8 @@
 //! [`probe`] are the questions asked from inside a namespace, [`load`] many of them all the time; [`capture`] is what was seen on the wire,
 //! [`leak`] whether it told of pods. [`kernel`] tells what the kernel can do, [`xfrm`] what
 //! it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`kubernetes`] makes nodes of a
-//! real Kubernetes cluster of the hosts. [`demo`] shows all of it to people, [`mod@bench`] measures it.
+//! real Kubernetes cluster of the hosts. [`demo`] shows all of it to people, [`mod@bench`] measures it; [`supervise`] leaves
+//! nothing of programs that people may end at any moment.
 
 pub mod bench;
 pub mod capture;
@@ -48,6 +49,7 @@ pub mod scope;
 pub mod secret;
 pub mod state;
 pub mod steady;
+pub mod supervise;
 pub mod syscalls;
 pub mod xfrm;
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use husk_tests::kubernetes::{self, ControlService, Kept, Kubernetes, Log, NAMESPACE, NodeService, supervise};
-use husk_tests::{Mode, kernel, scope};
+use husk_tests::kubernetes::{self, ControlService, Kept, Kubernetes, Log, NAMESPACE, NodeService};
+use husk_tests::{Mode, kernel, scope, supervise};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Exit status after a signal: 128 and the number of SIGINT, as shells have it.

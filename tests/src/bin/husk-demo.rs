@@ -4,24 +4,18 @@
 //! first has ended in whatever way. So a panic, Ctrl-C or a kill at any instruction leaves nothing behind.
 
 use std::io::Write as _;
-use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Parser, ValueEnum};
 use husk_overlay::mtu;
 use husk_tests::demo::{self, Plan};
-use husk_tests::{Family, Mode, Signal, kernel, kubernetes, scope};
-use nix::sys::prctl;
-use nix::sys::signal::{SigSet, kill};
-use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::Pid;
+use husk_tests::supervise::{self, Supervised};
+use husk_tests::{Family, Mode, kernel, kubernetes, scope};
 
 /// Exit status after a signal: 128 and the number of SIGINT, as shells have it.
 const INTERRUPTED: u8 = 130;
-
-/// The signals by which people and machines end a program.
-const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,8 +119,7 @@ fn check(arguments: &Arguments) -> Result<()> {
 }
 
 fn work(arguments: &Arguments) -> Result<ExitCode> {
-    // The supervisor blocked them for itself, and a child inherits that. An ending signal simply ends this process.
-    SigSet::all().thread_unblock().context("unblocking signals")?;
+    supervise::unblock_signals()?;
     let plan = Plan {
         mode: arguments.mode,
         hosts: arguments.nodes,
@@ -146,24 +139,10 @@ fn work(arguments: &Arguments) -> Result<ExitCode> {
 
 /// Runs the demo in a process of its own and removes what that process leaves, however it ends.
 fn supervise() -> Result<ExitCode> {
-    let mut awaited: SigSet = ENDING.into_iter().collect();
-    awaited.add(Signal::SIGCHLD);
-    awaited.thread_block().context("blocking signals")?;
-    // What detached itself, as the userspace WireGuard device does, becomes this process's child when its parent ends. In a
-    // container without an init nobody else would wait for it.
-    prctl::set_child_subreaper(true).context("becoming the parent of orphans")?;
-    let own = std::env::current_exe().context("finding the path of this program")?;
-    let mut worker = Command::new(own)
-        .args(std::env::args_os().skip(1))
-        .arg("--unsupervised")
-        .spawn()
-        .context("starting the process that does the work")?;
-    let (status, interrupted) = wait(&mut worker, &awaited)?;
-    let swept = scope::sweep().context("removing what the demo left")?;
-    while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(ended) if ended.pid().is_some()) {}
+    let Supervised { worker, status, interrupted, swept } = supervise::supervise("--unsupervised")?;
     if interrupted {
         // With --keep it may have been done already.
-        let kept = scope::kept().iter().any(|name| name.contains(&format!("-{}-", worker.id())));
+        let kept = scope::kept().iter().any(|name| name.contains(&format!("-{worker}-")));
         let text = if kept { "It stays up; hack/demo --down removes it." } else { "Everything it made is gone again." };
         let _ = writeln!(std::io::stderr(), "\nThe demo was interrupted. {text}");
         return Ok(ExitCode::from(INTERRUPTED));
@@ -173,22 +152,6 @@ fn supervise() -> Result<ExitCode> {
         let _ = writeln!(std::io::stderr(), "\nThe demo was ended ({status}); what it left was removed: {swept:?}");
     }
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
-}
-
-/// Waits for the worker's end; true if a signal demanded it.
-fn wait(worker: &mut Child, awaited: &SigSet) -> Result<(ExitStatus, bool)> {
-    let mut interrupted = false;
-    loop {
-        if let Some(status) = worker.try_wait()? {
-            return Ok((status, interrupted));
-        }
-        let signal = awaited.wait().context("waiting for a signal")?;
-        if ENDING.contains(&signal) {
-            interrupted = true;
-            // Ctrl-C went to both. Not yet waited for, the worker still owns its process id.
-            let _ = kill(Pid::from_raw(i32::try_from(worker.id())?), Signal::SIGTERM);
-        }
-    }
 }
 
 fn remove_kept() -> Result<ExitCode> {

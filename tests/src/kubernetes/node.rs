@@ -16,6 +16,7 @@ use super::credentials::{self, KUBE_PROXY};
 use super::image;
 use super::machine::{self, Machine};
 use super::service::Service;
+use crate::cri;
 use crate::eventually;
 use crate::host::Host;
 use crate::netns::Netns;
@@ -212,30 +213,7 @@ impl<'a> Node<'a> {
     }
 
     fn containerd(&self) -> Result<Vec<String>> {
-        // The files of containerd 1.6 and of 2.x alike: 2.x migrates version 2.
-        let config = format!(
-            r#"
-version = 2
-root = "/var/lib/containerd"
-state = "/run/containerd"
-[grpc]
-  address = "{SOCKET}"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{image}"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  disable_tcp_service = true
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
-    default_runtime_name = "runc"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
-    conf_dir = "/etc/cni/net.d"
-"#,
-            image = image::IMAGE,
-        );
+        let config = cri::containerd("/var/lib/containerd", SOCKET, image::IMAGE);
         let path = self.write("containerd.toml", &config)?;
         Ok(vec!["--config".to_owned(), path])
     }

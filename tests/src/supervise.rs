@@ -17,6 +17,8 @@ const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 /// What became of the work.
 #[derive(Debug)]
 pub struct Supervised {
+    /// Id of the process that did it.
+    pub worker: u32,
     /// How the process that did it ended.
     pub status: ExitStatus,
     /// True if a signal demanded its end.
@@ -33,7 +35,8 @@ pub fn supervise(argument: &str) -> Result<Supervised> {
     let mut awaited: SigSet = ENDING.into_iter().collect();
     awaited.add(Signal::SIGCHLD);
     awaited.thread_block().context("blocking signals")?;
-    // What lost its parent becomes this process's child. In a container without an init nobody else would wait for it.
+    // What detached itself, as the userspace WireGuard device does, becomes this process's child when its parent ends. In a
+    // container without an init nobody else would wait for it.
     prctl::set_child_subreaper(true).context("becoming the parent of orphans")?;
     let own = std::env::current_exe().context("finding the path of this program")?;
     let mut worker = Command::new(own)
@@ -44,7 +47,7 @@ pub fn supervise(argument: &str) -> Result<Supervised> {
     let (status, interrupted) = wait(&mut worker, &awaited)?;
     let swept = scope::sweep().context("removing what was left")?;
     while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(ended) if ended.pid().is_some()) {}
-    Ok(Supervised { status, interrupted, swept })
+    Ok(Supervised { worker: worker.id(), status, interrupted, swept })
 }
 
 /// To be called by the process that does the work: an ending signal simply ends it. The other blocked them for itself, and a
