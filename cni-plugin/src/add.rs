@@ -31,6 +31,7 @@ pub(crate) fn add(conf: &NetConf, attach: &Attach, deadline: Deadline) -> Result
         pod_mac: conf.requested_mac(attach.args.mac.as_deref())?.unwrap_or_else(|| id.pod_mac()),
         pod_namespace: attach.args.pod_namespace.clone(),
         pod_name: attach.args.pod_name.clone(),
+        pod_uid: attach.args.pod_uid.clone(),
         addresses: conf.requested_addresses(attach.args.ip.as_deref())?,
         bandwidth: conf.bandwidth()?,
         port_mappings: conf.port_mappings()?,

@@ -54,6 +54,8 @@ pub(crate) struct Arguments {
     pub(crate) pod_namespace: Option<String>,
     /// `K8S_POD_NAME`
     pub(crate) pod_name: Option<String>,
+    /// `K8S_POD_UID`
+    pub(crate) pod_uid: Option<String>,
     /// `IP`, as given.
     pub(crate) ip: Option<String>,
     /// `MAC`, as given.
@@ -143,6 +145,7 @@ fn parse_arguments(text: &str) -> Result<Arguments, String> {
         let place = match key {
             "K8S_POD_NAMESPACE" => &mut arguments.pod_namespace,
             "K8S_POD_NAME" => &mut arguments.pod_name,
+            "K8S_POD_UID" => &mut arguments.pod_uid,
             "IP" => &mut arguments.ip,
             "MAC" => &mut arguments.mac,
             _ => continue,

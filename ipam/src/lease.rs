@@ -103,6 +103,8 @@ pub struct Demand {
     pub pod_namespace: Option<String>,
     /// Kubernetes name of the pod.
     pub pod_name: Option<String>,
+    /// Kubernetes uid of the pod.
+    pub pod_uid: Option<String>,
     /// Addresses it must get, at most one per family; the others are chosen. A requested address need not have rested.
     pub addresses: Vec<IpAddr>,
     /// Take the address that has rested longest when all that are free still rest.
@@ -123,6 +125,7 @@ impl Demand {
             netns,
             pod_namespace: None,
             pod_name: None,
+            pod_uid: None,
             addresses: Vec::new(),
             allow_cooling: false,
             port_mappings: Vec::new(),

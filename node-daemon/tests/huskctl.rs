@@ -155,6 +155,7 @@ fn ipam(findings: Vec<String>) -> IpamReport {
         netns: NetnsIdentity { path: "/run/netns/x".into(), device: 4, inode: 1 },
         pod_namespace: Some("default".into()),
         pod_name: Some("web-0".into()),
+        pod_uid: None,
         port_mappings: Vec::new(),
         bandwidth: None,
         id,

@@ -5,10 +5,12 @@
 //! private key from the daemon's key ring when it applies the description.
 
 mod nft;
+pub mod policy;
 mod xfrm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -167,6 +169,10 @@ pub struct Desired {
     pub sysctls: BTreeMap<String, String>,
     /// The nftables table `inet husk`; none means that there shall be none.
     pub nft: Option<NftTable>,
+    /// The nftables table that enforces network policy; none means that there shall be none. Not part of the plan, which knows
+    /// nothing of policy: the daemon adds it.
+    #[serde(skip)]
+    pub policy: Option<Arc<policy::PolicyTable>>,
     /// Tunnel devices by name.
     pub links: BTreeMap<InterfaceName, Link>,
     /// WireGuard configuration by device name.

@@ -48,6 +48,12 @@ pub const XFRM_BLOCK_PRIORITY: u32 = 0x6875_736b;
 /// Name of the nftables table, of family `inet`.
 pub const NFT_TABLE: &str = "husk";
 
+/// Name of the nftables table that enforces network policy, of family `inet`.
+pub const NFT_POLICY_TABLE: &str = "husk-policy";
+
+/// NFLOG group in which the kernel tells of packets that policy denied: 72 as [`ROUTE_PROTOCOL`].
+pub const NFLOG_GROUP: u16 = 72;
+
 /// Gateway of every pod for IPv4: link-local (RFC 3927), never seen outside the veth pair.
 pub const POD_GATEWAY_V4: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 1, 1);
 

@@ -120,6 +120,7 @@ impl LockedStore<'_> {
             netns: demand.netns.clone(),
             pod_namespace: demand.pod_namespace.clone(),
             pod_name: demand.pod_name.clone(),
+            pod_uid: demand.pod_uid.clone(),
             port_mappings: demand.port_mappings.clone(),
             bandwidth: demand.bandwidth,
         };

@@ -109,6 +109,7 @@ fn a_living_pod_gets_its_mtu_at_both_ends_and_another_namespace_is_left_alone() 
                 netns: NetnsIdentity { path, ..pod.identity().unwrap() },
                 pod_namespace: None,
                 pod_name: None,
+                pod_uid: None,
                 port_mappings: Vec::new(),
                 bandwidth: None,
                 id,

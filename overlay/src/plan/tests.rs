@@ -120,6 +120,7 @@ fn endpoint(name: &str, addresses: &[&str]) -> Endpoint {
         netns: NetnsIdentity { path: format!("/run/netns/{name}"), device: 4, inode: 1 },
         pod_namespace: None,
         pod_name: None,
+        pod_uid: None,
         port_mappings: Vec::new(),
         bandwidth: None,
         id,

@@ -31,6 +31,7 @@ fn endpoint(name: &str, addresses: &[&str], port_mappings: Vec<PortMapping>) -> 
         netns: NetnsIdentity { path: format!("/run/netns/{name}"), device: 4, inode: 1 },
         pod_namespace: Some("default".into()),
         pod_name: Some(name.into()),
+        pod_uid: None,
         port_mappings,
         bandwidth: None,
         id,

@@ -1,0 +1,201 @@
+//! NetworkPolicy, `networking.k8s.io/v1`.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+use super::place::{Fault, Faults, Fields, Spot};
+use super::selector::selector;
+use super::values::{cidr, port_name, port_number};
+use crate::object::{Direction, NamespaceChoice, NetworkPolicy, Peer, PolicyRule, PortMatch, Protocol};
+use crate::selector::LabelSelector;
+
+/// What a policy does in a direction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    /// Nothing.
+    None,
+    /// It allows what its rules say.
+    Rules,
+    /// It allows nothing.
+    Isolation,
+}
+
+/// Reads a policy of a namespace.
+pub(super) fn read(namespace: &str, spec: Option<&Value>, faults: &mut Faults) -> NetworkPolicy {
+    let empty = Value::Object(Map::new());
+    let spot = Spot::root("spec", spec.filter(|spec| !spec.is_null()).unwrap_or(&empty));
+    let everything = LabelSelector::default();
+    let closed = "the policy selects every pod of its namespace and allows them nothing";
+    let Some(fields) = faults.settle(spot.map(), closed) else {
+        return NetworkPolicy { selector: everything, ingress: Some(Vec::new()), egress: Some(Vec::new()) };
+    };
+    let known = fields.only(&["podSelector", "policyTypes", "ingress", "egress"]);
+    let known = faults.settle(known, "the policy allows its pods nothing, in both directions").is_some();
+    let selector = match fields.get("podSelector") {
+        None => Some(everything.clone()),
+        Some(spot) => faults.settle(selector(&spot), closed),
+    };
+    let ruled = known && selector.is_some();
+    let mut reader = Reader { namespace, faults };
+    let effect = |direction: Direction, faults: &mut Faults| match effect(&fields, direction, faults) {
+        _ if !known => Effect::Isolation,
+        Effect::Rules if !ruled => Effect::Isolation,
+        effect => effect,
+    };
+    let mut rules = |direction: Direction| match effect(direction, reader.faults) {
+        Effect::None => None,
+        Effect::Isolation => Some(Vec::new()),
+        Effect::Rules => Some(reader.rules(&fields, direction)),
+    };
+    let (ingress, egress) = (rules(Direction::Ingress), rules(Direction::Egress));
+    NetworkPolicy { selector: selector.unwrap_or(everything), ingress, egress }
+}
+
+/// What `policyTypes` says of a direction. Without it, the policy is for ingress, and for egress if it has such a section.
+fn effect(fields: &Fields<'_>, direction: Direction, faults: &mut Faults) -> Effect {
+    let (name, section) = match direction {
+        Direction::Ingress => ("Ingress", true),
+        Direction::Egress => ("Egress", fields.get("egress").is_some()),
+    };
+    let types = || -> Result<Option<BTreeSet<String>>, Fault> {
+        let Some(types) = fields.get("policyTypes") else { return Ok(None) };
+        let types = types.items()?.map(|item| Ok(item.text()?.to_owned())).collect::<Result<BTreeSet<_>, Fault>>()?;
+        Ok(Some(types).filter(|types| !types.is_empty()))
+    };
+    match types() {
+        Ok(None) if section => Effect::Rules,
+        Ok(None) => Effect::None,
+        Ok(Some(types)) if types.contains(name) => Effect::Rules,
+        Ok(Some(types)) => match types.iter().find(|it| !["Ingress", "Egress"].contains(&it.as_str())) {
+            None => Effect::None,
+            Some(unknown) => {
+                let reason = "a type is Ingress or Egress".to_owned();
+                let fault = Fault::at("spec.policyTypes", unknown, reason, "write one of them, or both");
+                faults.add(fault, &format!("the policy allows no {direction}"));
+                Effect::Isolation
+            }
+        },
+        Err(fault) => {
+            faults.add(fault, &format!("the policy allows no {direction}"));
+            Effect::Isolation
+        }
+    }
+}
+
+struct Reader<'r> {
+    namespace: &'r str,
+    faults: &'r mut Faults,
+}
+
+impl Reader<'_> {
+    fn rules(&mut self, fields: &Fields<'_>, direction: Direction) -> Vec<PolicyRule> {
+        let (key, peers) = match direction {
+            Direction::Ingress => ("ingress", "from"),
+            Direction::Egress => ("egress", "to"),
+        };
+        let Some(spot) = fields.get(key) else { return Vec::new() };
+        let Some(rules) = self.faults.settle(spot.items(), &format!("the policy allows no {direction}")) else {
+            return Vec::new();
+        };
+        rules.map(|rule| self.rule(&rule, peers)).collect()
+    }
+
+    fn rule(&mut self, rule: &Spot<'_>, peers_key: &'static str) -> PolicyRule {
+        let Some(fields) = self.faults.settle(rule.map_of(&[peers_key, "ports"]), "the rule matches nothing") else {
+            return PolicyRule { peers: Some(Vec::new()), ports: None };
+        };
+        let namespace = self.namespace;
+        let read_peer = |spot: &Spot<'_>| peer(spot, namespace);
+        let peers = self.list(fields.get(peers_key), read_peer, "the peer is left out and matches nothing");
+        let ports = self.list(fields.get("ports"), port, "the port is left out and matches nothing");
+        PolicyRule { peers, ports }
+    }
+
+    /// None given is everything, and so is an empty list. A list of which nothing is understood is not empty.
+    fn list<T>(
+        &mut self,
+        spot: Option<Spot<'_>>,
+        read: impl Fn(&Spot<'_>) -> Result<T, Fault>,
+        left_out: &str,
+    ) -> Option<Vec<T>> {
+        let spot = spot?;
+        let Some(items) = self.faults.settle(spot.items(), "the rule matches nothing") else {
+            return Some(Vec::new());
+        };
+        if items.len() == 0 {
+            return None;
+        }
+        Some(items.filter_map(|item| self.faults.settle(read(&item), left_out)).collect())
+    }
+}
+
+fn peer(spot: &Spot<'_>, namespace: &str) -> Result<Peer, Fault> {
+    let fields = spot.map_of(&["podSelector", "namespaceSelector", "ipBlock"])?;
+    match (fields.get("ipBlock"), fields.get("podSelector"), fields.get("namespaceSelector")) {
+        (Some(given), None, None) => block(&given),
+        (Some(_), ..) => {
+            let reason = "ipBlock stands for addresses, and allows no selector beside it";
+            Err(spot.fault(reason, "write two peers, or remove one of the keys"))
+        }
+        (None, None, None) => {
+            let reason = "a peer has one of ipBlock, podSelector and namespaceSelector, or both selectors";
+            Err(spot.fault(reason, "write one of them; {} selects everything"))
+        }
+        (None, pods, namespaces) => Ok(Peer::Pods {
+            namespaces: match namespaces {
+                Some(given) => NamespaceChoice::Selected(selector(&given)?),
+                None => NamespaceChoice::Named(namespace.to_owned()),
+            },
+            pods: pods.map_or_else(|| Ok(LabelSelector::default()), |given| selector(&given))?,
+        }),
+    }
+}
+
+fn block(spot: &Spot<'_>) -> Result<Peer, Fault> {
+    let fields = spot.map_of(&["cidr", "except"])?;
+    let whole = cidr(&fields.required("cidr")?)?;
+    let mut except = BTreeSet::new();
+    if let Some(given) = fields.get("except") {
+        for item in given.items()? {
+            let part = cidr(&item)?;
+            if !whole.covers(&part) || part == whole {
+                let reason = format!("it does not lie within {whole}, or is all of it");
+                return Err(item.fault(reason, "write a part of spec's cidr, or remove it"));
+            }
+            except.insert(part);
+        }
+    }
+    Ok(Peer::Block { cidr: whole, except })
+}
+
+fn port(spot: &Spot<'_>) -> Result<PortMatch, Fault> {
+    let fields = spot.map_of(&["protocol", "port", "endPort"])?;
+    let protocol = match fields.get("protocol") {
+        None => Protocol::default(),
+        Some(given) => {
+            let text = given.text()?;
+            let found = Protocol::ALL.into_iter().find(|protocol| protocol.to_string() == text);
+            found.ok_or_else(|| given.fault("a protocol is one of TCP, UDP, SCTP", "write one of them"))?
+        }
+    };
+    let end = fields.get("endPort");
+    match (fields.get("port"), end) {
+        (None, None) => Ok(PortMatch::All(protocol)),
+        (Some(first), None) if first.is_text() => Ok(PortMatch::Named(Some(protocol), port_name(&first)?)),
+        (Some(first), Some(end)) if !first.is_text() => {
+            let (first, last) = (port_number(&first)?, port_number(&end)?);
+            if last < first {
+                return Err(end.fault(format!("the range begins at {first}"), "write a number that is not lower"));
+            }
+            Ok(PortMatch::Range(protocol, first, last))
+        }
+        (Some(first), None) => {
+            let number = port_number(&first)?;
+            Ok(PortMatch::Range(protocol, number, number))
+        }
+        (_, Some(end)) => {
+            Err(end.fault("a range begins with a port that is a number", "write port as a number, or remove endPort"))
+        }
+    }
+}
