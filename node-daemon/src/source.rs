@@ -1,15 +1,17 @@
-//! The cluster source: where the records of nodes, the pools and the owners of blocks come from.
+//! The cluster source: where the records of nodes, the pools and the owners of blocks come from, and what policy is made of.
 
 pub mod bounded;
 pub mod directory;
 
 use std::io;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use husk_overlay::config::{Config, SourceConfig};
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
+use husk_policy::object::Objects;
 use tokio::runtime::Handle;
 
 use self::bounded::{Bounded, Limits};
@@ -49,6 +51,12 @@ pub trait ClusterSource {
     /// # Errors
     /// When the source cannot be read as a whole; parts that cannot be read are issues in the snapshot.
     fn snapshot(&mut self) -> Result<Snapshot, SourceError>;
+
+    /// What policy is made of; the very same value while nothing has changed.
+    ///
+    /// # Errors
+    /// When it cannot be read as a whole; what of it could not be understood is closed, and an issue among the objects.
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError>;
 
     /// Publishes the own record.
     ///

@@ -60,6 +60,8 @@ pub enum IssueKind {
     BadConfig,
     /// A manifest could not be read.
     BadManifest,
+    /// A policy, or another object that policy is made of, could not be understood; what could not is closed.
+    BadPolicy,
     /// A lease could not be read, or contradicts another.
     BadLease,
     /// The kernel refused a change.

@@ -18,7 +18,7 @@ mod read;
 mod snapshot;
 mod write;
 
-pub use read::{from_json, parse_all};
+pub use read::{Parsed, from_json, parse_all};
 pub use snapshot::snapshot_from;
 
 use crate::name::NodeName;

@@ -78,6 +78,44 @@ impl From<&serde_json::Value> for Value {
     }
 }
 
+impl Value {
+    /// The same as JSON. Of a key that occurs several times in a map, what comes first has the key, and every other value has one
+    /// that no API knows, so that who reads strictly notices; the paths of such keys are added to `repeated`.
+    ///
+    /// What JSON cannot say of numbers becomes text, which is no number and no name.
+    pub(crate) fn to_json(&self, path: &str, repeated: &mut Vec<String>) -> serde_json::Value {
+        use serde_json::{Number, Value as Json};
+        let no_number = |text: String| Json::String(format!("{text} (no number)"));
+        match self {
+            Self::Null => Json::Null,
+            Self::Bool(it) => Json::Bool(*it),
+            Self::Integer(it) => Number::from_i128(*it).map_or_else(|| no_number(it.to_string()), Json::Number),
+            Self::Float(it) => Number::from_f64(*it).map_or_else(|| no_number(it.to_string()), Json::Number),
+            Self::Text(it) => Json::String(it.clone()),
+            Self::List(items) => {
+                let items = items.iter().enumerate();
+                Json::Array(items.map(|(index, item)| item.to_json(&format!("{path}[{index}]"), repeated)).collect())
+            }
+            Self::Map(entries) => {
+                let mut map = serde_json::Map::new();
+                for (key, value) in entries {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    let value = value.to_json(&path, repeated);
+                    let mut unique = key.clone();
+                    while map.contains_key(&unique) {
+                        unique += " (again)";
+                    }
+                    if unique != *key {
+                        repeated.push(path);
+                    }
+                    map.insert(unique, value);
+                }
+                Json::Object(map)
+            }
+        }
+    }
+}
+
 /// A document of a text, or why it cannot be read: one sentence with line and column.
 pub(crate) type Document = Result<Value, String>;
 
@@ -246,6 +284,21 @@ mod tests {
     fn keys_that_occur_twice_are_kept() {
         let Ok(Value::Map(map)) = document("a: 1\nb: 2\na: 3\n") else { panic!() };
         assert_eq!(map.iter().filter(|(key, _)| key == "a").count(), 2);
+    }
+
+    #[test]
+    fn json_says_the_same_and_keeps_what_it_cannot_say_apart() {
+        let json = |text: &str| {
+            let mut repeated = Vec::new();
+            (document(text).unwrap().to_json("", &mut repeated), repeated)
+        };
+        let text = "a: [1, -2, 1.5, true, x, {}]\nb:\n";
+        assert_eq!(json(text), (serde_json::json!({ "a": [1, -2, 1.5, true, "x", {}], "b": null }), vec![]));
+        let (value, repeated) = json("a: [{b: 1, b: 2, b: 3}]\n");
+        assert_eq!(value, serde_json::json!({ "a": [{ "b": 1, "b (again)": 2, "b (again) (again)": 3 }] }));
+        assert_eq!(repeated, ["a[0].b", "a[0].b"]);
+        let (value, _) = json("[.nan, .inf, 170141183460469231731687303715884105727]");
+        assert!(value.as_array().unwrap().iter().all(|it| it.as_str().unwrap().contains("(no number)")), "{value}");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 pub mod cluster;
 pub mod compile;
 pub mod object;
+pub mod read;
 pub mod rules;
 pub mod selector;
 pub mod verdict;

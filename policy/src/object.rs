@@ -1,7 +1,7 @@
 //! The objects that policy is made of, as a cluster source delivers them: pods and namespaces with their labels, and the
 //! policies themselves.
 //!
-//! What of a policy could not be understood is [`Unclear`] in its place, so that the compiler can fail closed exactly there.
+//! What of a policy could not be understood is closed already where it stands; [`read`](crate::read) tells how.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -168,14 +168,6 @@ impl fmt::Display for Direction {
         })
     }
 }
-
-/// In place of something that could not be understood: an unknown field, an invalid value, a kind of peer that is not
-/// supported. An issue names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Unclear;
-
-/// Something that was understood, or not.
-pub type Understood<T> = Result<T, Unclear>;
 
 /// Ports that a rule names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

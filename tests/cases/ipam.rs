@@ -45,7 +45,7 @@ fn owners(cluster: &Cluster) -> Result<BTreeMap<Prefix, String>> {
         }
         // A file may be given back between listing and reading.
         let Ok(text) = fs::read_to_string(&path) else { continue };
-        for manifest in manifest::parse_all("block", &text).0 {
+        for manifest in manifest::parse_all("block", &text).manifests {
             if let Manifest::Block { cidr, node } = manifest {
                 owners.insert(cidr, node.to_string());
             }

@@ -380,7 +380,7 @@ impl Cluster {
 /// Reads a node's record; whoever writes one replaces the file as a whole.
 fn read_record(path: &Path) -> Result<NodeRecord> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let (manifests, issues) = manifest::parse_all("record", &text);
+    let manifest::Parsed { manifests, issues, .. } = manifest::parse_all("record", &text);
     let node = manifests.into_iter().find_map(|manifest| match manifest {
         Manifest::Node(record) => Some(record),
         _ => None,

@@ -9,6 +9,7 @@ use husk_overlay::manifest::{self, Manifest};
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
+use husk_policy::object::Objects;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::{ApiResource, DynamicObject};
 use kube::runtime::watcher::Event;
@@ -148,6 +149,10 @@ impl ClusterSource for KubernetesSource {
             Missing::NotYet => unavailable("it has not delivered its first lists yet".into()),
             Missing::Failing(reason) => unavailable(reason),
         })
+    }
+
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        Err(unavailable("it is not asked for them yet".into()))
     }
 
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {

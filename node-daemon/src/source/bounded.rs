@@ -6,13 +6,15 @@
 //!
 //! What a late answer means:
 //!
-//! - a snapshot is used by the next call for one. Nothing could be written while it was taken, so it is never older than
-//!   what its caller knows, and a source that is merely slow still delivers;
+//! - a snapshot is used by the next call for one, unless something is written before. Nothing could be written while it was
+//!   taken, so it is never older than what its caller knows, and a source that is merely slow still delivers;
+//! - so are objects of policy, which nobody writes here;
 //! - that a record was published or withdrawn, or a block claimed or released, is told by the next snapshot, which begins
 //!   after that: a block that was granted late is listed as the caller's;
 //! - a failure is forgotten; whoever still wants the same asks again.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
@@ -20,6 +22,7 @@ use std::time::Duration;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
+use husk_policy::object::Objects;
 
 use super::{Claim, ClusterSource, SourceError};
 
@@ -43,6 +46,7 @@ impl Limits {
 enum Call {
     Open,
     Snapshot,
+    PolicyObjects,
     Publish(Box<NodeRecord>),
     Claim(Prefix, NodeName),
     Release(Prefix, NodeName),
@@ -52,7 +56,37 @@ enum Call {
 enum Answer {
     Done,
     Snapshot(Snapshot),
+    PolicyObjects(Arc<Objects>),
     Claim(Claim),
+}
+
+/// What came late, until somebody asks for it.
+#[derive(Default)]
+struct Late {
+    snapshot: Option<Snapshot>,
+    objects: Option<Arc<Objects>>,
+}
+
+impl Late {
+    fn keep(&mut self, answer: Answer) {
+        match answer {
+            Answer::Snapshot(snapshot) => self.snapshot = Some(snapshot),
+            Answer::PolicyObjects(objects) => self.objects = Some(objects),
+            Answer::Done | Answer::Claim(_) => {}
+        }
+    }
+
+    fn take(&mut self, call: &Call) -> Option<Answer> {
+        match call {
+            Call::Open => None,
+            Call::Snapshot => self.snapshot.take().map(Answer::Snapshot),
+            Call::PolicyObjects => self.objects.take().map(Answer::PolicyObjects),
+            Call::Publish(_) | Call::Claim(..) | Call::Release(..) | Call::Withdraw(_) => {
+                self.snapshot = None;
+                None
+            }
+        }
+    }
 }
 
 /// A call without an answer so far.
@@ -68,6 +102,7 @@ pub struct Bounded {
     calls: Sender<Call>,
     answers: Receiver<Result<Answer, SourceError>>,
     pending: Option<Pending>,
+    late: Late,
 }
 
 impl Bounded {
@@ -91,7 +126,7 @@ impl Bounded {
                 }
             }
         })?;
-        let mut bounded = Self { subject, limits, calls, answers, pending: None };
+        let mut bounded = Self { subject, limits, calls, answers, pending: None, late: Late::default() };
         match bounded.call("opening it", limits.read, Call::Open) {
             Ok(_) => Ok(bounded),
             Err(error @ SourceError::Unavailable { .. }) => {
@@ -118,10 +153,10 @@ impl Bounded {
     fn call(&mut self, operation: &'static str, limit: Duration, call: Call) -> Result<Answer, SourceError> {
         if let Some(pending) = self.pending.take() {
             match self.answers.try_recv() {
-                Ok(Ok(Answer::Snapshot(snapshot))) if matches!(call, Call::Snapshot) => {
-                    return Ok(Answer::Snapshot(snapshot));
+                Ok(Ok(answer)) => {
+                    tracing::info!(operation = pending.operation, "the cluster source answers again");
+                    self.late.keep(answer);
                 }
-                Ok(Ok(_)) => tracing::info!(operation = pending.operation, "the cluster source answers again"),
                 Ok(Err(error)) => tracing::debug!(operation = pending.operation, %error, "late answer of the source"),
                 Err(TryRecvError::Empty) => {
                     let error = self.stuck(&pending);
@@ -130,6 +165,9 @@ impl Bounded {
                 }
                 Err(TryRecvError::Disconnected) => return Err(self.ended()),
             }
+        }
+        if let Some(answer) = self.late.take(&call) {
+            return Ok(answer);
         }
         self.calls.send(call).map_err(|_| self.ended())?;
         match self.answers.recv_timeout(limit) {
@@ -153,7 +191,14 @@ impl ClusterSource for Bounded {
     fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
         match self.call("reading it", self.limits.read, Call::Snapshot)? {
             Answer::Snapshot(snapshot) => Ok(snapshot),
-            Answer::Done | Answer::Claim(_) => unreachable!("the thread answers a call in its kind"),
+            _ => unreachable!("the thread answers a call in its kind"),
+        }
+    }
+
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        match self.call("reading what policy is made of", self.limits.read, Call::PolicyObjects)? {
+            Answer::PolicyObjects(objects) => Ok(objects),
+            _ => unreachable!("the thread answers a call in its kind"),
         }
     }
 
@@ -164,7 +209,7 @@ impl ClusterSource for Bounded {
     fn claim(&mut self, block: Prefix, node: &NodeName) -> Result<Claim, SourceError> {
         match self.write("claiming a block", Call::Claim(block, node.clone()))? {
             Answer::Claim(claim) => Ok(claim),
-            Answer::Done | Answer::Snapshot(_) => unreachable!("the thread answers a call in its kind"),
+            _ => unreachable!("the thread answers a call in its kind"),
         }
     }
 
@@ -202,6 +247,7 @@ impl<S: ClusterSource, F: FnMut() -> Result<S, SourceError>> Served<S, F> {
         match call {
             Call::Open => Ok(Answer::Done),
             Call::Snapshot => source.snapshot().map(Answer::Snapshot),
+            Call::PolicyObjects => source.policy_objects().map(Answer::PolicyObjects),
             Call::Publish(record) => source.publish(&record).map(|()| Answer::Done),
             Call::Claim(block, node) => source.claim(block, &node).map(Answer::Claim),
             Call::Release(block, node) => source.release(block, &node).map(|()| Answer::Done),

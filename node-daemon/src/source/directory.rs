@@ -4,7 +4,7 @@
 //! DIRECTORY/.husk-cluster       says that this is the folder, not an empty mount point
 //! DIRECTORY/nodes/NAME.yaml     OverlayNode, written by that node only
 //! DIRECTORY/blocks/CIDR.yaml    AddressBlock; its exclusive creation is the allocation lock
-//! DIRECTORY/**/*.yaml           whatever people add: AddressPool and others, one folder deep
+//! DIRECTORY/**/*.yaml           whatever people add: AddressPool, NetworkPolicy, Namespace and others, one folder deep
 //! ```
 //!
 //! A file is parsed again only when its identity (size, modification time, inode) changed, and the snapshot is put together
@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_overlay::issue::{Issue, IssueKind, Severity};
@@ -22,6 +23,9 @@ use husk_overlay::manifest::{self, Manifest};
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
+use husk_policy::object::Objects;
+use husk_policy::read::collect::objects_from;
+use husk_policy::read::{Reading, read};
 
 use super::{Claim, ClusterSource, SourceError};
 use crate::files;
@@ -81,7 +85,19 @@ struct Parsed {
     /// The stamp will tell a change.
     settled: bool,
     manifests: Vec<Manifest>,
+    policy: Vec<Reading>,
     issues: Vec<Issue>,
+}
+
+impl Parsed {
+    /// True if a snapshot is the same with either.
+    fn says_the_same(&self, other: &Self) -> bool {
+        (&self.manifests, &self.issues) == (&other.manifests, &other.issues)
+    }
+}
+
+fn policy_of(parsed: Option<&Parsed>) -> &[Reading] {
+    parsed.map_or(&[], |parsed| &parsed.policy)
 }
 
 /// The directory source.
@@ -92,6 +108,9 @@ pub struct DirectorySource {
     odd: BTreeSet<PathBuf>,
     /// What these make; none while they are newer.
     assembled: Option<Snapshot>,
+    /// What policy was made of, and whether it still is.
+    objects: Arc<Objects>,
+    objects_are_current: bool,
 }
 
 impl DirectorySource {
@@ -103,7 +122,14 @@ impl DirectorySource {
     /// # Errors
     /// [`SourceError::Unavailable`] when trying again may help; else when the path can be no cluster directory.
     pub fn open(root: &Path, joined: bool) -> Result<Self, SourceError> {
-        let source = Self { root: root.to_owned(), parsed: BTreeMap::new(), odd: BTreeSet::new(), assembled: None };
+        let source = Self {
+            root: root.to_owned(),
+            parsed: BTreeMap::new(),
+            odd: BTreeSet::new(),
+            assembled: None,
+            objects: Arc::default(),
+            objects_are_current: true,
+        };
         if joined {
             if fs::metadata(root).is_ok_and(|metadata| !metadata.is_dir()) {
                 let reason = format!("{} is no directory", root.display());
@@ -216,9 +242,12 @@ impl DirectorySource {
         let odd = listed.iter().filter(|(_, stamp)| stamp.is_none()).map(|(path, _)| path.clone()).collect();
         changed |= self.odd != odd;
         self.odd = odd;
-        let before = self.parsed.len();
-        self.parsed.retain(|path, _| listed.get(path).is_some_and(Option::is_some));
-        changed |= self.parsed.len() != before;
+        self.parsed.retain(|path, gone| {
+            let stays = listed.get(path).is_some_and(Option::is_some);
+            changed |= !stays;
+            self.objects_are_current &= stays || gone.policy.is_empty();
+            stays
+        });
         for (path, stamp) in listed {
             let Some(stamp) = stamp else { continue };
             let known = self.parsed.get(&path);
@@ -227,9 +256,10 @@ impl DirectorySource {
             }
             let parsed = self.parse(&path, stamp);
             changed |= match (known, &parsed) {
-                (Some(known), Some(parsed)) => (&known.manifests, &known.issues) != (&parsed.manifests, &parsed.issues),
+                (Some(known), Some(parsed)) => !known.says_the_same(parsed),
                 (known, parsed) => known.is_some() != parsed.is_some(),
             };
+            self.objects_are_current &= policy_of(known) == policy_of(parsed.as_ref());
             match parsed {
                 Some(parsed) => self.parsed.insert(path, parsed),
                 None => self.parsed.remove(&path),
@@ -266,13 +296,15 @@ impl DirectorySource {
         match files::read_text(path, LARGEST_FILE) {
             Ok(None) => None,
             Ok(Some(text)) => {
-                let (manifests, issues) = manifest::parse_all(&self.shown(path), &text);
-                Some(Parsed { stamp, settled, manifests, issues })
+                let manifest::Parsed { manifests, policy_objects, issues } =
+                    manifest::parse_all(&self.shown(path), &text);
+                let policy = policy_objects.iter().map(read).collect();
+                Some(Parsed { stamp, settled, manifests, policy, issues })
             }
             Err(error) => {
                 let issues = vec![self.unreadable(path, error.to_string())];
                 // What cannot be read now may be readable next time, with nothing in its stamp to tell.
-                Some(Parsed { stamp, settled: false, manifests: Vec::new(), issues })
+                Some(Parsed { stamp, settled: false, manifests: Vec::new(), policy: Vec::new(), issues })
             }
         }
     }
@@ -325,6 +357,18 @@ impl ClusterSource for DirectorySource {
         Ok(self.assembled.insert(snapshot).clone())
     }
 
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        self.refresh()?;
+        if !self.objects_are_current {
+            let objects = objects_from(self.parsed.values().flat_map(|parsed| &parsed.policy));
+            if objects != *self.objects {
+                self.objects = Arc::new(objects);
+            }
+            self.objects_are_current = true;
+        }
+        Ok(Arc::clone(&self.objects))
+    }
+
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {
         self.check_mounted()?;
         let yaml = Manifest::Node(record.clone()).to_yaml();
@@ -343,8 +387,8 @@ impl ClusterSource for DirectorySource {
         let path = self.block_file(block);
         // The lock is this very file, whatever other manifests say of the block.
         let text = files::read_text(&path, LARGEST_FILE)?.unwrap_or_default();
-        let (manifests, _) = manifest::parse_all(&self.shown(&path), &text);
-        if manifests == [manifest::block(block, node)] {
+        let held = manifest::parse_all(&self.shown(&path), &text).manifests;
+        if held == [manifest::block(block, node)] {
             files::remove(&path)?;
         }
         Ok(())

@@ -17,26 +17,68 @@ use crate::yaml::{self, Value};
 /// Issues that one text can have. Garbage has one per document, and nobody reads more.
 const MAX_ISSUES: usize = 100;
 
-/// Reads all manifests of a text, which may have many documents. `file` is what issues call it. Objects of other API
-/// groups are passed over; whatever else is no valid manifest becomes an issue and hides no other document.
+/// What a text says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Parsed {
+    /// Husk's own objects.
+    pub manifests: Vec<Manifest>,
+    /// Objects that policy is made of, as they are: who makes policy reads them.
+    pub policy_objects: Vec<serde_json::Value>,
+    /// What is wrong.
+    pub issues: Vec<Issue>,
+}
+
+/// Reads all objects of a text, which may have many documents. `file` is what issues call it. Objects of other API
+/// groups are passed over, but for those that policy is made of; whatever else is no valid manifest becomes an issue and
+/// hides no other document.
 #[must_use]
-pub fn parse_all(file: &str, text: &str) -> (Vec<Manifest>, Vec<Issue>) {
-    let (mut manifests, mut issues) = (Vec::new(), Vec::new());
+pub fn parse_all(file: &str, text: &str) -> Parsed {
+    let mut parsed = Parsed::default();
     for document in yaml::documents(text) {
         match document {
+            Ok(tree) if is_of_policy(&tree) => {
+                parsed.policy_objects.extend(policy_object(file, &tree, &mut parsed.issues));
+            }
             Ok(tree) => match read(file, &tree) {
-                Ok(manifest) => manifests.extend(manifest),
-                Err(found) => issues.extend(found),
+                Ok(manifest) => parsed.manifests.extend(manifest),
+                Err(found) => parsed.issues.extend(found),
             },
-            Err(reason) => issues.push(bad(file, reason, "correct the YAML there, or remove the file".to_owned())),
+            Err(reason) => {
+                parsed.issues.push(bad(file, reason, "correct the YAML there, or remove the file".to_owned()));
+            }
         }
     }
+    let issues = &mut parsed.issues;
     if issues.len() > MAX_ISSUES {
         let message = format!("{} more problems are in the file", issues.len() - MAX_ISSUES);
         issues.truncate(MAX_ISSUES);
         issues.push(bad(file, message, "correct those that are shown first, or remove the file".to_owned()));
     }
-    (manifests, issues)
+    parsed
+}
+
+/// True for what policy is made of. Its versions are its reader's business.
+fn is_of_policy(tree: &Value) -> bool {
+    let (Some(version), Some(kind)) = (text_at(tree, "apiVersion"), text_at(tree, "kind")) else { return false };
+    match (version.split_once('/').map_or("", |(group, _)| group), kind) {
+        ("", "Namespace" | "Pod") | ("networking.k8s.io", "NetworkPolicy") => true,
+        (group, _) => group == "policy.networking.k8s.io",
+    }
+}
+
+/// The object. A policy with keys that occur twice is handed on, as its reader closes what it does not understand; a pod or a
+/// namespace is not.
+fn policy_object(file: &str, tree: &Value, issues: &mut Vec<Issue>) -> Option<serde_json::Value> {
+    let mut repeated = Vec::new();
+    let json = tree.to_json("", &mut repeated);
+    let object = describe(tree);
+    let issue = |path: &String| {
+        let message = format!("{object}{path}: the key occurs twice in one map");
+        bad(file, message, "remove all but one".to_owned())
+    };
+    issues.extend(repeated.iter().map(issue));
+    let is_policy = text_at(tree, "apiVersion").is_some_and(|version| version != "v1");
+    (is_policy || repeated.is_empty()).then_some(json)
 }
 
 /// Reads an object that an API server delivered. `subject` is what issues call it.

@@ -77,13 +77,13 @@ fn n(text: &str) -> NodeName {
 }
 
 fn parse_clean(text: &str) -> Vec<Manifest> {
-    let (manifests, issues) = parse_all("file.yaml", text);
-    assert_eq!(issues, [], "{text}");
-    manifests
+    let parsed = parse_all("file.yaml", text);
+    assert_eq!(parsed.issues, [], "{text}");
+    parsed.manifests
 }
 
 fn only_issue(text: &str) -> Issue {
-    let (manifests, mut issues) = parse_all("nodes/a.yaml", text);
+    let Parsed { manifests, mut issues, .. } = parse_all("nodes/a.yaml", text);
     assert_eq!((manifests.len(), issues.len()), (0, 1), "{text}: {issues:#?}");
     issues.remove(0)
 }
@@ -156,8 +156,35 @@ fn objects_of_others_and_unknown_fields_are_passed_over() {
 }
 
 #[test]
+fn what_policy_is_made_of_is_handed_on_as_it_is() {
+    let policy =
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec: {podSelector: {}, x: 1}\n";
+    let text = format!(
+        "{policy}---\napiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\n---\n{NODE}---\n\
+         apiVersion: v1\nkind: Pod\n---\napiVersion: v1\nkind: Namespace\n---\napiVersion: v1\nkind: Secret\n---\n\
+         apiVersion: networking.k8s.io/v1\nkind: Ingress\n"
+    );
+    let parsed = parse_all("f", &text);
+    assert_eq!((parsed.manifests, parsed.issues), (vec![Manifest::Node(record())], vec![]));
+    let kinds: Vec<&str> = parsed.policy_objects.iter().map(|object| object["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["NetworkPolicy", "ClusterNetworkPolicy", "Pod", "Namespace"]);
+    assert_eq!(parsed.policy_objects[0]["spec"], serde_json::json!({ "podSelector": {}, "x": 1 }));
+}
+
+#[test]
+fn a_policy_with_a_key_twice_is_handed_on_with_what_no_reader_knows_and_a_pod_is_not() {
+    let text = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec: {ingress: [{from: [], from: []}]}\n";
+    let parsed = parse_all("f", text);
+    assert_eq!(parsed.issues.len(), 1);
+    assert!(parsed.issues[0].message.contains("NetworkPolicy p: spec.ingress[0].from: the key occurs twice"));
+    assert_eq!(parsed.policy_objects[0]["spec"]["ingress"][0], serde_json::json!({ "from": [], "from (again)": [] }));
+    let parsed = parse_all("f", "apiVersion: v1\nkind: Pod\nmetadata: {name: p, name: q}\n");
+    assert_eq!((parsed.issues.len(), parsed.policy_objects.len()), (1, 0));
+}
+
+#[test]
 fn a_broken_document_hides_no_other() {
-    let (manifests, issues) = parse_all("all.yaml", &format!("a: [\n---\n{NODE}---\n- 1\n"));
+    let Parsed { manifests, issues, .. } = parse_all("all.yaml", &format!("a: [\n---\n{NODE}---\n- 1\n"));
     assert_eq!(manifests, [Manifest::Node(record())]);
     assert_eq!(issues.len(), 2, "{issues:#?}");
     assert!(issues[0].message.contains("line "), "{}", issues[0]);
@@ -266,12 +293,12 @@ fn a_pool_that_has_no_room_for_blocks_is_an_issue() {
     let text = text.replace("/28}", "/16, blockLength: 31}");
     assert!(only_issue(&text).message.contains("spec.blockLength: 31"), "{}", only_issue(&text));
     let text = text.replace("name: p", "name: P");
-    assert_eq!(parse_all("f", &text).1.len(), 2);
+    assert_eq!(parse_all("f", &text).issues.len(), 2);
 }
 
 #[test]
 fn garbage_is_bounded() {
-    let (manifests, issues) = parse_all("f", &"[\n---\n".repeat(5_000));
+    let Parsed { manifests, issues, .. } = parse_all("f", &"[\n---\n".repeat(5_000));
     assert_eq!((manifests.len(), issues.len()), (0, 101));
     assert!(issues[100].message.contains("4900 more"), "{}", issues[100]);
 }
@@ -421,7 +448,7 @@ fn snapshot_of(files: &[Vec<&Manifest>]) -> Snapshot {
 }
 
 fn check_total(text: &str) {
-    let (manifests, issues) = parse_all("the-file", text);
+    let Parsed { manifests, issues, .. } = parse_all("the-file", text);
     for issue in issues {
         assert_eq!((issue.kind, issue.subject.as_str()), (IssueKind::BadManifest, "the-file"));
         assert!(!issue.message.is_empty() && !issue.remedy.is_empty(), "{issue}");

@@ -24,8 +24,8 @@ pub(super) fn read(spec: Option<&Value>, faults: &mut Faults) -> ClusterNetworkP
             priority: 0,
             namespaces: LabelSelector::default(),
             pods: LabelSelector::default(),
-            ingress: vec![deny_everything(0)],
-            egress: vec![deny_everything(0)],
+            ingress: vec![deny_everything("0")],
+            egress: vec![deny_everything("0")],
         };
     };
     let rest = "rules that accept are left out, and those that pass deny";
@@ -100,7 +100,7 @@ fn rules(fields: &Fields<'_>, direction: Direction, trusted: bool, faults: &mut 
     };
     let Some(spot) = fields.get(key) else { return Vec::new() };
     let Some(all) = faults.settle(spot.items(), &format!("the policy denies all {direction}")) else {
-        return vec![deny_everything(0)];
+        return vec![deny_everything("0")];
     };
     all.enumerate().filter_map(|(index, spot)| closed(index, &spot, direction, trusted, faults)).collect()
 }
@@ -118,15 +118,17 @@ fn closed(
         Ok(ClusterRule { action: ClusterAction::Accept, .. }) => None,
         Ok(rule) => Some(ClusterRule { action: ClusterAction::Deny, ..rule }),
         Err(fault) => {
-            let accepts = spot.map().and_then(|fields| action(&fields)).is_ok_and(|it| it == ClusterAction::Accept);
+            let fields = spot.map().ok();
+            let accepts = fields.is_some_and(|it| matches!(action(&it), Ok(ClusterAction::Accept)));
             faults.add(fault, if accepts { "the rule accepts nothing" } else { "the rule denies everything" });
-            (!accepts).then(|| deny_everything(index))
+            let name = fields.and_then(|it| name(&it).ok()?).unwrap_or_else(|| index.to_string());
+            (!accepts).then(|| deny_everything(&name))
         }
     }
 }
 
-fn deny_everything(index: usize) -> ClusterRule {
-    ClusterRule { name: index.to_string(), action: ClusterAction::Deny, matches: PolicyRule::default() }
+fn deny_everything(name: &str) -> ClusterRule {
+    ClusterRule { name: name.to_owned(), action: ClusterAction::Deny, matches: PolicyRule::default() }
 }
 
 fn action(fields: &Fields<'_>) -> Result<ClusterAction, Fault> {
@@ -139,16 +141,18 @@ fn action(fields: &Fields<'_>) -> Result<ClusterAction, Fault> {
     }
 }
 
+fn name(fields: &Fields<'_>) -> Result<Option<String>, Fault> {
+    let Some(name) = fields.get("name") else { return Ok(None) };
+    Ok(Some(name.text()?.to_owned()).filter(|name| !name.is_empty()))
+}
+
 fn rule(index: usize, spot: &Spot<'_>, direction: Direction) -> Result<ClusterRule, Fault> {
     let peers_key = match direction {
         Direction::Ingress => "from",
         Direction::Egress => "to",
     };
     let fields = spot.map_of(&["name", "action", peers_key, "protocols"])?;
-    let name = match fields.get("name") {
-        Some(name) => Some(name.text()?.to_owned()).filter(|name| !name.is_empty()),
-        None => None,
-    };
+    let name = name(&fields)?.unwrap_or_else(|| index.to_string());
     let action = action(&fields)?;
     let given = fields.required(peers_key)?;
     let mut peers = Vec::new();
@@ -171,7 +175,6 @@ fn rule(index: usize, spot: &Spot<'_>, direction: Direction) -> Result<ClusterRu
         }
         ports = Some(all);
     }
-    let name = name.unwrap_or_else(|| index.to_string());
     Ok(ClusterRule { name, action, matches: PolicyRule { peers: Some(peers), ports } })
 }
 
@@ -181,13 +184,10 @@ fn peer(spot: &Spot<'_>, direction: Direction) -> Result<Vec<Peer>, Fault> {
         Direction::Egress => &["namespaces", "pods", "networks", "nodes", "domainNames"],
     };
     spot.map_of(known)?;
-    let selected = |Pods { namespaces, pods }| {
-        vec![Peer::Pods { namespaces: NamespaceChoice::Selected(namespaces), pods }]
-    };
+    let selected =
+        |Pods { namespaces, pods }| vec![Peer::Pods { namespaces: NamespaceChoice::Selected(namespaces), pods }];
     match variant(spot)? {
-        ("namespaces", given) => {
-            Ok(selected(Pods { namespaces: selector(&given)?, pods: LabelSelector::default() }))
-        }
+        ("namespaces", given) => Ok(selected(Pods { namespaces: selector(&given)?, pods: LabelSelector::default() })),
         ("pods", given) => pods(&given).map(selected),
         ("networks", given) => {
             let block = |item: Spot<'_>| Ok(Peer::Block { cidr: cidr(&item)?, except: [].into() });
@@ -197,9 +197,7 @@ fn peer(spot: &Spot<'_>, direction: Direction) -> Result<Vec<Peer>, Fault> {
             }
             Ok(all)
         }
-        (_, given) => {
-            Err(given.fault("Husk does not support this kind of peer", "write namespaces, pods or networks"))
-        }
+        (_, given) => Err(given.fault("Husk does not support this kind of peer", "write namespaces, pods or networks")),
     }
 }
 

@@ -36,51 +36,55 @@ pub(super) fn read(namespace: &str, spec: Option<&Value>, faults: &mut Faults) -
         None => Some(everything.clone()),
         Some(spot) => faults.settle(selector(&spot), closed),
     };
-    let ruled = known && selector.is_some();
+    let effects = if known {
+        effects(&fields, faults)
+    } else {
+        Effects { ingress: Effect::Isolation, egress: Effect::Isolation }
+    };
     let mut reader = Reader { namespace, faults };
-    let effect = |direction: Direction, faults: &mut Faults| match effect(&fields, direction, faults) {
-        _ if !known => Effect::Isolation,
-        Effect::Rules if !ruled => Effect::Isolation,
-        effect => effect,
-    };
-    let mut rules = |direction: Direction| match effect(direction, reader.faults) {
+    let mut rules = |effect: Effect, direction: Direction| match effect {
         Effect::None => None,
-        Effect::Isolation => Some(Vec::new()),
-        Effect::Rules => Some(reader.rules(&fields, direction)),
+        Effect::Rules if selector.is_some() => Some(reader.rules(&fields, direction)),
+        Effect::Rules | Effect::Isolation => Some(Vec::new()),
     };
-    let (ingress, egress) = (rules(Direction::Ingress), rules(Direction::Egress));
+    let ingress = rules(effects.ingress, Direction::Ingress);
+    let egress = rules(effects.egress, Direction::Egress);
     NetworkPolicy { selector: selector.unwrap_or(everything), ingress, egress }
 }
 
-/// What `policyTypes` says of a direction. Without it, the policy is for ingress, and for egress if it has such a section.
-fn effect(fields: &Fields<'_>, direction: Direction, faults: &mut Faults) -> Effect {
-    let (name, section) = match direction {
-        Direction::Ingress => ("Ingress", true),
-        Direction::Egress => ("Egress", fields.get("egress").is_some()),
-    };
-    let types = || -> Result<Option<BTreeSet<String>>, Fault> {
-        let Some(types) = fields.get("policyTypes") else { return Ok(None) };
-        let types = types.items()?.map(|item| Ok(item.text()?.to_owned())).collect::<Result<BTreeSet<_>, Fault>>()?;
-        Ok(Some(types).filter(|types| !types.is_empty()))
-    };
-    match types() {
-        Ok(None) if section => Effect::Rules,
-        Ok(None) => Effect::None,
-        Ok(Some(types)) if types.contains(name) => Effect::Rules,
-        Ok(Some(types)) => match types.iter().find(|it| !["Ingress", "Egress"].contains(&it.as_str())) {
-            None => Effect::None,
-            Some(unknown) => {
-                let reason = "a type is Ingress or Egress".to_owned();
-                let fault = Fault::at("spec.policyTypes", unknown, reason, "write one of them, or both");
-                faults.add(fault, &format!("the policy allows no {direction}"));
-                Effect::Isolation
-            }
+struct Effects {
+    ingress: Effect,
+    egress: Effect,
+}
+
+/// What `policyTypes` says. Without it, the policy is for ingress, and for egress if it has such a section.
+fn effects(fields: &Fields<'_>, faults: &mut Faults) -> Effects {
+    let types = fields.get("policyTypes");
+    let items = match &types {
+        None => None,
+        Some(types) => match faults.settle(types.items(), "the policy allows its pods nothing, in both directions") {
+            None => return Effects { ingress: Effect::Isolation, egress: Effect::Isolation },
+            Some(items) => Some(items).filter(|items| items.len() > 0),
         },
-        Err(fault) => {
-            faults.add(fault, &format!("the policy allows no {direction}"));
-            Effect::Isolation
+    };
+    let Some(items) = items else {
+        let egress = if fields.get("egress").is_some() { Effect::Rules } else { Effect::None };
+        return Effects { ingress: Effect::Rules, egress };
+    };
+    let (mut ingress, mut egress, mut others) = (None, None, Effect::None);
+    for item in items {
+        match item.text() {
+            Ok("Ingress") => ingress = Some(Effect::Rules),
+            Ok("Egress") => egress = Some(Effect::Rules),
+            other => {
+                let unknown = |_| Err(item.fault("a type is Ingress or Egress", "write one of them, or both"));
+                let fault = other.and_then(unknown);
+                faults.settle::<()>(fault, "in a direction that is not named the policy allows nothing");
+                others = Effect::Isolation;
+            }
         }
     }
+    Effects { ingress: ingress.unwrap_or(others), egress: egress.unwrap_or(others) }
 }
 
 struct Reader<'r> {
@@ -161,7 +165,7 @@ fn block(spot: &Spot<'_>) -> Result<Peer, Fault> {
             let part = cidr(&item)?;
             if !whole.covers(&part) || part == whole {
                 let reason = format!("it does not lie within {whole}, or is all of it");
-                return Err(item.fault(reason, "write a part of spec's cidr, or remove it"));
+                return Err(item.fault(reason, format!("write a part of {whole}, or remove it")));
             }
             except.insert(part);
         }

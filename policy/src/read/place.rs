@@ -38,14 +38,6 @@ pub(super) struct Fault {
     remedy: String,
 }
 
-impl Fault {
-    /// A fault of a text whose place is known as such.
-    pub(super) fn at(place: &str, value: &str, reason: String, remedy: &str) -> Self {
-        let value = Some(shown(&Value::String(value.to_owned())));
-        Self { place: place.to_owned(), value, reason, remedy: remedy.to_owned() }
-    }
-}
-
 /// A value with its place.
 #[derive(Clone, Copy)]
 pub(super) struct Spot<'p> {
@@ -105,6 +97,10 @@ impl<'p> Spot<'p> {
         self.value.as_i64()
     }
 
+    pub(super) fn is_null(&self) -> bool {
+        self.value.is_null()
+    }
+
     pub(super) fn is_text(&self) -> bool {
         self.value.is_string()
     }
@@ -143,11 +139,6 @@ impl<'p> Fields<'p> {
     pub(super) fn entries(&self) -> impl Iterator<Item = (&'p str, Spot<'p>)> {
         let fields = *self;
         self.entries.iter().map(move |(key, value)| (key.as_str(), fields.spot(key, value)))
-    }
-
-    /// Keys that have a value.
-    pub(super) fn keys(&self) -> Vec<&'p str> {
-        self.entries.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str()).collect()
     }
 
     /// A key of a newer version may change the meaning of all others.

@@ -66,7 +66,8 @@ fn label(spot: &Spot<'_>) -> Result<String, Fault> {
     if value.is_empty() || is_name(value) {
         return Ok(value.to_owned());
     }
-    let reason = "no label has such a value: up to 63 letters, digits, '-', '_' and '.', the first and the last letter or digit";
+    let reason =
+        "no label has such a value: up to 63 letters, digits, '-', '_' and '.', the first and the last letter or digit";
     Err(spot.fault(reason, "write the value of a label"))
 }
 
@@ -75,8 +76,9 @@ fn check_key(key: &str, spot: &Spot<'_>) -> Result<(), Fault> {
     if is_name(name) && prefix.is_none_or(is_domain) {
         return Ok(());
     }
-    let reason =
-        format!("{key:?} is the key of no label: up to 63 letters, digits, '-', '_' and '.', or a domain, '/' and these");
+    let reason = format!(
+        "{key:?} is the key of no label: up to 63 letters, digits, '-', '_' and '.', or a domain, '/' and these"
+    );
     Err(spot.fault(reason, "write the key of a label"))
 }
 

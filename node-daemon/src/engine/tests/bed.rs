@@ -29,6 +29,7 @@ use husk_overlay::plan::{router_addresses, vxlan_mac};
 use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
+use husk_policy::object::Objects;
 
 use nix::errno::Errno;
 
@@ -123,6 +124,8 @@ pub(super) enum Asked {
 pub(super) struct Cluster {
     /// The truth.
     pub(super) snapshot: Snapshot,
+    /// What policy is made of.
+    pub(super) objects: Arc<Objects>,
     /// What the source lists instead, while it lags behind.
     pub(super) stale: Option<Snapshot>,
     /// Nothing can be read or written.
@@ -167,6 +170,11 @@ impl ClusterSource for Scripted {
             return Err(unavailable());
         }
         Ok(cluster.stale.as_ref().unwrap_or(&cluster.snapshot).clone())
+    }
+
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        let cluster = self.state();
+        if cluster.down { Err(unavailable()) } else { Ok(Arc::clone(&cluster.objects)) }
     }
 
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {

@@ -1,5 +1,5 @@
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use super::*;
@@ -39,6 +39,9 @@ impl ClusterSource for Mounted {
     fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
         self.inner().snapshot()
     }
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        self.inner().policy_objects()
+    }
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {
         self.inner().publish(record)
     }
@@ -56,9 +59,38 @@ impl ClusterSource for Mounted {
 /// A source that delivers what the test sends, when the test sends it.
 struct Scripted(Receiver<Snapshot>);
 
+/// A source of policy that takes its time.
+struct Slow(Duration, Arc<Objects>);
+
+impl ClusterSource for Slow {
+    fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
+        thread::sleep(self.0);
+        Ok(Snapshot::default())
+    }
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        thread::sleep(self.0);
+        Ok(Arc::clone(&self.1))
+    }
+    fn publish(&mut self, _: &NodeRecord) -> Result<(), SourceError> {
+        Ok(())
+    }
+    fn claim(&mut self, _: Prefix, _: &NodeName) -> Result<Claim, SourceError> {
+        Ok(Claim::Taken)
+    }
+    fn release(&mut self, _: Prefix, _: &NodeName) -> Result<(), SourceError> {
+        Ok(())
+    }
+    fn withdraw(&mut self, _: &NodeName) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
 impl ClusterSource for Scripted {
     fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
         Ok(self.0.recv().unwrap())
+    }
+    fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
+        Ok(Arc::default())
     }
     fn publish(&mut self, _: &NodeRecord) -> Result<(), SourceError> {
         Ok(())
@@ -230,4 +262,23 @@ fn a_source_that_panics_is_opened_anew() {
     assert!(reason(source.snapshot()).contains("bug"));
     assert_eq!(source.claim(block(0), &node("a")).unwrap(), Claim::Taken);
     assert_eq!(*opened.lock().unwrap(), 2);
+}
+
+#[test]
+fn objects_of_policy_that_come_late_are_used_though_something_else_was_asked_meanwhile() {
+    let objects = Arc::new(Objects::default());
+    let slow = Arc::clone(&objects);
+    let mut source = Bounded::open("/slow".into(), SHORT, move || Ok(Slow(SHORT.read * 2, Arc::clone(&slow)))).unwrap();
+    let end = Instant::now() + PATIENCE;
+    let (mut snapshots, mut deliveries) = (0, 0);
+    // As the loop asks: one after the other, each time.
+    while snapshots == 0 || deliveries == 0 {
+        assert!(Instant::now() < end, "{snapshots} {deliveries}");
+        snapshots += u32::from(source.snapshot().is_ok());
+        if let Ok(found) = source.policy_objects() {
+            assert!(Arc::ptr_eq(&found, &objects));
+            deliveries += 1;
+        }
+        thread::sleep(SHORT.read / 3);
+    }
 }

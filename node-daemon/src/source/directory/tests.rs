@@ -372,3 +372,63 @@ proptest! {
         prop_assert_eq!(source.snapshot().unwrap(), snapshot);
     }
 }
+
+fn policy(namespace: &str, ingress: &str) -> String {
+    format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{namespace: {namespace}, name: p}}\n\
+         spec: {{ingress: {ingress}}}\n"
+    )
+}
+
+#[test]
+fn objects_of_policy_are_the_same_value_until_a_file_with_some_changes() {
+    let (directory, mut source) = open();
+    let first = source.policy_objects().unwrap();
+    assert_eq!(*first, Objects::default());
+    let file = directory.path().join("policy.yaml");
+    let pod =
+        "apiVersion: v1\nkind: Pod\nmetadata: {namespace: shop, name: web, labels: {app: web}}\nspec: {nodeName: a}\n";
+    fs::write(&file, format!("{pod}---\n{}", policy("shop", "[{}]"))).unwrap();
+    let second = source.policy_objects().unwrap();
+    assert_eq!((second.pods.len(), second.network_policies.len(), second.issues.len()), (1, 1, 0));
+    assert_eq!(second.namespaces.keys().collect::<Vec<_>>(), ["shop"], "a namespace with pods is there");
+    // Neither time nor what is no policy changes anything, whoever reads the files first.
+    source.publish(&record("a")).unwrap();
+    source.snapshot().unwrap();
+    age(&file);
+    assert!(Arc::ptr_eq(&second, &source.policy_objects().unwrap()));
+    fs::write(&file, policy("shop", "[{}]")).unwrap();
+    source.snapshot().unwrap();
+    let third = source.policy_objects().unwrap();
+    assert_eq!((third.pods.len(), third.namespaces.len()), (0, 0));
+    fs::remove_file(&file).unwrap();
+    source.snapshot().unwrap();
+    assert_eq!(*source.policy_objects().unwrap(), Objects::default());
+    assert_eq!(source.snapshot().unwrap().nodes.len(), 1);
+}
+
+#[test]
+fn policies_that_make_no_sense_are_closed_and_those_that_differ_are_told() {
+    let (directory, mut source) = open();
+    fs::write(directory.path().join("a.yaml"), policy("shop", "[{from: [{}]}]")).unwrap();
+    fs::write(directory.path().join("b.yaml"), policy("bank", "[{ports: [], ports: []}]")).unwrap();
+    fs::write(directory.path().join("c.yaml"), policy("shop", "[{}]")).unwrap();
+    let objects = source.policy_objects().unwrap();
+    let told: Vec<(IssueKind, &str)> = objects.issues.iter().map(|it| (it.kind, it.subject.as_str())).collect();
+    assert_eq!(
+        told,
+        [
+            (IssueKind::BadManifest, "NetworkPolicy shop/p"),
+            (IssueKind::BadPolicy, "NetworkPolicy bank/p"),
+            (IssueKind::BadPolicy, "NetworkPolicy shop/p")
+        ]
+    );
+    let peers = |namespace: &str| {
+        let policy = objects.network_policies.values().zip(objects.network_policies.keys());
+        let mut found = policy.filter(|(_, name)| name.namespace == namespace).map(|(policy, _)| policy);
+        found.next().unwrap().ingress.clone().unwrap()[0].peers.clone()
+    };
+    assert_eq!(peers("bank"), Some(vec![]), "a key that is given twice closes the rule");
+    assert_eq!(peers("shop"), Some(vec![]));
+    assert_eq!(subjects(&source.snapshot().unwrap()), ["b.yaml"]);
+}
