@@ -126,6 +126,7 @@ impl Kernel for FakeKernel {
                     .collect();
             }
             Table::Nft => actual.nft.clone_from(&own.nft),
+            Table::Policy => actual.policy.clone_from(&own.policy),
             Table::Links => actual.links.clone_from(&own.links),
             Table::Wireguard => actual.wireguard = state.wireguard_devices(desired),
             Table::XfrmStates => actual.xfrm_states.clone_from(&own.xfrm_states),
@@ -144,12 +145,13 @@ impl Kernel for FakeKernel {
         state.counters.batches += 1;
         let mut results = Vec::with_capacity(changes.len());
         for group in changes.chunk_by(|one, next| one.table() == next.table()) {
-            // The nftables table changes as a whole or not at all.
-            let before = (group[0].table() == Table::Nft).then(|| state.own.nft.clone());
+            // An nftables table changes as a whole or not at all.
+            let is_one = matches!(group[0].table(), Table::Nft | Table::Policy);
+            let before = is_one.then(|| (state.own.nft.clone(), state.own.policy.clone()));
             let outcome: Vec<_> = group.iter().map(|change| state.change(change, keys)).collect();
             match before {
-                Some(nft) if outcome.iter().any(Result::is_err) => {
-                    state.own.nft = nft;
+                Some((nft, policy)) if outcome.iter().any(Result::is_err) => {
+                    (state.own.nft, state.own.policy) = (nft, policy);
                     results.extend(outcome.into_iter().map(|result| result.and(Err(Error::WithTheOthers))));
                 }
                 _ => results.extend(outcome),
@@ -212,6 +214,7 @@ impl FakeState {
         match change {
             Change::Sysctl(it) => it.apply_to(&mut self.own.sysctls),
             Change::Nft(it) => it.apply_to(&mut self.own.nft),
+            Change::Policy(it) => it.apply_to(&mut self.own.policy),
             Change::Link(it) => self.change_link(change, it)?,
             Change::Wireguard(it) => {
                 if let WireguardAction::SetPrivateKey { public_key } = &it.action
@@ -338,6 +341,7 @@ impl FakeState {
         match table {
             Table::Sysctls => self.own.sysctls.clear(),
             Table::Nft => self.own.nft = None,
+            Table::Policy => self.own.policy = None,
             Table::Links => {
                 let links: Vec<_> = self.own.links.keys().cloned().collect();
                 links.iter().for_each(|interface| self.remove_link(interface));

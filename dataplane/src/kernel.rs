@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use husk_overlay::kernel::{
     Address, Desired, NeighbourKey, RouteKey, RouteTarget, XfrmAction, XfrmPolicyKey, XfrmStateKey,
@@ -19,6 +20,7 @@ use crate::links::{self, ActualLink, LinkChange};
 use crate::napi::{self, NapiChange};
 use crate::neighbours::{self, NeighbourChange};
 use crate::nft::{self, NftChange, NftState};
+use crate::policy::{self, ActualPolicy, PolicyChange};
 use crate::routes::{self, ActualRoute, RouteChange};
 use crate::sweep::Sweep;
 use crate::sysctl::{self, SysctlChange};
@@ -32,6 +34,8 @@ use crate::xfrm::{self, ActualXfrmPolicy, ActualXfrmState, XfrmPolicyChange, Xfr
 pub enum Table {
     /// The nftables table `inet husk`.
     Nft,
+    /// The nftables table `inet husk-policy`.
+    Policy,
     /// Tunnel devices.
     Links,
     /// Kernel parameters. They turn forwarding on, so that what protects is in place before; and a parameter of a device
@@ -57,8 +61,9 @@ pub enum Table {
 
 impl Table {
     /// All tables in the order in which changes are made.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Nft,
+        Self::Policy,
         Self::Links,
         Self::Sysctls,
         Self::Wireguard,
@@ -77,6 +82,7 @@ impl fmt::Display for Table {
         f.pad(match self {
             Self::Sysctls => "sysctls",
             Self::Nft => "nft",
+            Self::Policy => "policy",
             Self::Links => "links",
             Self::Wireguard => "wireguard",
             Self::XfrmStates => "xfrm states",
@@ -99,6 +105,8 @@ pub struct Actual {
     pub sysctls: BTreeMap<String, String>,
     /// The nftables table.
     pub nft: Option<NftState>,
+    /// The nftables table that enforces network policy.
+    pub policy: Option<Arc<ActualPolicy>>,
     /// Tunnel devices.
     pub links: BTreeMap<InterfaceName, ActualLink>,
     /// The desired WireGuard devices.
@@ -127,6 +135,8 @@ pub enum Change {
     Sysctl(SysctlChange),
     /// The nftables table.
     Nft(NftChange),
+    /// The nftables table that enforces network policy.
+    Policy(PolicyChange),
     /// A tunnel device.
     Link(LinkChange),
     /// A WireGuard key or peer.
@@ -154,6 +164,7 @@ impl Change {
         match self {
             Self::Sysctl(_) => Table::Sysctls,
             Self::Nft(_) => Table::Nft,
+            Self::Policy(_) => Table::Policy,
             Self::Link(_) => Table::Links,
             Self::Wireguard(_) => Table::Wireguard,
             Self::XfrmState(_) => Table::XfrmStates,
@@ -172,8 +183,9 @@ impl Change {
     pub fn is_removal(&self) -> bool {
         match self {
             Self::Sysctl(_) | Self::Napi(_) => false,
-            // Changes within the nftables table belong together in one transaction.
+            // Changes within an nftables table belong together in one transaction.
             Self::Nft(change) => matches!(change, NftChange::DeleteTable),
+            Self::Policy(change) => matches!(change, PolicyChange::DeleteTable),
             Self::Link(change) => matches!(change, LinkChange::Remove { .. }),
             Self::Wireguard(change) => matches!(change.action, WireguardAction::RemovePeer { .. }),
             Self::XfrmState(change) => matches!(change, XfrmStateChange::Remove { .. }),
@@ -238,6 +250,7 @@ impl fmt::Display for Change {
         match self {
             Self::Sysctl(change) => change.fmt(f),
             Self::Nft(change) => change.fmt(f),
+            Self::Policy(change) => change.fmt(f),
             Self::Link(change) => change.fmt(f),
             Self::Wireguard(change) => change.fmt(f),
             Self::XfrmState(change) => change.fmt(f),
@@ -260,8 +273,9 @@ pub trait Kernel {
     /// When the table could not be read whole; its place in `actual` is as it was.
     fn read(&mut self, table: Table, desired: &Desired, actual: &mut Actual) -> Result<(), Error>;
 
-    /// Makes changes in order; one result for each. A failed change does not stop the others, except within the nftables
-    /// table, which changes as a whole or not at all.
+    /// Makes changes in order; one result for each. A failed change does not stop the others, except within an nftables
+    /// table, which changes as a whole or not at all. Those of the policy table are from what was read last, on the way to
+    /// what was desired then.
     fn apply(&mut self, changes: &[Change], keys: &KeyRing) -> Vec<Result<(), Error>>;
 
     /// Ends the connections that contradict the port mappings as they are now: once for all that was before, as soon as
@@ -290,6 +304,13 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
                 changes = nft::without_removed_mappings(changes);
             }
             wrap(changes, Change::Nft)
+        }
+        Table::Policy => {
+            let mut changes = policy::diff(desired.policy.as_deref(), actual.policy.as_deref());
+            if sweep == Sweep::Withheld {
+                changes = policy::without_removals(changes);
+            }
+            wrap(changes, Change::Policy)
         }
         Table::Links => wrap(links::diff(&desired.links, &actual.links, sweep), Change::Link),
         Table::Wireguard => {

@@ -22,6 +22,7 @@ pub mod netlink;
 pub mod netns;
 pub mod nft;
 pub mod pod;
+pub mod policy;
 pub mod reconcile;
 pub mod routes;
 mod step;

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use husk_overlay::kernel::Desired;
+use husk_overlay::kernel::policy::PolicyTable;
 use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
 
@@ -18,7 +20,7 @@ use crate::sweep::Sweep;
 use crate::sysfs::Sysfs;
 use crate::wireguard::{KeyRing, Wireguard, WireguardChange};
 use crate::xfrm::{self, Xfrm};
-use crate::{addresses, fdb, links, napi, neighbours, nft, routes, sysctl};
+use crate::{addresses, fdb, links, napi, neighbours, nft, policy, routes, sysctl};
 
 /// The kernel's tables in one network namespace.
 ///
@@ -32,6 +34,9 @@ pub struct Linux {
     control_sockets: PathBuf,
     sysfs: Option<Sysfs>,
     nft: nft::Reader,
+    policy: policy::Live,
+    /// What the policy table was to be when it was read last.
+    desired_policy: Option<Arc<PolicyTable>>,
     connections: Connections,
 }
 
@@ -55,6 +60,8 @@ impl Linux {
             control_sockets: control_sockets.to_owned(),
             sysfs,
             nft: nft::Reader::default(),
+            policy: policy::Live::default(),
+            desired_policy: None,
             connections: Connections::default(),
         })
     }
@@ -177,6 +184,23 @@ impl Linux {
         }
     }
 
+    fn apply_policy(&mut self, changes: &[Change]) -> Vec<Result<(), Error>> {
+        let transaction: Vec<_> = changes
+            .iter()
+            .filter_map(|change| match change {
+                Change::Policy(change) => Some(change.clone()),
+                _ => None,
+            })
+            .collect();
+        match self.policy.apply(&transaction, self.desired_policy.as_deref()) {
+            Ok(applied) => {
+                tracing::debug!(applied.bytes, applied.replaced, "changed the policy table");
+                changes.iter().map(|_| Ok(())).collect()
+            }
+            Err(error) => fail_all(changes.len(), error),
+        }
+    }
+
     fn apply_one_by_one(&self, change: &Change) -> Result<(), Error> {
         match (change, &self.sysfs) {
             (Change::Sysctl(change), _) => sysctl::apply(change),
@@ -191,6 +215,10 @@ impl Kernel for Linux {
         match table {
             Table::Sysctls => actual.sysctls = sysctl::read(desired.sysctls.keys())?,
             Table::Nft => actual.nft = self.nft.read()?,
+            Table::Policy => {
+                self.desired_policy.clone_from(&desired.policy);
+                actual.policy = self.policy.read()?;
+            }
             Table::Links => self.read_links(actual)?,
             Table::Wireguard => self.read_wireguard(desired, actual)?,
             Table::XfrmStates => {
@@ -233,6 +261,7 @@ impl Kernel for Linux {
                 }
                 Table::XfrmStates | Table::XfrmPolicies => results.extend(self.apply_xfrm(group, keys)),
                 Table::Nft => results.extend(apply_nft(group, &mut self.connections)),
+                Table::Policy => results.extend(self.apply_policy(group)),
                 Table::Wireguard => results.extend(self.apply_wireguard(group, keys)),
                 Table::Links | Table::Addresses | Table::Neighbours | Table::Fdb | Table::Routes => {
                     results.extend(self.apply_rtnetlink(group));
@@ -265,6 +294,7 @@ fn steps(change: &Change, interfaces: &Interfaces) -> Result<Vec<Step>, Error> {
         Change::Route(change) => routes::steps(change, interfaces),
         Change::Sysctl(_)
         | Change::Nft(_)
+        | Change::Policy(_)
         | Change::Wireguard(_)
         | Change::XfrmState(_)
         | Change::XfrmPolicy(_)

@@ -57,10 +57,12 @@ impl Attributes {
     }
 
     pub(crate) fn get(&self, kind: u16) -> Option<&[u8]> {
-        let mut all = NlasIterator::new(self.0.as_slice()).map_while(Result::ok);
-        let attribute = all.find(|attribute| attribute.kind() & TYPE == kind)?;
-        let length = usize::from(attribute.length());
-        attribute.into_inner().get(4..length)
+        attributes(&self.0).find(|(it, _)| *it == kind).map(|(_, value)| value)
+    }
+
+    /// The list as it goes over the wire.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
     }
 
     pub(crate) fn nested(&self, kind: u16) -> Option<Self> {
@@ -71,6 +73,20 @@ impl Attributes {
     pub(crate) fn number(&self, kind: u16) -> Option<u32> {
         self.get(kind)?.try_into().ok().map(u32::from_be_bytes)
     }
+
+    /// A name, with or without its final zero.
+    pub(crate) fn text(&self, kind: u16) -> Option<&str> {
+        let bytes = self.get(kind)?;
+        std::str::from_utf8(bytes.strip_suffix(&[0]).unwrap_or(bytes)).ok()
+    }
+}
+
+/// The attributes of a list, or of what is nested in an attribute: types without flags, and values.
+pub(crate) fn attributes(list: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    NlasIterator::new(list).map_while(Result::ok).filter_map(|attribute| {
+        let (kind, length) = (attribute.kind() & TYPE, usize::from(attribute.length()));
+        Some((kind, attribute.into_inner().get(4..length)?))
+    })
 }
 
 impl NetlinkSerializable for Message {

@@ -18,7 +18,7 @@ mod diff;
 mod foreign;
 mod maps;
 mod model;
-mod nfnetlink;
+pub(crate) mod nfnetlink;
 mod parse;
 mod program;
 
@@ -202,7 +202,7 @@ pub fn read() -> Result<Option<NftState>, Error> {
 }
 
 fn list(socket: &mut Socket) -> Result<Option<NftState>, Error> {
-    let Some(table) = nfnetlink::find(socket)? else { return Ok(None) };
+    let Some(table) = nfnetlink::find(socket, marks::NFT_TABLE)? else { return Ok(None) };
     let state =
         parse::state(&program::query("read", &program::table(), &["list", "table", "inet", marks::NFT_TABLE])?)?;
     Ok(Some(NftState { dormant: table.dormant, ..state }))
@@ -252,7 +252,7 @@ pub fn apply(changes: &[NftChange]) -> Result<(), Error> {
 /// # Errors
 /// [`Error::Unsupported`] when the kernel has no nftables, and the errors of a broken netlink exchange.
 pub fn read_counters() -> Result<BTreeMap<CounterName, CounterValue>, Error> {
-    nfnetlink::counters(&mut nfnetlink::open()?)
+    nfnetlink::counters(&mut nfnetlink::open()?, marks::NFT_TABLE)
 }
 
 #[cfg(test)]

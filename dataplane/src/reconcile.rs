@@ -2,12 +2,12 @@
 //!
 //! The order makes before it breaks, and protects before it forwards:
 //!
-//! 1. the nftables table, IPsec policies that block plaintext, then unreachable routes: from here on nothing leaks;
+//! 1. the nftables tables, IPsec policies that block plaintext, then unreachable routes: from here on nothing leaks;
 //! 2. devices, and kernel parameters, which turn forwarding on and may belong to a device; keys and peers, addresses,
 //!    neighbours, forwarding entries, and at last the routes that use them;
 //! 3. what is not desired goes, in the reverse order.
 //!
-//! What protects are the nftables table, the policies that block, and the floor of unreachable routes. While one of them is
+//! What protects are the nftables tables, the policies that block, and the floor of unreachable routes. While one of them is
 //! not as desired, because it could not be read or changed, forwarding is not turned on and no route is made to lead
 //! anywhere: both wait for a later pass. What is there already stays, so that running pods do not suffer for it; and while
 //! the floor is not there, no route is taken away either, alone or with its device, since the packets would find the default
@@ -88,26 +88,26 @@ pub fn survey<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired) -> (Actual,
 
 /// Makes the kernel as desired, as far as it lets us. A failure is recorded and stops nothing else.
 pub fn reconcile<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired, keys: &KeyRing, sweep: Sweep) -> Outcome {
-    let mut pass = Pass {
-        kernel,
-        desired,
-        keys,
-        sweep,
-        actual: Actual::default(),
-        removals: Vec::new(),
-        routes_are_current: false,
-        policies_are_current: false,
-        unguarded: None,
-        unblocked: None,
-        floorless: None,
-        outcome: Outcome::default(),
-    };
+    let mut pass = Pass::new(kernel, desired, keys, sweep);
     pass.guard();
     pass.block();
     pass.devices_over_unreachable_routes();
-    for table in Table::ALL.into_iter().filter(|table| !matches!(table, Table::Nft | Table::Links)) {
+    for table in Table::ALL.into_iter().filter(|table| !matches!(table, Table::Nft | Table::Policy | Table::Links)) {
         pass.table(table);
     }
+    pass.remove();
+    pass.outcome
+}
+
+/// Makes the table of network policy as desired, and nothing else: for changes of policy, which are urgent and frequent.
+pub fn reconcile_policy<K: Kernel + ?Sized>(
+    kernel: &mut K,
+    desired: &Desired,
+    keys: &KeyRing,
+    sweep: Sweep,
+) -> Outcome {
+    let mut pass = Pass::new(kernel, desired, keys, sweep);
+    pass.table(Table::Policy);
     pass.remove();
     pass.outcome
 }
@@ -125,6 +125,8 @@ struct Pass<'a, K: ?Sized> {
     policies_are_current: bool,
     /// Why the nftables table is not as desired, if it is not.
     unguarded: Option<String>,
+    /// The same of the table of network policy.
+    unpoliced: Option<String>,
     /// Why not all IPsec policies that block are there, if they are not.
     unblocked: Option<String>,
     /// Why the floor of unreachable routes is not as desired, if it is not.
@@ -134,20 +136,45 @@ struct Pass<'a, K: ?Sized> {
 
 /// What may not be in place, in words.
 const GUARD: &str = "the guard (nftables table inet husk)";
+const POLICY: &str = "network policy (nftables table inet husk-policy)";
 const BLOCK: &str = "the block of plaintext (IPsec policies)";
 const FLOOR: &str = "the floor of unreachable routes";
 
-impl<K: Kernel + ?Sized> Pass<'_, K> {
-    /// The nftables table, and the connections it has translated. Without a table that is desired there is nothing that could be
-    /// missing.
+impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
+    fn new(kernel: &'a mut K, desired: &'a Desired, keys: &'a KeyRing, sweep: Sweep) -> Self {
+        Self {
+            kernel,
+            desired,
+            keys,
+            sweep,
+            actual: Actual::default(),
+            removals: Vec::new(),
+            routes_are_current: false,
+            policies_are_current: false,
+            unguarded: None,
+            unpoliced: None,
+            unblocked: None,
+            floorless: None,
+            outcome: Outcome::default(),
+        }
+    }
+
+    /// The nftables tables, and the connections that the first of them has translated. Without a table that is desired there is
+    /// nothing that could be missing.
     fn guard(&mut self) {
         let before = self.outcome.failures.len();
         self.table(Table::Nft);
         if self.desired.nft.is_some() {
             self.unguarded = self.first_reason_since(before);
         }
+        let mapped = self.outcome.failures.len() == before;
+        let before = self.outcome.failures.len();
+        self.table(Table::Policy);
+        if self.desired.policy.is_some() {
+            self.unpoliced = self.first_reason_since(before);
+        }
         // After the mappings, so that no packet begins a connection of the old kind again.
-        if self.outcome.failures.len() == before {
+        if mapped {
             self.outcome.lingering = self.kernel.settle_connections(self.desired, self.sweep).err();
         }
     }
@@ -242,7 +269,8 @@ impl<K: Kernel + ?Sized> Pass<'_, K> {
             let guard = self.unguarded.as_ref().map(|reason| (GUARD, reason)).filter(|_| change.opens());
             let block = self.unblocked.as_ref().map(|reason| (BLOCK, reason)).filter(|_| change.opens());
             let floor = self.floorless.as_ref().map(|reason| (FLOOR, reason));
-            guard.or(block).or_else(|| floor.filter(|_| change.opens() || change.uncovers()))
+            let policy = self.unpoliced.as_ref().map(|reason| (POLICY, reason)).filter(|_| change.opens());
+            guard.or(policy).or(block).or_else(|| floor.filter(|_| change.opens() || change.uncovers()))
         };
         let Some((missing, reason)) = changes.iter().find_map(unsafe_without) else { return changes };
         let reason = reason.clone();

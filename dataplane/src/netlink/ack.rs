@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::frame::{Frame, HEADER, u16_at, u32_at};
 
 const NLMSGERR_ATTR_MSG: u16 = 1;
+const NLMSGERR_ATTR_OFFS: u16 = 2;
 const NLMSGERR_ATTR_MISS_TYPE: u16 = 5;
 
 /// Attribute type without the flags `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER`.
@@ -23,6 +24,8 @@ pub(super) struct Failure {
     pub(super) errno: Errno,
     /// Extended acknowledgement.
     pub(super) explanation: Option<String>,
+    /// Octet of the request at which the offending attribute begins.
+    pub(super) offset: Option<u32>,
 }
 
 /// Reads an `NLMSG_ERROR` message: `Ok` is an acknowledgement. None when it is too short to be one.
@@ -47,14 +50,17 @@ fn outcome(code: i32, frame: &Frame<'_>, attributes_at: usize) -> Result<(), Fai
     if code >= 0 {
         return Ok(());
     }
-    let explanation = (frame.flags & NLM_F_ACK_TLVS != 0)
-        .then(|| explanation(frame.payload.get(attributes_at..).unwrap_or_default()))
-        .flatten();
-    Err(Failure { errno: Errno::from_raw(code.saturating_neg()), explanation })
+    let (explanation, offset) = if frame.flags & NLM_F_ACK_TLVS != 0 {
+        explanation(frame.payload.get(attributes_at..).unwrap_or_default())
+    } else {
+        (None, None)
+    };
+    Err(Failure { errno: Errno::from_raw(code.saturating_neg()), explanation, offset })
 }
 
-fn explanation(mut attributes: &[u8]) -> Option<String> {
-    let (mut text, mut missing) = (None, None);
+/// What is wrong, and where.
+fn explanation(mut attributes: &[u8]) -> (Option<String>, Option<u32>) {
+    let (mut text, mut missing, mut offset) = (None, None, None);
     while let (Some(length), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
         let length = usize::from(length);
         let Some(value) = attributes.get(4..length) else { break };
@@ -63,13 +69,16 @@ fn explanation(mut attributes: &[u8]) -> Option<String> {
                 let value = value.strip_suffix(&[0]).unwrap_or(value);
                 text = Some(String::from_utf8_lossy(value).trim().to_owned());
             }
+            NLMSGERR_ATTR_OFFS => offset = u32_at(value, 0),
             NLMSGERR_ATTR_MISS_TYPE => missing = u32_at(value, 0),
             _ => {}
         }
         attributes = attributes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    text.filter(|text| !text.is_empty())
-        .or_else(|| missing.map(|number| format!("attribute number {number} of the request is missing")))
+    let text = text
+        .filter(|text| !text.is_empty())
+        .or_else(|| missing.map(|number| format!("attribute number {number} of the request is missing")));
+    (text, offset)
 }
 
 #[cfg(test)]
@@ -103,7 +112,8 @@ pub(super) mod tests {
     fn the_explanation_is_found_behind_whole_and_capped_requests() {
         let whole = error_payload(22, &[0xaa; 13], Some("Nexthop has invalid gateway"));
         let capped = error_payload(22, &[], Some("Nexthop has invalid gateway"));
-        let expected = Failure { errno: Errno::EINVAL, explanation: Some("Nexthop has invalid gateway".to_owned()) };
+        let expected =
+            Failure { errno: Errno::EINVAL, explanation: Some("Nexthop has invalid gateway".to_owned()), offset: None };
         assert_eq!(read(NLM_F_ACK_TLVS, &whole), Some(Err(expected.clone())));
         assert_eq!(read(NLM_F_ACK_TLVS | NLM_F_CAPPED, &capped), Some(Err(expected)));
     }
@@ -111,7 +121,7 @@ pub(super) mod tests {
     #[test]
     fn an_acknowledgement_and_a_bare_number() {
         assert_eq!(read(NLM_F_CAPPED, &error_payload(0, &[], None)), Some(Ok(())));
-        let bare = Failure { errno: Errno::EEXIST, explanation: None };
+        let bare = Failure { errno: Errno::EEXIST, explanation: None, offset: None };
         assert_eq!(read(NLM_F_CAPPED, &error_payload(17, &[], None)), Some(Err(bare)));
         assert_eq!(read(0, &[1, 2]), None);
     }

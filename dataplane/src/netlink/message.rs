@@ -20,7 +20,7 @@ impl Words {
         make(self.operation, self.object)
     }
 
-    pub(super) fn refused(&self, Failure { errno, explanation }: Failure) -> Error {
+    pub(super) fn refused(&self, Failure { errno, explanation, .. }: Failure) -> Error {
         Error::Refused(Refusal { operation: self.operation, object: self.object.clone(), errno, explanation })
     }
 

@@ -21,7 +21,7 @@ use crate::netns::Netns;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Socket buffers in bytes, as far as privilege allows: room for the answers to a full datagram of requests.
-const SOCKET_BUFFER: usize = 4 << 20;
+pub(super) const SOCKET_BUFFER: usize = 4 << 20;
 
 /// Receive buffer in bytes. The kernel fills at most 32 KiB per datagram of a dump (net/netlink/af_netlink.c
 /// `netlink_recvmsg`), more only for single larger objects.

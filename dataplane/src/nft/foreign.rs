@@ -80,7 +80,7 @@ fn drops(listing: &Value) -> Result<Vec<ForeignChain>, Error> {
         let (family, table) = (text("family"), text("table"));
         // Bridges and devices have hooks of the same name, which routed packets do not meet.
         let routed = matches!(family, "ip" | "ip6" | "inet");
-        let ours = family == "inet" && table == marks::NFT_TABLE;
+        let ours = family == "inet" && [marks::NFT_TABLE, marks::NFT_POLICY_TABLE].contains(&table);
         if kind == "chain" && text("hook") == "forward" && text("policy") == "drop" && routed && !ours {
             let [family, table, chain] = [family, table, text("name")].map(str::to_owned);
             found.push(ForeignChain::Drops { family, table, chain });

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 
 use husk_overlay::kernel::CounterName;
-use husk_overlay::marks;
 use nix::errno::Errno;
 
 use super::CounterValue;
@@ -41,46 +40,46 @@ const NFTA_COUNTER_PACKETS: u16 = 2;
 const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_INET: u8 = 1;
 
-/// The table, as far as nft does not tell.
+/// A table of family `inet`, as far as nft does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Table {
-    pub(super) dormant: bool,
+pub(crate) struct Table {
+    pub(crate) dormant: bool,
 }
 
-/// Looks for the table in the socket's network namespace.
-pub(super) fn find(socket: &mut Socket) -> Result<Option<Table>, Error> {
-    let question = Message::new(kind(NFT_MSG_GETTABLE), NFPROTO_INET).with(NFTA_TABLE_NAME, &name());
-    match socket.get(request("look for", object(), question)) {
+/// Looks for a table in the socket's network namespace.
+pub(crate) fn find(socket: &mut Socket, table: &str) -> Result<Option<Table>, Error> {
+    let question = Message::new(kind(NFT_MSG_GETTABLE), NFPROTO_INET).with(NFTA_TABLE_NAME, &name(table));
+    match socket.get(request("look for", object(table), question)) {
         Ok(answer) => match answer.attributes.number(NFTA_TABLE_FLAGS) {
             Some(flags) => Ok(Some(Table { dormant: flags & DORMANT != 0 })),
             // Without flags it would be taken for one in force.
-            None => Err(malformed("look for", object(), "the table has no flags")),
+            None => Err(malformed("look for", object(table), "the table has no flags")),
         },
         Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(None),
-        Err(error) => Err(explained("look for", object(), error)),
+        Err(error) => Err(explained("look for", object(table), error)),
     }
 }
 
 /// The number of the generation of rules in the socket's network namespace: every transaction of anybody makes another.
-pub(super) fn generation(socket: &mut Socket) -> Result<u32, Error> {
+pub(crate) fn generation(socket: &mut Socket) -> Result<u32, Error> {
     let (operation, object) = ("read", "the generation of the nftables rules".to_owned());
     let answer = socket.get(request(operation, object.clone(), Message::new(kind(NFT_MSG_GETGEN), NFPROTO_UNSPEC)));
     let answer = answer.map_err(|error| explained(operation, object.clone(), error))?;
     answer.attributes.number(NFTA_GEN_ID).ok_or_else(|| malformed(operation, object, "it has no number"))
 }
 
-/// Values of the table's counters; empty when there is no table.
-pub(super) fn counters(socket: &mut Socket) -> Result<BTreeMap<CounterName, CounterValue>, Error> {
-    let (operation, object) = ("read counters of", object());
+/// Values of a table's counters; empty when there is no table.
+pub(crate) fn counters(socket: &mut Socket, table: &str) -> Result<BTreeMap<CounterName, CounterValue>, Error> {
+    let (operation, object) = ("read counters of", object(table));
     let question = Message::new(kind(NFT_MSG_GETOBJ), NFPROTO_INET)
-        .with(NFTA_OBJ_TABLE, &name())
+        .with(NFTA_OBJ_TABLE, &name(table))
         .with(NFTA_OBJ_TYPE, &NFT_OBJECT_COUNTER.to_be_bytes());
     let answers = socket.dump(request(operation, object.clone(), question));
     let answers = answers.map_err(|error| explained(operation, object.clone(), error))?;
     let mut counters = BTreeMap::new();
     for Message { attributes: answer, .. } in answers {
         // A kernel that does not filter sends the objects of all tables.
-        let ours = answer.get(NFTA_OBJ_TABLE) == Some(name().as_slice());
+        let ours = answer.get(NFTA_OBJ_TABLE) == Some(name(table).as_slice());
         if ours && answer.number(NFTA_OBJ_TYPE) == Some(NFT_OBJECT_COUNTER) {
             let (name, value) = counter(&answer)
                 .ok_or_else(|| malformed(operation, object.clone(), "a counter lacks name or value"))?;
@@ -90,25 +89,25 @@ pub(super) fn counters(socket: &mut Socket) -> Result<BTreeMap<CounterName, Coun
     Ok(counters)
 }
 
-fn object() -> String {
-    format!("nft table inet {}", marks::NFT_TABLE)
+fn object(table: &str) -> String {
+    format!("nft table inet {table}")
 }
 
-/// The table's name as an attribute has it, with a final zero.
-fn name() -> Vec<u8> {
-    [marks::NFT_TABLE.as_bytes(), &[0]].concat()
+/// A name as an attribute has it, with a final zero.
+pub(crate) fn name(text: &str) -> Vec<u8> {
+    [text.as_bytes(), &[0]].concat()
 }
 
 fn request(operation: &'static str, object: String, message: Message) -> Request<Message> {
     Request { operation, object, flags: 0, message }
 }
 
-fn malformed(operation: &'static str, object: String, reason: &str) -> Error {
+pub(crate) fn malformed(operation: &'static str, object: String, reason: &str) -> Error {
     Error::Malformed { operation, object, reason: reason.to_owned() }
 }
 
 /// What nfnetlink says to a subsystem it does not have means that there is no nftables.
-fn explained(operation: &'static str, object: String, error: Error) -> Error {
+pub(crate) fn explained(operation: &'static str, object: String, error: Error) -> Error {
     match error.errno() {
         Some(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT) => Error::Unsupported {
             operation,
@@ -121,13 +120,13 @@ fn explained(operation: &'static str, object: String, error: Error) -> Error {
 }
 
 /// Opens a socket in the calling thread's network namespace.
-pub(super) fn open() -> Result<Socket, Error> {
+pub(crate) fn open() -> Result<Socket, Error> {
     Socket::open(Protocol::Netfilter)
         .map_err(|error| explained("open a socket for", "the nftables rules".to_owned(), error))
 }
 
 /// The type of a message of this subsystem.
-const fn kind(number: u16) -> u16 {
+pub(crate) const fn kind(number: u16) -> u16 {
     SUBSYSTEM | number
 }
 

@@ -230,6 +230,7 @@ fn a_kernel_that_refuses_one_table_gets_the_others_and_all_once_it_relents() {
 fn used(actual: &husk_dataplane::kernel::Actual, table: Table) -> bool {
     match table {
         Table::Nft => actual.nft.is_some(),
+        Table::Policy => actual.policy.is_some(),
         Table::Links => !actual.links.is_empty(),
         Table::Sysctls => !actual.sysctls.is_empty(),
         Table::Wireguard => !actual.wireguard.is_empty(),
