@@ -35,25 +35,25 @@ use crate::nft::{NftChange, NftState};
 use crate::underlay;
 
 /// `NFNL_SUBSYS_CTNETLINK << 8`, to which `IPCTNL_MSG_CT_GET` and `IPCTNL_MSG_CT_DELETE` are added.
-const GET: u16 = 1 << 8 | 1;
+pub(crate) const GET: u16 = 1 << 8 | 1;
 const DELETE: u16 = 1 << 8 | 2;
 
-const CTA_TUPLE_ORIG: u16 = 1;
-const CTA_TUPLE_REPLY: u16 = 2;
+pub(crate) const CTA_TUPLE_ORIG: u16 = 1;
+pub(crate) const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 
-const CTA_TUPLE_IP: u16 = 1;
-const CTA_TUPLE_PROTO: u16 = 2;
+pub(crate) const CTA_TUPLE_IP: u16 = 1;
+pub(crate) const CTA_TUPLE_PROTO: u16 = 2;
 
-const CTA_IP_V4_SRC: u16 = 1;
-const CTA_IP_V4_DST: u16 = 2;
-const CTA_IP_V6_SRC: u16 = 3;
-const CTA_IP_V6_DST: u16 = 4;
+pub(crate) const CTA_IP_V4_SRC: u16 = 1;
+pub(crate) const CTA_IP_V4_DST: u16 = 2;
+pub(crate) const CTA_IP_V6_SRC: u16 = 3;
+pub(crate) const CTA_IP_V6_DST: u16 = 4;
 
-const CTA_PROTO_NUM: u16 = 1;
-const CTA_PROTO_DST_PORT: u16 = 3;
+pub(crate) const CTA_PROTO_NUM: u16 = 1;
+pub(crate) const CTA_PROTO_DST_PORT: u16 = 3;
 
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 
@@ -260,7 +260,7 @@ fn local_addresses() -> Result<BTreeSet<IpAddr>, Error> {
 }
 
 /// `AF_INET` and `AF_INET6`.
-fn number_of(family: Family) -> u8 {
+pub(crate) fn number_of(family: Family) -> u8 {
     match family {
         Family::Ipv4 => 2,
         Family::Ipv6 => 10,
@@ -366,7 +366,7 @@ impl Connection {
     }
 }
 
-fn address(attributes: &Attributes, [v4, v6]: [u16; 2]) -> Option<IpAddr> {
+pub(crate) fn address(attributes: &Attributes, [v4, v6]: [u16; 2]) -> Option<IpAddr> {
     if let Some(bytes) = attributes.get(v4) {
         return Some(IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?));
     }

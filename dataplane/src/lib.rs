@@ -3,7 +3,8 @@
 //! Reading order: [`netlink`] is the wire and [`netns`] says in which namespace; each kernel table has a module of its own
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
-//! wakes, [`pod`] wires pods; [`conntrack`] ends connections that a change of port mappings leaves behind.
+//! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`conntrack`] ends connections that a change of
+//! port mappings leaves behind.
 
 pub mod addresses;
 pub mod conntrack;
@@ -20,6 +21,7 @@ pub mod neighbours;
 mod netfilter;
 pub mod netlink;
 pub mod netns;
+pub mod nflog;
 pub mod nft;
 pub mod pod;
 pub mod policy;

@@ -43,6 +43,11 @@ impl Message {
 pub(crate) struct Attributes(Vec<u8>);
 
 impl Attributes {
+    /// A list as it came over the wire.
+    pub(crate) fn read(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+
     pub(crate) fn with(mut self, kind: u16, value: &[u8]) -> Self {
         let length = u16::try_from(4 + value.len()).expect("names, numbers and addresses are short");
         self.0.extend(length.to_ne_bytes());

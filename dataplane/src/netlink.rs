@@ -8,6 +8,7 @@ mod ack;
 mod batch;
 mod dump;
 mod frame;
+mod listen;
 mod message;
 mod socket;
 #[cfg(test)]
@@ -15,5 +16,6 @@ mod tests;
 mod transaction;
 
 pub(crate) use frame::{Frame, frames};
+pub(crate) use listen::Heard;
 pub use socket::{Protocol, Request, Socket};
 pub(crate) use transaction::Rejection;
