@@ -25,6 +25,7 @@
 //! pod in quarantine.
 
 mod class;
+pub mod path;
 mod profile;
 mod ranges;
 

@@ -3,12 +3,13 @@
 //! The compiler says the same in sets and maps; tests hold the two against each other.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use husk_overlay::prefix::Family;
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::Cluster;
-use crate::object::{Direction, ObjectName, Peer, Pod, PolicyRule, PortMatch, Protocol};
+use crate::cluster::{Cluster, LocalPod};
+use crate::object::{Direction, ObjectName, Peer, Pod, PolicyRule, PortMatch, Protocol, QUARANTINE_LABEL};
 use crate::rules::{Effect, Level, Origin, Rule, means_pod, named_ports, rules_of};
 
 /// What happens with a packet.
@@ -144,6 +145,33 @@ fn side(cluster: &Cluster, connection: &Connection, direction: Direction) -> Sid
     if own == other {
         return allowed(Some(name.clone()), Scope::Itself);
     }
+    judged(cluster, connection, direction, (name, local))
+}
+
+/// What the node of a pod that is not of this node will say on a side, if it knows what this one knows; none where the address
+/// is no such pod's.
+#[must_use]
+pub fn elsewhere(cluster: &Cluster, connection: &Connection, direction: Direction) -> Option<Side> {
+    let own = match direction {
+        Direction::Egress => connection.originator,
+        Direction::Ingress => connection.responder,
+    };
+    let (name, pod) = cluster.owner(own).filter(|(name, _)| !cluster.local().contains_key(*name))?;
+    let quarantined = pod.labels.get(QUARANTINE_LABEL).is_some_and(|value| value == "true");
+    let theirs = LocalPod { pod: Arc::new(pod.clone()), quarantined };
+    Some(Side { scope: Scope::Elsewhere, ..judged(cluster, connection, direction, (name, &theirs)) })
+}
+
+fn judged(
+    cluster: &Cluster,
+    connection: &Connection,
+    direction: Direction,
+    (name, local): (&ObjectName, &LocalPod),
+) -> Side {
+    let other = match direction {
+        Direction::Egress => connection.responder,
+        Direction::Ingress => connection.originator,
+    };
     let peer = cluster.owner(other);
     let receiver = match direction {
         Direction::Ingress => Some(local.pod.as_ref()),
