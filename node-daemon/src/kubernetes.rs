@@ -8,6 +8,7 @@
 //! | what | where |
 //! |---|---|
 //! | records of nodes | `OverlayNode`, one per node, written by that node with server-side apply |
+//! | what policy is made of | Pods, Namespaces, NetworkPolicies, and ClusterNetworkPolicies where the API server has them |
 //! | allocation lock | `AddressBlock`: its name is its CIDR, so that the API's refusal to create a name twice is the lock |
 //! | blocks with `ipam.blocks: node-cidrs` | `spec.podCIDRs` of the `Node` objects; there are no `AddressBlock`s then |
 //!
@@ -24,12 +25,13 @@
 //! collector of Kubernetes would give a block to others while pods of a live node still use it.
 //!
 //! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` and `resume` how; [`source`]
-//! the cluster source; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back, with `events`.
+//! the cluster source; [`policy`] what policy is made of; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back, with `events`.
 
 pub mod client;
 pub mod departed;
 mod events;
 pub mod objects;
+pub mod policy;
 mod pools;
 pub mod reporter;
 mod resume;

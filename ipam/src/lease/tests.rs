@@ -76,7 +76,7 @@ fn demand(name: &str) -> Demand {
     Demand {
         pod_namespace: Some("default".to_owned()),
         pod_name: Some(name.to_owned()),
-        pod_uid: None,
+        pod_uid: Some(format!("uid-of-{name}")),
         ..Demand::plain(id(name), netns)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_overlay::config::{BlockOrigin, IpamConfig};
 use husk_overlay::manifest::{self, Manifest};
@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use super::client::{Failure, bounded, connect};
 use super::departed;
 use super::objects::{AddressBlock, Kept, OverlayNode};
+use super::policy::{self, PolicyStore};
 use super::resume;
 use super::store::{Missing, Store, Watched};
 use super::watches;
@@ -52,6 +53,7 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 /// The cluster source. Dropping it ends its watches.
 pub struct KubernetesSource {
     store: Arc<Store>,
+    policy: Arc<PolicyStore>,
     records: Api<DynamicObject>,
     blocks: Api<DynamicObject>,
     runtime: Handle,
@@ -80,22 +82,37 @@ impl KubernetesSource {
     /// As [`Self::open`], with a connection that is there already.
     #[must_use]
     pub fn with_client(client: Client, options: &Options, runtime: &Handle, wake: &Wake) -> Self {
-        let wake = Arc::clone(wake);
-        let store = Arc::new(Store::new(options.node.clone(), options.ipam.blocks, Box::new(move || wake())));
+        let news = || {
+            let wake = Arc::clone(wake);
+            Box::new(move || wake())
+        };
+        let store = Arc::new(Store::new(options.node.clone(), options.ipam.blocks, news()));
+        let policy = Arc::new(PolicyStore::new(news()));
         let cidrs = options.cluster_cidrs.clone();
         let mut tasks = watches::start(&client, &store, runtime);
+        tasks.extend(policy::start(&client, &policy, &store, runtime));
         let release_after = Duration::from_secs(options.ipam.release_after.into());
         tasks.push(runtime.spawn(departed::patrol(client.clone(), Arc::clone(&store), release_after, cidrs)));
         tasks.push(runtime.spawn(resume::look_for_deafness(client.clone(), Arc::clone(&store))));
         tasks.push(runtime.spawn(departed::give_signs_of_life(client.clone(), Arc::clone(&store), release_after)));
         Self {
             store,
+            policy,
             records: Api::all_with(client.clone(), &ApiResource::erase::<OverlayNode>(&())),
             blocks: Api::all_with(client, &ApiResource::erase::<AddressBlock>(&())),
             runtime: runtime.clone(),
             patience: options.patience,
             tasks,
         }
+    }
+
+    fn check_tasks(&self) -> Result<(), SourceError> {
+        if self.tasks.iter().any(JoinHandle::is_finished) {
+            return Err(unavailable(
+                "a task that watches it has ended, which is a bug of Husk; the log tells where".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// What the watches deliver in a moment anyway, so that the next snapshot has it.
@@ -129,6 +146,13 @@ fn unavailable(reason: String) -> SourceError {
     SourceError::Unavailable { subject: SUBJECT.into(), reason }
 }
 
+fn missing(missing: Missing) -> SourceError {
+    match missing {
+        Missing::NotYet => unavailable("it has not delivered its first lists yet".into()),
+        Missing::Failing(reason) => unavailable(reason),
+    }
+}
+
 fn failed(failure: Failure) -> SourceError {
     unavailable(failure.reason)
 }
@@ -140,19 +164,13 @@ fn body(manifest: &Manifest) -> DynamicObject {
 
 impl ClusterSource for KubernetesSource {
     fn snapshot(&mut self) -> Result<Snapshot, SourceError> {
-        if self.tasks.iter().any(JoinHandle::is_finished) {
-            return Err(unavailable(
-                "a task that watches it has ended, which is a bug of Husk; the log tells where".into(),
-            ));
-        }
-        self.store.snapshot_within(self.patience).map_err(|missing| match missing {
-            Missing::NotYet => unavailable("it has not delivered its first lists yet".into()),
-            Missing::Failing(reason) => unavailable(reason),
-        })
+        self.check_tasks()?;
+        self.store.snapshot_within(self.patience).map_err(missing)
     }
 
     fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
-        Err(unavailable("it is not asked for them yet".into()))
+        self.check_tasks()?;
+        self.policy.objects(Instant::now()).map_err(missing)
     }
 
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {

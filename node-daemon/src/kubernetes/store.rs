@@ -20,7 +20,7 @@ use super::objects::Kept;
 use super::watches::heard;
 
 /// How long a watch may fail before what it delivered counts as possibly old: API servers are restarted one by one.
-const TOLERANCE: Duration = Duration::from_secs(10);
+pub(super) const TOLERANCE: Duration = Duration::from_secs(10);
 
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,23 +48,23 @@ impl Watched {
 
 /// The objects of one watch.
 #[derive(Debug)]
-struct Table<T> {
-    items: BTreeMap<String, T>,
+pub(super) struct Table<T, K = String> {
+    pub(super) items: BTreeMap<K, T>,
     /// A list that is still arriving.
-    arriving: Option<BTreeMap<String, T>>,
+    arriving: Option<BTreeMap<K, T>>,
     /// There was a full list.
-    listed: bool,
+    pub(super) listed: bool,
 }
 
-impl<T> Default for Table<T> {
+impl<T, K> Default for Table<T, K> {
     fn default() -> Self {
         Self { items: BTreeMap::new(), arriving: None, listed: false }
     }
 }
 
-impl<T: PartialEq> Table<T> {
+impl<T: PartialEq, K: Ord> Table<T, K> {
     /// Takes an event of a watch. True if what is known changed.
-    fn take(&mut self, event: Event<(String, T)>) -> bool {
+    pub(super) fn take(&mut self, event: Event<(K, T)>) -> bool {
         match event {
             Event::Init => {
                 self.arriving = Some(BTreeMap::new());
@@ -93,9 +93,18 @@ impl<T: PartialEq> Table<T> {
 
 /// A watch that fails.
 #[derive(Debug, Clone)]
-struct Trouble {
-    since: Instant,
-    reason: String,
+pub(super) struct Trouble {
+    pub(super) since: Instant,
+    pub(super) reason: String,
+}
+
+impl Trouble {
+    /// Why there is nothing to tell, unless the failure is short and there was a full list before: what was never listed is not
+    /// merely old.
+    pub(super) fn verdict(&self, listed: bool, now: Instant) -> Result<(), Missing> {
+        let lasts = now.duration_since(self.since) >= TOLERANCE;
+        if lasts || !listed { Err(Missing::Failing(self.reason.clone())) } else { Ok(()) }
+    }
 }
 
 #[derive(Default)]
@@ -281,12 +290,8 @@ impl Tables {
             Watched::Nodes => self.nodes.listed,
         };
         for watched in needed {
-            match self.troubles.get(watched) {
-                // What was never listed is not merely old.
-                Some(trouble) if !listed(watched) || now.duration_since(trouble.since) >= TOLERANCE => {
-                    return Err(Missing::Failing(trouble.reason.clone()));
-                }
-                _ => {}
+            if let Some(trouble) = self.troubles.get(watched) {
+                trouble.verdict(listed(watched), now)?;
             }
         }
         if needed.iter().all(listed) { Ok(()) } else { Err(Missing::NotYet) }

@@ -10,6 +10,7 @@ use kube::core::{ApiResource, DynamicObject};
 use kube::runtime::watcher::{self, Config, Event, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
+use tokio::sync::watch::Receiver;
 use tokio::task::JoinHandle;
 
 use super::client::Failure;
@@ -22,7 +23,8 @@ pub(super) fn start(client: &Client, store: &Arc<Store>, runtime: &tokio::runtim
         let (api, store) = (Api::<DynamicObject>::all_with(client.clone(), &resource), Arc::clone(store));
         let keep = Arc::clone(&store);
         let take = move |event| translate(event, Kept::of).into_iter().for_each(|event| keep.object(watched, event));
-        runtime.spawn(follow(api, Config::default(), store, watched, take))
+        let distrusted = store.distrusted();
+        runtime.spawn(follow(api, Config::default(), distrusted, note(store, watched), take))
     };
     let nodes = || {
         let (api, store) = (Api::<NodeCidrs>::all(client.clone()), Arc::clone(store));
@@ -32,7 +34,8 @@ pub(super) fn start(client: &Client, store: &Arc<Store>, runtime: &tokio::runtim
         };
         let keep = Arc::clone(&store);
         let take = move |event| translate(event, NodeCidrs::kept).into_iter().for_each(|event| keep.node(event));
-        runtime.spawn(follow(api, config, store, Watched::Nodes, take))
+        let distrusted = store.distrusted();
+        runtime.spawn(follow(api, config, distrusted, note(store, Watched::Nodes), take))
     };
     let start = |watched: &Watched| match watched {
         Watched::Records => objects(*watched, ApiResource::erase::<OverlayNode>(&())),
@@ -43,43 +46,58 @@ pub(super) fn start(client: &Client, store: &Arc<Store>, runtime: &tokio::runtim
     Watched::needed(store.origin()).iter().map(start).collect()
 }
 
+/// Takes note of failures.
+fn note(store: Arc<Store>, watched: Watched) -> impl Fn(Failure) {
+    move |failure| {
+        tracing::debug!(?watched, error = failure.reason, "a watch failed");
+        store.failed(watched, failure.reason, Instant::now());
+    }
+}
+
 /// Lists and watches for ever. The watcher goes on by itself where a watch came to its regular end; after a failure everything
 /// is listed anew, out of the API server's cache as the clients of Kubernetes itself do.
-async fn follow<K>(api: Api<K>, config: Config, store: Arc<Store>, watched: Watched, take: impl Fn(Event<K>))
+pub(super) async fn follow<K>(
+    api: Api<K>,
+    config: Config,
+    mut distrusted: Receiver<()>,
+    failed: impl Fn(Failure),
+    take: impl Fn(Event<K>),
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let mut pause = Pause::default();
+    loop {
+        let started = Instant::now();
+        if let Some(failure) = session(api.clone(), config.clone(), &mut distrusted, &take).await {
+            failed(failure);
+        }
+        pause.wait_after(started).await;
+    }
+}
+
+/// Lists and watches until that fails, or comes to an end.
+pub(super) async fn session<K>(
+    api: Api<K>,
+    config: Config,
+    distrusted: &mut Receiver<()>,
+    take: impl Fn(Event<K>),
+) -> Option<Failure>
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let config = config.any_semantic();
-    let (mut pause, mut distrusted) = (Pause::default(), store.distrusted());
+    let mut events = watcher(api, config.any_semantic()).boxed();
+    distrusted.mark_unchanged();
     loop {
-        let started = Instant::now();
-        let mut events = watcher(api.clone(), config.clone()).boxed();
-        distrusted.mark_unchanged();
-        loop {
-            let event = tokio::select! {
-                event = events.next() => event,
-                _ = distrusted.changed() => {
-                    store.failed(watched, "everything is listed anew".into(), Instant::now());
-                    break;
-                }
-            };
-            let Some(event) = event else { break };
-            match event {
-                Ok(event) => take(event),
-                Err(error) => {
-                    let failure = explain(&error);
-                    tracing::debug!(?watched, error = failure.reason, "a watch failed");
-                    store.failed(watched, failure.reason, Instant::now());
-                    break;
-                }
+        let event = tokio::select! {
+            event = events.next() => event?,
+            _ = distrusted.changed() => {
+                return Some(Failure { code: None, reason: "everything is listed anew".into() });
             }
+        };
+        match event {
+            Ok(event) => take(event),
+            Err(error) => return Some(explain(&error)),
         }
-        drop(events);
-        // A server that lists and refuses to watch is not to be asked for lists without end.
-        if started.elapsed() > Pause::LONGEST {
-            pause = Pause::default();
-        }
-        tokio::time::sleep(pause.next()).await;
     }
 }
 
@@ -88,7 +106,8 @@ pub(super) fn heard<T>(event: &Event<T>) -> bool {
     !matches!(event, Event::Init)
 }
 
-fn translate<K, T>(event: Event<K>, keep: fn(K) -> Option<(String, T)>) -> Option<Event<(String, T)>> {
+/// The event with what is kept of its object.
+pub(super) fn translate<K, T>(event: Event<K>, keep: impl Fn(K) -> Option<T>) -> Option<Event<T>> {
     Some(match event {
         Event::Init => Event::Init,
         Event::InitDone => Event::InitDone,
@@ -110,13 +129,22 @@ fn explain(error: &watcher::Error) -> Failure {
 
 /// Pauses between attempts: doubling from the first to the longest, each somewhere between a half and one and a half of that by
 /// chance, so that the daemons of a cluster do not come back as one.
-struct Pause {
+pub(super) struct Pause {
     length: Duration,
 }
 
 impl Pause {
     const FIRST: Duration = Duration::from_millis(500);
     const LONGEST: Duration = Duration::from_secs(15);
+
+    /// Waits, after an attempt that began at `started`.
+    pub(super) async fn wait_after(&mut self, started: Instant) {
+        // A server that lists and refuses to watch is not to be asked for lists without end.
+        if started.elapsed() > Self::LONGEST {
+            *self = Self::default();
+        }
+        tokio::time::sleep(self.next()).await;
+    }
 
     fn next(&mut self) -> Duration {
         let length = self.length;

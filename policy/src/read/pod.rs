@@ -1,6 +1,6 @@
 //! Pods: of the whole object only what policy needs, so that a list of thousands stays small while it is read.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,10 +11,6 @@ use super::place::{Fault, Spot};
 use super::{Object, Reading, Scope, named};
 use crate::object::{NamedPort, ObjectName, Pod, Protocol};
 use crate::selector::Labels;
-
-/// Annotations by which a kubelet says which pod a mirror pod stands for: the static pod's uid, as the kubelet gives it to runtimes
-/// (Kubernetes, pkg/kubelet/types: `ConfigMirrorAnnotationKey`, `ConfigHashAnnotationKey`).
-const MIRRORED: [&str; 2] = ["kubernetes.io/config.mirror", "kubernetes.io/config.hash"];
 
 /// As much of a `Pod` object (`v1`) as policy needs.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -50,7 +46,17 @@ pub struct PodMetadata {
     pub labels: Labels,
     /// Annotations.
     #[serde(default, deserialize_with = "or_default")]
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: PodAnnotations,
+}
+
+/// Annotations by which a kubelet says which pod a mirror pod stands for: the static pod's uid, as the kubelet gives it to runtimes
+/// (Kubernetes, pkg/kubelet/types: `ConfigMirrorAnnotationKey`, `ConfigHashAnnotationKey`).
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct PodAnnotations {
+    #[serde(default, rename = "kubernetes.io/config.mirror")]
+    mirror: Option<String>,
+    #[serde(default, rename = "kubernetes.io/config.hash")]
+    hash: Option<String>,
 }
 
 /// As much of its specification.
@@ -119,8 +125,8 @@ impl PodObject {
     }
 
     fn pod(self) -> Pod {
-        let mirrored = MIRRORED.iter().filter_map(|key| self.metadata.annotations.get(*key).cloned());
-        let uids = self.metadata.uid.into_iter().chain(mirrored).filter(|uid| !uid.is_empty());
+        let PodMetadata { uid, annotations, labels, .. } = self.metadata;
+        let uids = [uid, annotations.mirror, annotations.hash].into_iter().flatten().filter(|uid| !uid.is_empty());
         // Containers that are started before the others and run on have ports too; what ends before the pod begins has none.
         let sidecars =
             self.spec.init_containers.iter().filter(|container| container.restart_policy.as_deref() == Some("Always"));
@@ -130,7 +136,7 @@ impl PodObject {
         let finished = self.status.phase.is_some_and(|phase| phase == "Succeeded" || phase == "Failed");
         Pod {
             uids: uids.collect(),
-            labels: self.metadata.labels,
+            labels,
             node: self.spec.node_name.filter(|node| !node.is_empty()),
             host_network: self.spec.host_network,
             finished,
