@@ -10,13 +10,14 @@
 //! A file is parsed again only when its identity (size, modification time, inode) changed, and the snapshot is put together
 //! again only when what was parsed changed: with nothing new, a snapshot of a big cluster costs a listing and a copy.
 
+mod stamp;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::manifest::{self, Manifest};
@@ -27,6 +28,7 @@ use husk_policy::object::Objects;
 use husk_policy::read::collect::objects_from;
 use husk_policy::read::{Reading, read};
 
+use self::stamp::Stamp;
 use super::{Claim, ClusterSource, SourceError};
 use crate::files;
 
@@ -41,30 +43,6 @@ const BLOCKS: &str = "blocks";
 
 /// Largest manifest file in bytes.
 const LARGEST_FILE: u64 = 4 << 20;
-
-/// A file that was changed this short a time before it was read may change again without a new time stamp: file systems
-/// count in ticks of some milliseconds, network file systems in seconds.
-const UNSETTLED: Duration = Duration::from_secs(2);
-
-/// What tells that a file is still the one that was parsed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    inode: u64,
-    size: u64,
-    modified: SystemTime,
-}
-
-impl Stamp {
-    fn of(metadata: &fs::Metadata) -> Self {
-        let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-        Self { inode: metadata.ino(), size: metadata.size(), modified }
-    }
-
-    /// True if a change made after `now` gives another stamp. A time in the future, by whatever clock, proves nothing.
-    fn is_settled(&self, now: SystemTime) -> bool {
-        now.duration_since(self.modified).is_ok_and(|age| age > UNSETTLED)
-    }
-}
 
 /// True if trying again does not help, but a person: the path names something else, or may not be written.
 fn is_lasting(error: &io::Error) -> bool {

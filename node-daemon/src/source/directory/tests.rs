@@ -1,6 +1,7 @@
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::sync::Barrier;
+use std::time::Duration;
 
 use husk_overlay::keys::PrivateKey;
 use husk_overlay::record::{DualStack, WireguardRecord};
