@@ -260,6 +260,9 @@ pub async fn run(options: RunOptions) -> Result<End> {
     let listener =
         server::listen(&options.run_directory.join(SOCKET_FILE)).context("cannot listen on the daemon's socket")?;
     start_watching(&parts.config, leases, &waker)?;
+    if parts.config.policy.enabled {
+        handle.flows().record(states.clone()).context(THREAD)?;
+    }
     tokio::spawn(server::serve(listener, handle.clone()));
     let mut follower = Follower::start(&options, text, issue, follow_config)?;
     if let SourceConfig::Kubernetes { kubeconfig } = &parts.config.source {

@@ -15,12 +15,15 @@ mod keys;
 mod mismatch;
 mod node;
 mod pace;
+mod pod_names;
 mod pods;
+mod policy_reports;
 mod quiet;
 mod reports;
 mod rotation;
 mod sessions;
 mod state;
+mod trace;
 mod traffic;
 mod usage;
 

@@ -15,11 +15,12 @@ use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::pod::{self, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
 use husk_dataplane::wireguard::KeyRing;
-use husk_dataplane::{Error, napi, nft, sysctl, xfrm};
+use husk_dataplane::{Error, napi, nft, policy, sysctl, xfrm};
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
+use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
@@ -300,16 +301,15 @@ impl Node for Host {
     }
 
     fn counters(&mut self) -> BTreeMap<String, Counter> {
-        match nft::read_counters() {
-            Ok(counters) => counters
-                .into_iter()
-                .map(|(name, value)| (name, Counter { packets: value.packets, bytes: value.bytes }))
-                .collect(),
-            Err(error) => {
-                tracing::warn!(%error, "drop counters cannot be read");
-                BTreeMap::new()
-            }
-        }
+        support::counters(nft::read_counters(), "drop counters")
+    }
+
+    fn policy_counters(&mut self) -> BTreeMap<String, Counter> {
+        support::counters(policy::read_counters(), "counters of policy")
+    }
+
+    fn policy_element(&mut self, set: &str, key: &PolicyElement) -> Result<Option<PolicyValue>> {
+        Ok(policy::lookup(set, key)?.map(|(_, value)| value))
     }
 
     fn greet(&mut self, routers: &[IpAddr], after: Duration) {

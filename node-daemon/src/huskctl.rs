@@ -1,8 +1,10 @@
 //! The troubleshooting command `huskctl`: asks the daemon, prints tables for people or JSON for scripts.
 //!
-//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction) or is not finished, 2 wrong
-//! usage, 3 the daemon does not answer or refused.
+//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
+//! 2 wrong usage, 3 the daemon does not answer or refused.
 
+mod flows;
+mod policy;
 mod rotate;
 mod tables;
 
@@ -26,8 +28,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Looks into the Husk daemon of this node.
 ///
-/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction) or is not finished; 2 wrong
-/// usage; 3 the daemon does not answer or refuses.
+/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction), is denied or is not finished;
+/// 2 wrong usage; 3 the daemon does not answer or refuses.
 #[derive(Parser)]
 #[command(name = "huskctl", version, verbatim_doc_comment)]
 pub struct Arguments {
@@ -65,6 +67,22 @@ enum Command {
     /// The keys of this node: their age, who uses them, and their rotation
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Network policy: what is enforced on this node, and the rules of a pod
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
+    /// Is a connection allowed, who decides, by which rule, and do the rules in the kernel say the same; exit status 1 if it is
+    /// denied
+    ///
+    /// Every rule that was asked is told. What another node decides is told as that node should see it; its own rules in the
+    /// kernel it tells itself.
+    Trace(policy::TraceOptions),
+    /// What policy has denied lately, with the pods and the policy behind it; -o json gives one line per flow
+    Flows(flows::Options),
+    /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
+    ///
+    /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
+    /// same on whichever node it is.
+    Quarantine(policy::QuarantineOptions),
 }
 
 #[derive(Subcommand)]
@@ -136,6 +154,10 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             let keys: KeysReport = ask(&socket, &Request::Keys)?;
             Ok((show.text(&keys, |keys| tables::keys(keys, *verbose))?, false))
         }
+        Command::Policy(command) => policy::run(&socket, command, &show),
+        Command::Trace(options) => policy::trace(&socket, options, &show),
+        Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;

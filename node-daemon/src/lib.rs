@@ -3,8 +3,8 @@
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
 //! comes from, [`kubernetes`] one such place; [`follow`] a configuration that changes; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon ([`tunnels`]: and its container):
 //! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
-//! [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot ends; [`cleanup`] the way
-//! out.
+//! [`flows`] what policy denied; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot
+//! ends; [`cleanup`] the way out.
 
 pub mod boot;
 pub mod cleanup;
@@ -12,6 +12,7 @@ pub mod companion;
 pub mod daemon;
 pub mod engine;
 pub mod files;
+pub mod flows;
 pub mod follow;
 pub mod health;
 pub mod host;

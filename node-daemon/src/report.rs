@@ -3,9 +3,16 @@
 mod ipam;
 mod keys;
 mod peers;
+mod policy;
 mod status;
+mod trace;
 
+pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use peers::{DiffReport, MtuReport, PeerReport, PeerState};
+pub use policy::{
+    PodPolicyReport, PodPolicyState, PolicyKind, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
+};
 pub use status::{Counter, KeysSummary, LastPass, Status};
+pub use trace::{Decider, Live, Place, TraceEnd, TraceReport, TraceSide};

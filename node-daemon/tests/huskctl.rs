@@ -3,10 +3,9 @@
 // clippy.toml allows this in test functions; what they call belongs to the test as well.
 #![allow(clippy::unwrap_used)]
 
+mod canned;
+
 use std::os::unix::net::UnixListener;
-use std::path::Path;
-use std::process::{Command, Output};
-use std::thread::JoinHandle;
 
 use husk_node_daemon::keys::Technology;
 use husk_node_daemon::report::{
@@ -15,7 +14,7 @@ use husk_node_daemon::report::{
 };
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
 use husk_overlay::esp::Aead;
-use husk_overlay::ipc::{Request, Response, SOCKET_FILE, read_message, write_message};
+use husk_overlay::ipc::{Request, Response, SOCKET_FILE};
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::keys::PrivateKey;
 use husk_overlay::mode::Mode;
@@ -25,55 +24,7 @@ use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Pool};
 use serde::Serialize;
 
-fn huskctl(run_directory: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_huskctl"))
-        .arg("--run-directory")
-        .arg(run_directory)
-        .args(arguments)
-        .env_remove("HUSK_RUN_DIRECTORY")
-        .output()
-        .expect("cargo built huskctl")
-}
-
-/// Answers one connection; returns what was asked.
-fn answer_once(directory: &Path, response: Response) -> JoinHandle<Request> {
-    let listener = UnixListener::bind(directory.join(SOCKET_FILE)).unwrap();
-    std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let request = read_message(&mut stream).unwrap();
-        write_message(&mut stream, &response).unwrap();
-        request
-    })
-}
-
-struct Ran {
-    request: Request,
-    status: i32,
-    text: String,
-    errors: String,
-}
-
-fn run_against(response: Response, arguments: &[&str]) -> Ran {
-    let directory = tempfile::tempdir().unwrap();
-    let server = answer_once(directory.path(), response);
-    let output = huskctl(directory.path(), arguments);
-    Ran {
-        request: server.join().unwrap(),
-        status: output.status.code().unwrap(),
-        text: String::from_utf8(output.stdout).unwrap(),
-        errors: String::from_utf8(output.stderr).unwrap(),
-    }
-}
-
-fn run(report: &impl Serialize, arguments: &[&str]) -> Ran {
-    run_against(Response::Report { report: serde_json::to_value(report).unwrap() }, arguments)
-}
-
-/// Lines with runs of spaces made one: the columns' words, not their widths.
-fn words(text: &str) -> Vec<String> {
-    let squeeze = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-    text.lines().map(squeeze).filter(|line| !line.is_empty()).collect()
-}
+use canned::{huskctl, run, run_against, run_along, words};
 
 fn prefix(text: &str) -> Prefix {
     text.parse().unwrap()
@@ -407,30 +358,6 @@ fn keys_are_shown_with_who_uses_them() {
 fn rotation(begun: Option<u64>) -> RotationReport {
     let waiting = begun.is_none().then(|| "gamma still uses the epoch before 1".to_owned());
     RotationReport { technology: Technology::Esp, begun, target: 2, waiting }
-}
-
-/// Runs against a daemon that gives these answers one after the other, the last one for ever.
-fn run_along(reports: Vec<serde_json::Value>, arguments: &[&str]) -> Ran {
-    let directory = tempfile::tempdir().unwrap();
-    let listener = UnixListener::bind(directory.path().join(SOCKET_FILE)).unwrap();
-    std::thread::spawn(move || {
-        let mut answers = reports.into_iter().peekable();
-        while let Ok((mut stream, _)) = listener.accept() {
-            let _: Request = read_message(&mut stream).unwrap();
-            let report = answers.peek().cloned().unwrap();
-            if answers.len() > 1 {
-                answers.next();
-            }
-            write_message(&mut stream, &Response::Report { report }).unwrap();
-        }
-    });
-    let output = huskctl(directory.path(), arguments);
-    Ran {
-        request: Request::RotateKeys,
-        status: output.status.code().unwrap(),
-        text: String::from_utf8(output.stdout).unwrap(),
-        errors: String::from_utf8(output.stderr).unwrap(),
-    }
 }
 
 #[test]

@@ -92,6 +92,38 @@ pub enum Request {
     Keys,
     /// New keys, now: answer when they are begun, or with what they have to wait for.
     RotateKeys,
+    /// Everything `huskctl policy list` prints.
+    Policy,
+    /// The rules of a pod.
+    PolicyOf {
+        /// Namespace and name, name alone in the namespace `default`, or an address.
+        pod: String,
+    },
+    /// What becomes of a connection, and why.
+    Trace {
+        /// Who begins it: a pod by name as above, or an address.
+        source: String,
+        /// Whom it is for, alike.
+        destination: String,
+        /// IANA protocol number.
+        protocol: u8,
+        /// Port of whom it is for; none for protocols without.
+        port: Option<u16>,
+    },
+    /// Flows that were recorded.
+    Flows {
+        /// Those after this sequence number, the oldest first; none means the newest ones.
+        after: Option<u64>,
+        /// Only those that were denied.
+        denied: bool,
+    },
+    /// Cuts a pod of this node off, or lets it onto the network again.
+    Quarantine {
+        /// The pod, as above.
+        pod: String,
+        /// Cut off.
+        on: bool,
+    },
 }
 
 /// The daemon's answer.

@@ -15,6 +15,8 @@ use husk_overlay::plan::are_mapped;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::State;
+use super::policy_reports::answer;
+use crate::flows::Flows;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -89,6 +91,7 @@ pub struct Handle {
     leases: Arc<LeaseStore>,
     detaching: Arc<Semaphore>,
     index_of: IndexOf,
+    flows: Flows,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -101,7 +104,7 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     let waker = Waker { inbox: inbox.clone(), pending: Arc::default(), urgent: Arc::default() };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of }, receiver)
+    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows: Flows::default() }, receiver)
 }
 
 impl Handle {
@@ -109,6 +112,12 @@ impl Handle {
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// The flows that clients are told of.
+    #[must_use]
+    pub fn flows(&self) -> &Flows {
+        &self.flows
     }
 
     /// The handle, with other eyes for interfaces.
@@ -131,6 +140,8 @@ impl Handle {
                 Response::Done
             }
             Request::Ready => self.ready(),
+            // All that are recorded are denied ones.
+            Request::Flows { after, denied: _ } => answer(&self.flows.report(after)),
             Request::Detach { interface, index } => self.detach(interface, index).await,
             other => self.ask(other).await,
         }

@@ -10,6 +10,7 @@ use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{Facts, SpentAssociation};
+use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::InterfaceName;
 use husk_overlay::record::Snapshot;
@@ -104,6 +105,15 @@ pub trait Node {
 
     /// Packets dropped by the node's own rules.
     fn counters(&mut self) -> BTreeMap<String, Counter>;
+
+    /// Packets that policy denied or passed, by counter.
+    fn policy_counters(&mut self) -> BTreeMap<String, Counter>;
+
+    /// What a set of the policy table in the kernel holds for a key; nothing if there is no such set.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn policy_element(&mut self, set: &str, key: &PolicyElement) -> anyhow::Result<Option<PolicyValue>>;
 
     /// Packets that IPsec did not let through, by the kernel's name of the reason.
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64>;

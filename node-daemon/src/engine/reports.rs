@@ -13,6 +13,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Prefix;
 use serde::Serialize;
 
+use super::trace::Question;
 use super::{Ask, Engine, Node, Pass, blocks};
 use crate::keys::Technology;
 use crate::report::{
@@ -36,9 +37,17 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Ipam => self.report(Self::ipam),
             Request::Keys => self.keys(),
             Request::RotateKeys => self.rotate_keys(),
-            Request::Admit { .. } | Request::Detach { .. } | Request::Released | Request::Ready => {
-                Response::Refused { reason: "this question is not for the loop".into() }
+            Request::Policy => self.report(|engine, _| engine.policy_report()),
+            Request::PolicyOf { pod } => self.policy_of(pod),
+            Request::Trace { source, destination, protocol, port } => {
+                self.trace(&Question { source, destination, protocol: *protocol, port: *port })
             }
+            Request::Quarantine { pod, on } => self.quarantine(pod, *on),
+            Request::Admit { .. }
+            | Request::Detach { .. }
+            | Request::Released
+            | Request::Ready
+            | Request::Flows { .. } => Response::Refused { reason: "this question is not for the loop".into() },
         };
         // The client may have given up.
         let _ = ask.answer.send(response);

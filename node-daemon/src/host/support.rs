@@ -1,10 +1,11 @@
 //! What the kernel can, of what a mode needs. Asking makes the kernel load what it has.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use husk_dataplane::nft::CounterValue;
 use husk_dataplane::wireguard::Wireguard;
 use husk_dataplane::{Error, xfrm};
 use husk_overlay::config::{Config, WireguardChoice};
@@ -12,6 +13,8 @@ use husk_overlay::facts::WireguardSupport;
 use husk_overlay::marks;
 use husk_overlay::mode::Mode;
 use husk_overlay::mtu::EspMode;
+
+use crate::report::Counter;
 
 /// What is known of the kernel.
 #[derive(Debug, Default)]
@@ -80,5 +83,18 @@ pub(super) fn support_of(kernel: Result<(), Error>, tun: bool) -> Result<Wiregua
             Ok(WireguardSupport::Unavailable { reason: format!("{error}; and /dev/net/tun does not exist") })
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Counters as they are reported; none where they cannot be read, which the log tells.
+pub(super) fn counters(read: Result<BTreeMap<String, CounterValue>, Error>, what: &str) -> BTreeMap<String, Counter> {
+    let counter =
+        |(name, value): (String, CounterValue)| (name, Counter { packets: value.packets, bytes: value.bytes });
+    match read {
+        Ok(counters) => counters.into_iter().map(counter).collect(),
+        Err(error) => {
+            tracing::warn!(%error, "{what} cannot be read");
+            BTreeMap::new()
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Tables for people.
 
 mod keys;
+mod policy;
 
 use std::fmt::Write as _;
 
@@ -9,6 +10,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use husk_overlay::issue::{Issue, Severity};
 
 pub(super) use self::keys::keys;
+pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
 use crate::report::{DiffReport, IpamReport, KeysSummary, MtuReport, PeerReport, PeerState, PoolReport, Status};
 
 fn table(header: &[&str]) -> Table {

@@ -12,6 +12,7 @@ use husk_dataplane::error::Refusal;
 use husk_dataplane::fake::{FakeKernel, FakeState};
 use husk_dataplane::links::ActualKind;
 use husk_dataplane::nft::ForeignChain;
+use husk_dataplane::policy::ActualSet;
 use husk_dataplane::wireguard::KeyRing;
 use husk_ipam::lease::{BootTime, Demand, Lease, LeaseStore, Supply};
 use husk_overlay::config::Config;
@@ -20,6 +21,7 @@ use husk_overlay::esp::{Aead, AssociationId};
 use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, SpentAssociation, UnderlayRoute, WireguardSupport};
 use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE, NodeFile, Request, Response};
 use husk_overlay::issue::IssueKind;
+use husk_overlay::kernel::policy::{PolicyElement, PolicyTable, PolicyValue};
 use husk_overlay::kernel::{Desired, LinkKind, XfrmStateKey};
 use husk_overlay::keys::PrivateKey;
 use husk_overlay::marks;
@@ -467,6 +469,21 @@ impl Node for FakeNode {
 
     fn counters(&mut self) -> BTreeMap<String, crate::report::Counter> {
         BTreeMap::new()
+    }
+
+    fn policy_counters(&mut self) -> BTreeMap<String, crate::report::Counter> {
+        [("denied_ingress".to_owned(), crate::report::Counter { packets: 3, bytes: 180 })].into()
+    }
+
+    fn policy_element(&mut self, set: &str, key: &PolicyElement) -> anyhow::Result<Option<PolicyValue>> {
+        let kernel = self.kernel.state();
+        let Some(actual) = &kernel.own.policy else { return Ok(None) };
+        let sets = actual.sets.iter().filter_map(|(name, set)| match set {
+            ActualSet::Ours(set) => Some((name.clone(), Arc::clone(set))),
+            _ => None,
+        });
+        let table = PolicyTable { sets: sets.collect(), ..PolicyTable::default() };
+        Ok(husk_policy::compile::path::look_up(&table, set, *key))
     }
 
     fn remember(&mut self, _: &Desired) {}

@@ -1,0 +1,129 @@
+//! The newest flows, numbered. Equal ones of one second are one with a count, which is kept when that second is over, so that
+//! what was read once does not change.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::record::Flow;
+
+/// Flows that are kept.
+const KEPT: usize = 10_000;
+
+/// How long equal flows count as one.
+const MERGED: Duration = Duration::from_secs(1);
+
+/// Flows that may wait for their second to be over; with more, the oldest is kept at once.
+const WAITING: usize = 1000;
+
+/// The newest flows.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    kept: VecDeque<Flow>,
+    /// With the time of their first packet, oldest first.
+    waiting: VecDeque<(Instant, Flow)>,
+    newest: u64,
+    pub(super) lost: u64,
+    pub(super) unavailable: Option<String>,
+}
+
+impl Ring {
+    /// Takes a flow that came at `now`.
+    pub(super) fn take(&mut self, flow: Flow, now: Instant) {
+        if let Some((_, same)) = self.waiting.iter_mut().find(|(_, waiting)| waiting.is_like(&flow)) {
+            same.count += flow.count;
+            return;
+        }
+        if self.waiting.len() >= WAITING
+            && let Some((_, oldest)) = self.waiting.pop_front()
+        {
+            self.keep(oldest);
+        }
+        self.waiting.push_back((now, flow));
+    }
+
+    /// Keeps what waits no longer.
+    pub(super) fn keep_settled(&mut self, now: Instant) {
+        while self.waiting.front().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= MERGED)
+            && let Some((_, flow)) = self.waiting.pop_front()
+        {
+            self.keep(flow);
+        }
+    }
+
+    pub(super) fn keep(&mut self, flow: Flow) {
+        self.newest += 1;
+        let flow = Flow { sequence: self.newest, ..flow };
+        tracing::debug!(
+            policy = flow.reason,
+            count = flow.count,
+            "denied {}: {} {} -> {}",
+            flow.direction,
+            flow.protocol,
+            flow.source,
+            flow.destination
+        );
+        if self.kept.len() >= KEPT {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(flow);
+    }
+
+    pub(super) fn newest(&self) -> u64 {
+        self.newest
+    }
+
+    /// At most so many flows after a number, the oldest of them first; without a number the newest.
+    pub(super) fn after(&self, after: Option<u64>, most: usize) -> Vec<Flow> {
+        let first = match after {
+            Some(after) => self.kept.partition_point(|flow| flow.sequence <= after),
+            None => self.kept.len().saturating_sub(most),
+        };
+        self.kept.iter().skip(first).take(most).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flows::record::tests::flow;
+
+    fn counts(ring: &Ring) -> Vec<(u64, u64)> {
+        ring.after(Some(0), usize::MAX).iter().map(|flow| (flow.sequence, flow.count)).collect()
+    }
+
+    #[test]
+    fn equal_flows_of_a_second_are_one() {
+        let (mut ring, start) = (Ring::default(), Instant::now());
+        for (port, milliseconds) in [(80, 0), (80, 500), (81, 600), (80, 999)] {
+            ring.take(flow(port), start + Duration::from_millis(milliseconds));
+            ring.keep_settled(start + Duration::from_millis(milliseconds));
+        }
+        assert_eq!((counts(&ring), ring.newest()), (vec![], 0), "the second is not over");
+        ring.keep_settled(start + Duration::from_millis(1000));
+        assert_eq!(counts(&ring), [(1, 3)]);
+        ring.take(flow(80), start + Duration::from_millis(1100));
+        ring.keep_settled(start + Duration::from_secs(5));
+        assert_eq!(counts(&ring), [(1, 3), (2, 1), (3, 1)]);
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_read_by_number() {
+        let mut ring = Ring::default();
+        for port in 0..=u16::try_from(KEPT).unwrap() {
+            ring.keep(flow(port));
+        }
+        let all = counts(&ring);
+        assert_eq!((all.len(), all[0].0, ring.newest()), (KEPT, 2, 10_001));
+        let numbers = |flows: Vec<Flow>| flows.iter().map(|flow| flow.sequence).collect::<Vec<_>>();
+        assert_eq!(numbers(ring.after(Some(9_000), 2)), [9_001, 9_002]);
+        assert_eq!(numbers(ring.after(None, 2)), [10_000, 10_001]);
+        assert!(ring.after(Some(10_001), 2).is_empty());
+    }
+
+    #[test]
+    fn many_at_once_wait_in_bounded_number() {
+        let (mut ring, now) = (Ring::default(), Instant::now());
+        (0..1200).for_each(|port| ring.take(flow(port), now));
+        assert_eq!((ring.waiting.len(), ring.newest()), (WAITING, 200));
+    }
+}

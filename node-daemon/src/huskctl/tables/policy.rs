@@ -1,0 +1,318 @@
+//! Tables about network policy.
+
+use std::fmt::Write as _;
+
+use husk_policy::compile::path::Path;
+use husk_policy::object::Direction;
+use husk_policy::rules::Effect;
+use husk_policy::verdict::{Outcome, Verdict};
+
+use super::{bytes, list, or_dash, table};
+use crate::flows::Flow;
+use crate::report::{
+    Decider, Live, Place, PodPolicyReport, PodPolicyState, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod,
+    RuleReport, TraceEnd, TraceReport, TraceSide,
+};
+
+pub(in crate::huskctl) fn policy(report: &PolicyReport) -> String {
+    let mut text = String::new();
+    let enforced = match (report.enabled, report.known) {
+        (false, _) => "no (policy.enabled): nothing is denied",
+        (true, false) => "NOTHING KNOWN YET: no pod gets a packet until the cluster source answers",
+        (true, true) => "yes",
+    };
+    let _ = writeln!(text, "Enforced       {enforced}");
+    let _ = writeln!(text, "Pods           {} of this node", report.pods);
+    if !report.unknown_pods.is_empty() {
+        let _ = writeln!(text, "NOT KNOWN YET  {} (they get no packet)", list(&report.unknown_pods));
+    }
+    if !report.quarantined.is_empty() {
+        let _ = writeln!(text, "QUARANTINED    {}", list(report.quarantined.iter().map(|it| &it.pod)));
+    }
+    let programming = &report.programming;
+    if let Some(mean) = programming.total.checked_div(programming.count) {
+        let _ = writeln!(
+            text,
+            "Programming    {} changes; last {} (of which {} in the kernel), mean {}, slowest {}",
+            programming.count,
+            milliseconds(programming.last_compile + programming.last_apply),
+            milliseconds(programming.last_apply),
+            milliseconds(mean),
+            milliseconds(programming.slowest),
+        );
+    }
+    if !report.counters.is_empty() {
+        let mut rows = table(&["COUNTER", "PACKETS", "BYTES"]);
+        for (name, counter) in &report.counters {
+            rows.add_row(vec![name.clone(), counter.packets.to_string(), bytes(counter.bytes)]);
+        }
+        let _ = writeln!(text, "\n{}", rows.trim_fmt());
+    }
+    if report.policies.is_empty() {
+        text += "\nThe cluster has no policies: everything is allowed.\n";
+    } else {
+        let mut rows = table(&["KIND", "NAME", "TIER", "PRIORITY", "DIRECTIONS", "PODS OF THIS NODE"]);
+        for row in &report.policies {
+            rows.add_row(vec![
+                row.kind.to_string(),
+                name_of(row),
+                row.tier.map_or_else(|| "-".into(), |tier| format!("{tier:?}")),
+                or_dash(row.priority),
+                list(&row.directions),
+                few(&row.pods),
+            ]);
+        }
+        let _ = writeln!(text, "\n{}", rows.trim_fmt());
+    }
+    for issue in &report.issues {
+        let _ = write!(text, "\n{:?} {}: {}\n  -> {}\n", issue.severity, issue.subject, issue.message, issue.remedy);
+    }
+    text
+}
+
+fn name_of(row: &PolicyRow) -> String {
+    match &row.namespace {
+        Some(namespace) => format!("{namespace}/{}", row.name),
+        None => row.name.clone(),
+    }
+}
+
+/// The first of many.
+fn few<T: ToString>(all: &[T]) -> String {
+    const NAMED: usize = 4;
+    match all.len().checked_sub(NAMED) {
+        Some(more @ 1..) => format!("{} and {more} more", list(all[..NAMED].iter().map(ToString::to_string))),
+        _ => list(all.iter().map(ToString::to_string)),
+    }
+}
+
+fn milliseconds(microseconds: u64) -> String {
+    format!("{}.{} ms", microseconds / 1000, microseconds % 1000 / 100)
+}
+
+pub(in crate::huskctl) fn policy_of(report: &PodPolicyReport) -> String {
+    let mut text = format!("Pod    {} ({})\n", report.pod, list(&report.addresses));
+    let state = match &report.state {
+        PodPolicyState::Enforced => "enforced".to_owned(),
+        PodPolicyState::Pending => {
+            "NOT ENFORCED YET: the pod gets no packet; huskctl status tells what is wrong".to_owned()
+        }
+        PodPolicyState::Unknown => {
+            "NOT KNOWN YET: the cluster source has not told of the pod, and it gets no packet".to_owned()
+        }
+        PodPolicyState::Elsewhere { node: Some(node) } => format!("enforced by node {node}"),
+        PodPolicyState::Elsewhere { node: None } => "enforced by another node".to_owned(),
+        PodPolicyState::HostNetwork => "none: it has the addresses of its node, which no policy reaches".to_owned(),
+        PodPolicyState::Disabled => "NOT ENFORCED: policy is switched off (policy.enabled)".to_owned(),
+    };
+    let _ = writeln!(text, "State  {state}");
+    if report.quarantined {
+        text += "QUARANTINED; huskctl quarantine --list tells by whom\n";
+    }
+    if matches!(report.state, PodPolicyState::Unknown | PodPolicyState::HostNetwork) {
+        return text;
+    }
+    for (direction, rules) in [(Direction::Egress, &report.egress), (Direction::Ingress, &report.ingress)] {
+        let what = match direction {
+            Direction::Egress => "Egress (from the pod)",
+            Direction::Ingress => "Ingress (to the pod)",
+        };
+        if rules.is_empty() {
+            let _ = writeln!(text, "\n{what}: no rules, everything is allowed");
+        } else {
+            let _ = writeln!(text, "\n{what}: the first rule that matches decides\n{}", rules_table(rules));
+        }
+    }
+    text
+}
+
+fn rules_table(rules: &[RuleReport]) -> String {
+    let mut rows = table(&["  #", "EFFECT", "PEERS", "PORTS", "FROM"]);
+    for (index, rule) in rules.iter().enumerate() {
+        rows.add_row(vec![
+            format!("  {}", index + 1),
+            effect(rule.effect).to_owned(),
+            rule.peers.join("; "),
+            rule.ports.join("; "),
+            rule.origin.to_string(),
+        ]);
+    }
+    rows.trim_fmt()
+}
+
+fn effect(effect: Effect) -> &'static str {
+    match effect {
+        Effect::Allow => "allow",
+        Effect::Deny => "DENY",
+        Effect::Pass => "next tier",
+    }
+}
+
+pub(in crate::huskctl) fn trace(report: &TraceReport) -> String {
+    let verdict = match report.verdict {
+        Verdict::Allow => "ALLOWED",
+        Verdict::Deny => "DENIED",
+    };
+    let mut text = format!(
+        "{verdict}  {}\n  from {}\n  to   {}\n",
+        report.connection,
+        end(&report.source),
+        end(&report.destination)
+    );
+    for side in &report.sides {
+        text += "\n";
+        text += &trace_side(side);
+    }
+    text
+}
+
+fn end(end: &TraceEnd) -> String {
+    let place = match &end.place {
+        Place::PodHere => "pod of this node".to_owned(),
+        Place::PodElsewhere { node: Some(node) } => format!("pod of node {node}"),
+        Place::PodElsewhere { node: None } => "pod of another node".to_owned(),
+        Place::ThisNode => "this node".to_owned(),
+        Place::OtherNode { node } => format!("node {node}"),
+        Place::External => "outside of the cluster".to_owned(),
+    };
+    match &end.pod {
+        Some(pod) => format!("{} {pod}, {place}", end.address),
+        None => format!("{}, {place}", end.address),
+    }
+}
+
+fn trace_side(it: &TraceSide) -> String {
+    let verdict = match it.side.verdict {
+        Verdict::Allow => "allowed",
+        Verdict::Deny => "DENIED",
+    };
+    let name = match it.direction {
+        Direction::Egress => "Egress",
+        Direction::Ingress => "Ingress",
+    };
+    let why = match (&it.side.decided_by, it.side.asked.is_empty(), &it.decider) {
+        (Some(origin), ..) => format!(" by {origin}"),
+        (None, _, Decider::ThisNode) if it.side.verdict == Verdict::Deny => {
+            ": the cluster source has not told of the pod yet".to_owned()
+        }
+        (None, false, _) => ": no rule decides".to_owned(),
+        (None, true, Decider::ThisNode | Decider::OtherNode { .. }) => ": no policy selects the pod".to_owned(),
+        (None, true, _) => String::new(),
+    };
+    let who = match &it.decider {
+        Decider::ThisNode => "this node decides".to_owned(),
+        Decider::OtherNode { node: Some(node) } => format!("node {node} decides; ask huskctl there for its ruleset"),
+        Decider::OtherNode { node: None } => "the pod's node decides".to_owned(),
+        Decider::Host => "a node's own traffic with its pods is always allowed".to_owned(),
+        Decider::Nobody => "nobody decides".to_owned(),
+        Decider::Disabled => "policy is switched off (policy.enabled)".to_owned(),
+    };
+    let mut text = format!("{name}: {verdict}{why} ({who})\n");
+    if !it.side.asked.is_empty() {
+        let mut rows = table(&["  #", "RULE", "EFFECT", "ASKED"]);
+        for (index, asked) in it.side.asked.iter().enumerate() {
+            let outcome = match asked.outcome {
+                Outcome::Matched => "matched",
+                Outcome::OtherPeer => "is for other peers",
+                Outcome::OtherPort => "is for other ports",
+                Outcome::Skipped => "passed over",
+            };
+            rows.add_row(vec![
+                format!("  {}", index + 1),
+                asked.origin.to_string(),
+                effect(asked.effect).to_owned(),
+                outcome.to_owned(),
+            ]);
+        }
+        text += &rows.trim_fmt();
+        text += "\n";
+    }
+    match &it.live {
+        Live::NotHere => {}
+        Live::Agrees { path } => {
+            let _ = writeln!(text, "  live ruleset agrees: {}", in_words(path));
+        }
+        Live::Differs { path } => {
+            let _ = writeln!(
+                text,
+                "  LIVE RULESET DIFFERS: {}\n  -> look at huskctl diff and huskctl status; if it stays so, this is a bug",
+                in_words(path)
+            );
+        }
+        Live::Unreadable { reason } => {
+            let _ = writeln!(text, "  live ruleset could not be read: {reason}");
+        }
+    }
+    text
+}
+
+fn in_words(path: &Path) -> String {
+    match path {
+        Path::Unknown => "the address is of no pod that is known -> drop".to_owned(),
+        Path::Itself => "the pod talks with itself -> accept".to_owned(),
+        Path::Free => "the pod has no chain -> accept".to_owned(),
+        Path::Judged { chain, class, others, verdict } => {
+            let class = class.map_or_else(|| "no class".to_owned(), |class| format!("class {class:#010x}"));
+            let others = if *others { " (that of all others)" } else { "" };
+            let verdict = match verdict {
+                Verdict::Allow => "accept",
+                Verdict::Deny => "drop",
+            };
+            format!("chain {chain}, {class}{others} -> {verdict}")
+        }
+    }
+}
+
+pub(in crate::huskctl) fn quarantined(pods: &[QuarantinedPod]) -> String {
+    if pods.is_empty() {
+        return "No pod of this node is cut off.\n".into();
+    }
+    let mut rows = table(&["POD", "BY"]);
+    for pod in pods {
+        let by = [(pod.by_label, "label husk.dev/quarantine"), (pod.by_request, "request")];
+        rows.add_row(vec![pod.pod.to_string(), list(by.iter().filter(|(is, _)| *is).map(|(_, by)| by))]);
+    }
+    format!("{}\n", rows.trim_fmt())
+}
+
+pub(in crate::huskctl) fn quarantine(report: &QuarantineReport) -> String {
+    let pod = &report.pod;
+    let mut text = match (report.quarantined, report.changed, report.by_label) {
+        (true, true, _) => format!("{pod} is cut off.\n"),
+        (true, false, false) => format!("{pod} was cut off already.\n"),
+        (true, false, true) => {
+            format!(
+                "{pod} stays cut off: by its label husk.dev/quarantine; take that off to let it onto the network.\n"
+            )
+        }
+        (false, true, _) => format!("{pod} is on the network again, as far as policy lets it.\n"),
+        (false, false, _) => format!("{pod} was not cut off.\n"),
+    };
+    if !report.enforced {
+        text += "The kernel does not have that yet; huskctl status and the daemon's log tell why.\n";
+    }
+    text
+}
+
+/// Widths of what comes bit by bit cannot depend on what is still to come.
+pub(in crate::huskctl) fn flows(flows: &[Flow], with_header: bool) -> String {
+    let line = |time: &str, direction: &str, protocol: &str, count: &str, flow: &str, reason: &str| {
+        format!("{time:<20}  {direction:<7}  {protocol:<6}  {count:>5}  {flow}  {reason}").trim_end().to_owned() + "\n"
+    };
+    let mut text = String::new();
+    if with_header {
+        text += &line("TIME", "DENIED", "PROTO", "COUNT", "FROM -> TO", "BY");
+    }
+    for flow in flows {
+        let icmp = flow.icmp.map_or_else(String::new, |icmp| format!(" type {} code {}", icmp.kind, icmp.code));
+        text += &line(
+            &format!("{:.0}", flow.time),
+            &flow.direction.to_string(),
+            &flow.protocol,
+            &flow.count.to_string(),
+            &format!("{} -> {}{icmp}", flow.source, flow.destination),
+            &format!("({}{})", flow.reason, if flow.answer { "; an answer" } else { "" }),
+        );
+    }
+    text
+}
