@@ -25,7 +25,7 @@
 //! collector of Kubernetes would give a block to others while pods of a live node still use it.
 //!
 //! Reading order: [`objects`] the kinds and what is kept of them; [`store`] what the watches delivered; `watches` and `resume` how; [`source`]
-//! the cluster source; [`policy`] what policy is made of; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back, with `events`.
+//! the cluster source; [`policy`] what policy is made of; [`departed`] nodes that are gone and, with the same walk, `pools`; [`reporter`] the way back, with `events` and `quarantine`.
 
 pub mod client;
 pub mod departed;
@@ -33,6 +33,7 @@ mod events;
 pub mod objects;
 pub mod policy;
 mod pools;
+mod quarantine;
 pub mod reporter;
 mod resume;
 pub mod source;

@@ -129,6 +129,11 @@ impl Failure {
         self.code == Some(409)
     }
 
+    /// The API server knows who asks, and does not let it.
+    pub(super) fn is_forbidden(&self) -> bool {
+        self.code == Some(403)
+    }
+
     /// There is no such object.
     pub(super) fn is_not_found(&self) -> bool {
         self.code == Some(404)

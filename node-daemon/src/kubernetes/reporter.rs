@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use super::client::{Failure, bounded};
 use super::events::Events;
 use super::objects::{OverlayNode, OverlayNodeStatus};
+use super::quarantine::{Change, Quarantined};
 use super::source::FIELD_MANAGER;
 use crate::engine::State;
 
@@ -51,6 +52,9 @@ pub struct Reporter {
     refreshed: Option<Instant>,
     /// Issues that have had their Event.
     with_event: BTreeSet<Issue>,
+    quarantined: Quarantined,
+    /// News of pods that have not had their Event.
+    untold: VecDeque<Change>,
     /// Telling failed the last time, and the log says so.
     failing: bool,
     /// When Events were sent, within the last minute.
@@ -77,6 +81,8 @@ impl Reporter {
             told: None,
             refreshed: None,
             with_event: BTreeSet::new(),
+            quarantined: Quarantined::default(),
+            untold: VecDeque::new(),
             failing: false,
             sent: VecDeque::new(),
             config,
@@ -111,6 +117,8 @@ impl Reporter {
         if state.passes == 0 {
             return Ok(());
         }
+        self.untold.extend(self.quarantined.changes(&state));
+        self.tell_quarantine().await?;
         let mut issues = state.issues.clone();
         issues.extend(self.config.borrow_and_update().clone());
         // Most passes change nothing of what is told, and a cluster has many nodes: nothing is asked then.
@@ -130,21 +138,34 @@ impl Reporter {
         Ok(())
     }
 
+    async fn tell_quarantine(&mut self) -> Result<(), Failure> {
+        while let Some(change) = self.untold.front() {
+            if !may_send(&mut self.sent, Instant::now()) {
+                // There will be room within a minute, and another look.
+                return Ok(());
+            }
+            match self.events.tell_quarantine(change).await {
+                // An answer that would be the same the next time must not hold up everything else.
+                Err(failure) if failure.code.is_some() => {
+                    tracing::warn!(%failure, pod = %change.pod, "the quarantine of a pod could not be told to Kubernetes");
+                }
+                other => other?,
+            }
+            self.untold.pop_front();
+        }
+        Ok(())
+    }
+
     async fn tell_issues(&mut self, issues: &[Issue]) -> Result<(), Failure> {
         self.with_event.retain(|issue| issues.contains(issue));
         for issue in issues {
             if self.with_event.contains(issue) {
                 continue;
             }
-            let now = Instant::now();
-            while self.sent.front().is_some_and(|sent| now.duration_since(*sent) > Duration::from_secs(60)) {
-                self.sent.pop_front();
-            }
-            if self.sent.len() >= EVENTS_PER_MINUTE {
+            if !may_send(&mut self.sent, Instant::now()) {
                 return Ok(());
             }
             self.events.tell(issue).await?;
-            self.sent.push_back(now);
             self.with_event.insert(issue.clone());
         }
         Ok(())
@@ -181,6 +202,18 @@ impl Reporter {
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         bounded(self.records.patch_status(self.node.as_str(), &parameters, &Patch::Merge(&patch))).await.map(drop)
     }
+}
+
+/// True if another Event may be sent now; it counts as sent then.
+fn may_send(sent: &mut VecDeque<Instant>, now: Instant) -> bool {
+    while sent.front().is_some_and(|sent| now.duration_since(*sent) > Duration::from_secs(60)) {
+        sent.pop_front();
+    }
+    let may = sent.len() < EVENTS_PER_MINUTE;
+    if may {
+        sent.push_back(now);
+    }
+    may
 }
 
 /// The status of a record; what did not change keeps its time.
