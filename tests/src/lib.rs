@@ -21,7 +21,7 @@
 //! [`leak`] whether it told of pods. [`kernel`] tells what the kernel can do, [`xfrm`] what
 //! it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`kubernetes`] makes nodes of a
 //! real Kubernetes cluster of the hosts. [`demo`] shows all of it to people, [`mod@bench`] measures it; [`supervise`] leaves
-//! nothing of programs that people may end at any moment.
+//! nothing of programs that people may end at any moment. [`policy`] is what network policy means, for random clusters.
 
 pub mod bench;
 pub mod capture;
@@ -41,6 +41,7 @@ pub mod load;
 pub mod netns;
 pub mod packet;
 pub mod pod;
+pub mod policy;
 pub mod probe;
 pub mod process;
 pub mod rotation;
