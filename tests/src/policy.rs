@@ -1,12 +1,16 @@
 //! What network policy means, said twice without a line in common with what enforces it: an [`oracle`] that reads the API's prose
 //! to the letter, and an [`interpreter`] that does with a table what kernels do. A [`generator`] makes small clusters for both.
 //!
+//! Packets of a [`frame`] each go through a real kernel in [`wire`].
+//!
 //! All clusters have pods, if any, at the same few places, so that namespaces of the kernel can stand for them and only policy
 //! changes from one cluster to the next.
 
+pub mod frame;
 pub mod generator;
 pub mod interpreter;
 pub mod oracle;
+pub mod wire;
 
 use std::collections::BTreeSet;
 use std::fmt;
