@@ -307,7 +307,8 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
         }
         Table::Policy => {
             let mut changes = policy::diff(desired.policy.as_deref(), actual.policy.as_deref());
-            if sweep == Sweep::Withheld {
+            // Not a matter of the sweep: what is known of policy is enforced as a whole.
+            if desired.policy_is_unknown {
                 changes = policy::without_removals(changes);
             }
             wrap(changes, Change::Policy)

@@ -17,6 +17,7 @@ mod node;
 mod pace;
 mod pod_names;
 mod pods;
+mod policy;
 mod policy_reports;
 mod quiet;
 mod reports;
@@ -46,6 +47,7 @@ use husk_overlay::record::{NodeRecord, Snapshot};
 
 pub use handle::{Ask, Handle, Message, Waker, channel};
 pub use node::Node;
+pub use policy::Programming;
 pub use state::State;
 
 use self::pace::{Cause, Pace};
@@ -115,7 +117,8 @@ pub struct Engine<K, S, N> {
     last: Option<Pass>,
     passes: u64,
     state: tokio::sync::watch::Sender<State>,
-    keeper: Option<state::Keeper>,
+    keeper: Option<state::Keeper<Snapshot>>,
+    policy: policy::Policy,
 }
 
 /// A finished pass.
@@ -136,8 +139,10 @@ fn soonest(now: Instant, earliest: Instant, urgent: bool) -> Instant {
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// Makes an engine that knows the last snapshot of an earlier daemon, if there is one.
     pub fn new(parts: Parts<K, S, N>, state: tokio::sync::watch::Sender<State>, now: jiff::Timestamp) -> Self {
-        let snapshot = parts.state_file.as_deref().and_then(state::load_snapshot).unwrap_or_default();
+        let snapshot = parts.state_file.as_deref().and_then(state::load::<Snapshot>).unwrap_or_default();
         let keeper = parts.state_file.clone().and_then(state::Keeper::start);
+        let allowed = parts.config.policy.quarantine_allowed.clone();
+        let policy = policy::Policy::load(parts.state_file.as_deref(), allowed);
         let created = snapshot.nodes.get(&parts.node_name).map_or(now, |own| own.created);
         let own = snapshot.blocks.iter().filter(|(_, owner)| **owner == parts.node_name);
         let held = own.map(|(block, _)| *block).collect();
@@ -162,6 +167,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             passes: 0,
             state,
             keeper,
+            policy,
         }
     }
 
@@ -201,6 +207,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                     next_pass = next_pass.min(soonest(Instant::now(), earliest, waker.is_urgent()));
                     cause = Cause::Event;
                 }
+                Ok(Message::Enforce) => self.enforce(),
                 Ok(Message::Ask(ask)) => {
                     self.answer(ask);
                     if self.keeping.hurries() {
@@ -214,6 +221,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if let Some(keeper) = &self.keeper {
             keeper.flush();
         }
+        self.policy.flush();
     }
 
     /// One pass. Never fails: what goes wrong is an issue of the state it leaves.
@@ -228,6 +236,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let started = Instant::now();
         let mut issues = Vec::new();
         self.read_source();
+        self.read_policy_objects(&mut issues);
         let mut facts = self.facts()?;
         self.name_taken = name_taken(&self.snapshot, &facts);
         // After the interfaces: the plugin makes the lease first, so that an interface without a lease is one too many.
@@ -245,6 +254,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             issues.push(rotation::unwritten(error));
             Self::hold_back(&mut plan);
         }
+        self.compile_policy(&mut plan.desired);
         self.ensure_devices(&plan, &mut issues);
         self.parts.node.remember(&plan.desired);
         let keys = self.parts.node.key_ring()?;
@@ -253,6 +263,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.tune_pods(&shrinking, &mut issues);
         self.follow_peers(&plan, &keys, &mut issues);
         let outcome = reconcile(&mut self.parts.kernel, &plan.desired, &keys, sweep);
+        self.note_policy(&plan.desired, &outcome);
         self.take_back(&outcome);
         self.tune_pods(&growing, &mut issues);
         failures::report(&outcome, &mut issues);

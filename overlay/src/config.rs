@@ -49,6 +49,8 @@ pub struct Config {
     pub rotation: RotationConfig,
     /// Packets from pods to addresses outside the cluster CIDRs leave with the node's address.
     pub masquerade: bool,
+    /// Network policy.
+    pub policy: PolicyConfig,
     /// Addresses of pods.
     pub ipam: IpamConfig,
     /// CNI installation.
@@ -92,6 +94,15 @@ pub enum SourceConfig {
         /// How to reach and log on to the API server; absolute. None: as a pod does, by its service account.
         kubeconfig: Option<PathBuf>,
     },
+}
+
+/// Network policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyConfig {
+    /// It is enforced; else every pod may talk with everybody.
+    pub enabled: bool,
+    /// Addresses with which a pod in quarantine may still talk, as far as policy lets it.
+    pub quarantine_allowed: BTreeSet<Prefix>,
 }
 
 /// Where a node's blocks come from.
@@ -264,6 +275,12 @@ impl Default for SourceConfig {
     }
 }
 
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        Self { enabled: true, quarantine_allowed: BTreeSet::new() }
+    }
+}
+
 impl Default for IpamConfig {
     fn default() -> Self {
         Self { blocks: BlockOrigin::default(), cool_down: 30, release_after: 300 }
@@ -332,6 +349,7 @@ impl Config {
             ipsec: IpsecConfig::default(),
             rotation: RotationConfig::default(),
             masquerade: true,
+            policy: PolicyConfig::default(),
             ipam: IpamConfig::default(),
             cni: CniConfig::default(),
             log: LogConfig::default(),

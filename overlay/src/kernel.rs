@@ -173,6 +173,9 @@ pub struct Desired {
     /// nothing of policy: the daemon adds it.
     #[serde(skip)]
     pub policy: Option<Arc<policy::PolicyTable>>,
+    /// What policy says is not known: the table is only what has to be there at least, and one that is there stays.
+    #[serde(skip)]
+    pub policy_is_unknown: bool,
     /// Tunnel devices by name.
     pub links: BTreeMap<InterfaceName, Link>,
     /// WireGuard configuration by device name.

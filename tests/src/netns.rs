@@ -62,6 +62,14 @@ impl Netns {
         Self { name: name.to_owned(), file, own: false }
     }
 
+    /// Another handle on the namespace, for somebody who may hold it on while this one's owner works.
+    ///
+    /// # Errors
+    /// When no more files can be open.
+    pub fn handle(&self) -> Result<Self> {
+        Ok(Self::of_others(&self.name, self.file.try_clone()?))
+    }
+
     /// The name, as `ip netns exec` takes it; of a namespace that others made the name that messages use.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -59,7 +59,20 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let passes = self.passes;
         let ready = reason.is_none();
-        let state = State { ready, reason, node_file, issues, host_ports, pod_interfaces, passes };
+        let enforces_policy = self.parts.config.policy.enabled;
+        let (enforced, cluster) = (self.policy.enforced(), self.policy.cluster());
+        let state = State {
+            ready,
+            reason,
+            node_file,
+            issues,
+            host_ports,
+            pod_interfaces,
+            enforces_policy,
+            enforced,
+            cluster,
+            passes,
+        };
         self.state.send_replace(state);
         announced
     }

@@ -116,12 +116,7 @@ fn interface(failure: &Failure) -> Option<&InterfaceName> {
 /// Without guard, tunnel or the floor of unreachable routes no pod may start.
 fn severity(failure: &Failure) -> Severity {
     let essential = match failure.table {
-        Table::Sysctls
-        | Table::Nft
-        | Table::Policy
-        | Table::Links
-        | Table::Wireguard
-        | Table::Addresses => true,
+        Table::Sysctls | Table::Nft | Table::Policy | Table::Links | Table::Wireguard | Table::Addresses => true,
         Table::Napi | Table::Neighbours | Table::Fdb => false,
         Table::Routes => failure.change.as_ref().is_none_or(Change::makes_unreachable),
         // One peer's associations are one peer's business.

@@ -24,13 +24,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Interfaces that are deleted at once; who asks for more does it alone. Each takes a thread that waits in the kernel.
 const DETACHING: usize = 32;
 
-/// How long it may take to map a pod's ports: less than the plugin waits for its answer.
-const MAPPING: Duration = Duration::from_secs(8);
+/// How long it may take to map a pod's ports, or to enforce its policy: less than the plugin waits for its answer.
+const ADMISSION: Duration = Duration::from_secs(8);
 
 /// What the loop's inbox holds.
 pub enum Message {
     /// Something may have changed.
     Wake,
+    /// A pod waits for its policy.
+    Enforce,
     /// Somebody wants to know something, or needs an address block.
     Ask(Ask),
     /// The daemon ends; the data plane stays.
@@ -157,8 +159,8 @@ impl Handle {
         }
     }
 
-    /// A pod is admitted when its lease lies within what the node owns now, since blocks may have changed since the plugin read
-    /// `node.json`, and its ports lead to it. Antispoofing needs no rule per pod, so that the others wait for nothing.
+    /// A pod is admitted when its policy is in the kernel, its ports lead to it, and its lease lies within what the node owns
+    /// now, since blocks may have changed since the plugin read `node.json`. Antispoofing needs no rule per pod.
     async fn admit(&self, id: AttachmentId) -> Response {
         if let Response::NotReady { reason, issues } = self.ready() {
             return Response::NotReady { reason, issues };
@@ -170,7 +172,11 @@ impl Handle {
             Ok(Err(reason)) => return Response::Refused { reason },
             Err(error) => return Response::Refused { reason: error.to_string() },
         };
+        let _ = self.inbox.send(Message::Enforce);
         self.waker.wake();
+        if let Err(refusal) = self.await_policy(&endpoint).await {
+            return refusal;
+        }
         if let Err(refusal) = self.await_ports(&endpoint, index).await {
             return refusal;
         }
@@ -184,6 +190,36 @@ impl Handle {
                 reason: format!("address {address} of {id} lies in no block of this node any more"),
                 issues: Vec::new(),
             },
+        }
+    }
+
+    /// Waits until the pod's policy is in the kernel: until then it gets no packet. The loop was asked; what it lacks may still
+    /// be on its way from the cluster source, whose news wake it.
+    async fn await_policy(&self, endpoint: &Endpoint) -> Result<(), Response> {
+        let enforced = |state: &State| {
+            state.enforced.as_ref().is_some_and(|enforced| enforced.get(&endpoint.id) == Some(endpoint))
+        };
+        let mut state = self.state.clone();
+        let decided = state.wait_for(|state| !state.ready || !state.enforces_policy || enforced(state));
+        match tokio::time::timeout(ADMISSION, decided).await.map(|decided| decided.map(|state| state.ready)) {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(self.ready()),
+            Ok(Err(_)) => Err(Response::Refused { reason: "the daemon is stopping".into() }),
+            Err(_) => {
+                let state = self.state.borrow();
+                let pod = endpoint.display_name();
+                let unknown = state.cluster.unknown().contains(&husk_policy::cluster::pod_name(endpoint));
+                let why = if unknown {
+                    "the cluster source has not told of this pod yet, so that no policy is known for it"
+                } else {
+                    "its policy is not in the kernel; huskctl status and the daemon's log tell why"
+                };
+                let seconds = ADMISSION.as_secs();
+                Err(Response::NotReady {
+                    reason: format!("{pod} cannot be let onto the network after {seconds} s: {why}"),
+                    issues: state.issues.clone(),
+                })
+            }
         }
     }
 
@@ -209,7 +245,7 @@ impl Handle {
         }
         let mut state = self.state.clone();
         let decided = state.wait_for(|state| !state.ready || led_to(state));
-        match tokio::time::timeout(MAPPING, decided).await.map(|decided| decided.map(|state| state.ready)) {
+        match tokio::time::timeout(ADMISSION, decided).await.map(|decided| decided.map(|state| state.ready)) {
             Ok(Ok(true)) => Ok(()),
             Ok(Ok(false)) => Err(self.ready()),
             Ok(Err(_)) => Err(Response::Refused { reason: "the daemon is stopping".into() }),
@@ -217,7 +253,7 @@ impl Handle {
                 reason: format!(
                     "the host ports of {} do not lead to it after {} s; huskctl status and the daemon's log tell why",
                     endpoint.display_name(),
-                    MAPPING.as_secs()
+                    ADMISSION.as_secs()
                 ),
                 issues: self.state.borrow().issues.clone(),
             }),

@@ -46,7 +46,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// Hands the snapshot over for a start without the source.
     pub(super) fn keep_snapshot(&self) {
         if let Some(keeper) = &self.keeper {
-            keeper.keep(&self.snapshot);
+            keeper.keep(self.snapshot.clone());
         }
     }
 

@@ -177,7 +177,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         };
         // What is wrong with a lease is an issue of the next pass.
         self.read_leases(&mut Vec::new());
-        let desired: Desired = self.plan(&facts).desired;
+        let mut desired: Desired = self.plan(&facts).desired;
+        self.read_policy_objects(&mut Vec::new());
+        self.compile_policy(&mut desired);
         let (actual, failures) = survey(&mut self.parts.kernel, &desired);
         if let Some(failure) = failures.first() {
             let reason = format!("the table {} cannot be read: {}", failure.table, failure.error);

@@ -7,11 +7,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use husk_overlay::endpoint::Endpoints;
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::Issue;
 use husk_overlay::kernel::Map;
 use husk_overlay::name::InterfaceName;
-use husk_overlay::record::Snapshot;
+use husk_policy::cluster::Cluster;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::files;
 
@@ -36,16 +39,22 @@ pub struct State {
     pub host_ports: Arc<BTreeMap<String, Map>>,
     /// Host interfaces of pods that the pass saw before it looked at the leases, with their indices.
     pub pod_interfaces: Arc<BTreeMap<InterfaceName, u32>>,
+    /// Policy is enforced, so that pods have to wait for it.
+    pub enforces_policy: bool,
+    /// Pods whose policy is in the kernel, with the leases it was made for; none while that is not known.
+    pub enforced: Option<Arc<Endpoints>>,
+    /// The cluster as that policy was made from it.
+    pub cluster: Arc<Cluster>,
     /// Passes so far; zero means that the daemon has just started.
     pub passes: u64,
 }
 
-/// Reads the last snapshot; one that cannot be read is as good as none.
-pub(super) fn load_snapshot(path: &Path) -> Option<Snapshot> {
+/// Reads what was kept; what cannot be read is as good as nothing.
+pub(super) fn load<T: DeserializeOwned>(path: &Path) -> Option<T> {
     match files::read_text(path, LARGEST_SNAPSHOT) {
         Ok(text) => {
-            let snapshot = serde_json::from_str(&text?);
-            snapshot
+            let value = serde_json::from_str(&text?);
+            value
                 .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "the last snapshot is ignored"))
                 .ok()
         }
@@ -56,22 +65,20 @@ pub(super) fn load_snapshot(path: &Path) -> Option<Snapshot> {
     }
 }
 
-/// Keeps the last snapshot for a start without the source, on a thread of its own: writing it to a disk takes longer than a
+/// Keeps what the source said last for a start without it, on a thread of its own: writing it to a disk takes longer than a
 /// pass of the loop. Of many changes in a row the newest is written, with [`PACE`] between two writes.
-pub(super) struct Keeper {
-    shared: Arc<Shared>,
+pub(super) struct Keeper<T> {
+    shared: Arc<Shared<T>>,
 }
 
-#[derive(Default)]
-struct Shared {
-    slot: Mutex<Slot>,
+struct Shared<T> {
+    slot: Mutex<Slot<T>>,
     changed: Condvar,
 }
 
-#[derive(Default)]
-struct Slot {
+struct Slot<T> {
     /// What is to be written.
-    newest: Option<Snapshot>,
+    newest: Option<T>,
     /// Snapshots given so far, and how many of them were written, tried in vain, or outdone by a newer one.
     given: u64,
     done: u64,
@@ -80,34 +87,42 @@ struct Slot {
     stopping: bool,
 }
 
-impl Shared {
-    fn slot(&self) -> MutexGuard<'_, Slot> {
+impl<T> Default for Shared<T> {
+    fn default() -> Self {
+        let slot = Slot { newest: None, given: 0, done: 0, urgent: false, stopping: false };
+        Self { slot: Mutex::new(slot), changed: Condvar::new() }
+    }
+}
+
+impl<T> Shared<T> {
+    fn slot(&self) -> MutexGuard<'_, Slot<T>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Keeper {
-    /// Starts to keep snapshots in a file; none if there is no thread to be had.
+impl<T: Serialize + Send + 'static> Keeper<T> {
+    /// Starts to keep values in a file; none if there is no thread to be had.
     pub(super) fn start(path: PathBuf) -> Option<Self> {
-        let write = move |snapshot: &Snapshot| files::replace(&path, &serde_json::to_vec(snapshot)?, 0o600);
+        let write = move |value: &T| files::replace(&path, &serde_json::to_vec(value)?, 0o600);
         let started = Self::with(PACE, write);
         started
             .inspect_err(|error| tracing::warn!(%error, "the last snapshot is not kept: there is no thread to be had"))
             .ok()
     }
 
-    fn with(pace: Duration, write: impl FnMut(&Snapshot) -> io::Result<()> + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+    fn with(pace: Duration, write: impl FnMut(&T) -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::<Shared<T>>::default();
         let theirs = Arc::clone(&shared);
         thread::Builder::new().name("husk-snapshot".into()).spawn(move || write_all(&theirs, pace, write))?;
         Ok(Self { shared })
     }
+}
 
-    /// Has a snapshot written soon, unless a newer one comes first.
-    pub(super) fn keep(&self, snapshot: &Snapshot) {
-        let snapshot = snapshot.clone();
+impl<T> Keeper<T> {
+    /// Has a value written soon, unless a newer one comes first.
+    pub(super) fn keep(&self, value: T) {
         let mut slot = self.shared.slot();
-        slot.newest = Some(snapshot);
+        slot.newest = Some(value);
         slot.given += 1;
         self.shared.changed.notify_all();
     }
@@ -130,23 +145,23 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl<T> Drop for Keeper<T> {
     fn drop(&mut self) {
         self.shared.slot().stopping = true;
         self.shared.changed.notify_all();
     }
 }
 
-fn write_all(shared: &Shared, pace: Duration, mut write: impl FnMut(&Snapshot) -> io::Result<()>) {
+fn write_all<T>(shared: &Shared<T>, pace: Duration, mut write: impl FnMut(&T) -> io::Result<()>) {
     let mut failed = false;
     loop {
         let idle = shared.changed.wait_while(shared.slot(), |slot| slot.newest.is_none() && !slot.stopping);
         let mut slot = idle.unwrap_or_else(PoisonError::into_inner);
-        let Some(snapshot) = slot.newest.take() else { return };
+        let Some(value) = slot.newest.take() else { return };
         let given = slot.given;
         drop(slot);
         let begun = Instant::now();
-        let written = write(&snapshot);
+        let written = write(&value);
         let rest = pace.max(begun.elapsed().saturating_mul(10));
         if let (Err(error), false) = (&written, failed) {
             tracing::warn!(%error, "the last snapshot cannot be kept; a restart without the source will know an older one");
@@ -156,10 +171,10 @@ fn write_all(shared: &Shared, pace: Duration, mut write: impl FnMut(&Snapshot) -
         slot.done = given;
         if failed && !slot.stopping {
             // The disk may have room again next time.
-            slot.newest.get_or_insert(snapshot);
+            slot.newest.get_or_insert(value);
         }
         shared.changed.notify_all();
-        let hurry = |slot: &Slot| slot.stopping || (slot.urgent && slot.done < slot.given);
+        let hurry = |slot: &Slot<T>| slot.stopping || (slot.urgent && slot.done < slot.given);
         let rested = shared.changed.wait_timeout_while(slot, rest, |slot| !hurry(slot));
         drop(rested.unwrap_or_else(PoisonError::into_inner));
     }
@@ -170,6 +185,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
 
     use husk_overlay::name::NodeName;
+    use husk_overlay::record::Snapshot;
 
     use super::*;
 
@@ -177,7 +193,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     /// A keeper whose disk takes each write only when the test says how it ends; and what it was asked to write.
-    fn slow_disk(pace: Duration) -> (Keeper, Receiver<Snapshot>, Sender<io::Result<()>>) {
+    fn slow_disk(pace: Duration) -> (Keeper<Snapshot>, Receiver<Snapshot>, Sender<io::Result<()>>) {
         let (asked, writes) = channel();
         let (outcome, outcomes) = channel::<io::Result<()>>();
         let write = move |snapshot: &Snapshot| {
@@ -195,11 +211,11 @@ mod tests {
     #[test]
     fn who_gives_snapshots_never_waits_and_only_the_newest_is_written_next() {
         let (keeper, writes, outcome) = slow_disk(Duration::ZERO);
-        keeper.keep(&snapshot(0));
+        keeper.keep(snapshot(0));
         assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(0));
         // The disk hangs in the first write; were it waited for, this loop would not end.
         for number in 1..1000 {
-            keeper.keep(&snapshot(number));
+            keeper.keep(snapshot(number));
         }
         outcome.send(Ok(())).unwrap();
         assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(999));
@@ -215,16 +231,16 @@ mod tests {
         for _ in 0..4 {
             outcome.send(Ok(())).unwrap();
         }
-        keeper.keep(&snapshot(0));
+        keeper.keep(snapshot(0));
         keeper.flush();
         assert_eq!(writes.try_iter().collect::<Vec<_>>(), [snapshot(0)]);
-        keeper.keep(&snapshot(1));
-        keeper.keep(&snapshot(2));
+        keeper.keep(snapshot(1));
+        keeper.keep(snapshot(2));
         assert!(writes.recv_timeout(Duration::from_millis(50)).is_err());
         keeper.flush();
         assert_eq!(writes.try_iter().collect::<Vec<_>>(), [snapshot(2)]);
         // What was not flushed is written when the keeper goes.
-        keeper.keep(&snapshot(3));
+        keeper.keep(snapshot(3));
         drop(keeper);
         assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(3));
         assert!(writes.recv_timeout(PATIENCE).is_err());
@@ -234,7 +250,7 @@ mod tests {
     fn a_write_that_fails_is_tried_again_and_holds_up_nobody() {
         let (keeper, writes, outcome) = slow_disk(Duration::ZERO);
         outcome.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
-        keeper.keep(&snapshot(0));
+        keeper.keep(snapshot(0));
         keeper.flush();
         outcome.send(Ok(())).unwrap();
         assert_eq!(writes.recv_timeout(PATIENCE).unwrap(), snapshot(0));
@@ -247,9 +263,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("snapshot.json");
         let keeper = Keeper::start(path.clone()).unwrap();
-        keeper.keep(&snapshot(1));
-        keeper.keep(&snapshot(2));
+        keeper.keep(snapshot(1));
+        keeper.keep(snapshot(2));
         keeper.flush();
-        assert_eq!(load_snapshot(&path), Some(snapshot(2)));
+        assert_eq!(load::<Snapshot>(&path), Some(snapshot(2)));
     }
 }

@@ -68,6 +68,7 @@ fn read(mut top: Fields<'_, '_>) -> Config {
     config.rotation = tunnels::read_rotation(&mut top);
     config.masquerade = top.flag("masquerade").unwrap_or(config.masquerade);
 
+    config.policy = cluster::read_policy(&mut top);
     config.ipam = cluster::read_ipam(&mut top, &config.source);
 
     config.cni = read_cni(&mut top);
@@ -111,17 +112,22 @@ fn read_cluster_cidrs(top: &mut Fields<'_, '_>) -> Vec<Prefix> {
     given.unwrap_or_default()
 }
 
-fn read_cidr(item: &Value) -> Result<Prefix, Complaint> {
+/// A prefix of any addresses.
+fn read_prefix(item: &Value, example: &str) -> Result<Prefix, Complaint> {
     let Value::Text(text) = item else {
-        return Err(Complaint::wrong_type(item, "a CIDR", format!("write for example {CIDR_EXAMPLE}")));
+        return Err(Complaint::wrong_type(item, "a CIDR", format!("write for example {example}")));
     };
-    let cidr: Prefix = text.parse().map_err(|error: PrefixError| {
+    text.parse().map_err(|error: PrefixError| {
         let remedy = match &error {
             PrefixError::Syntax(_) => "write address/length, for example 10.42.0.0/16".to_owned(),
             PrefixError::HostBits { canonical, .. } => format!("write {canonical}"),
         };
         Complaint::bad(error.to_string(), remedy)
-    })?;
+    })
+}
+
+fn read_cidr(item: &Value) -> Result<Prefix, Complaint> {
+    let cidr = read_prefix(item, CIDR_EXAMPLE)?;
     match reserved(&cidr) {
         None => Ok(cidr),
         Some((range, what)) => Err(Complaint::bad(

@@ -20,6 +20,30 @@ struct Arguments {
 enum What {
     /// ADD and DEL of the CNI plugin beside those of the reference plugins, and beside what the kernel alone takes
     Cni(Cni),
+    /// Network policy: making, loading and changing large tables, and what a packet costs
+    Policy(Policy),
+}
+
+#[derive(clap::Args)]
+struct Policy {
+    /// Pods of the cluster
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(2000..=60_000))]
+    pods: u32,
+    /// Policies of the cluster
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    policies: u32,
+    /// Pods of the node
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    local: u32,
+    /// Rounds; in each, packets meet every table
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Packets of a round
+    #[arg(long, value_name = "N", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1000..=10_000_000))]
+    packets: u32,
+    /// JSON instead of tables; progress goes to standard error
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -43,8 +67,11 @@ struct Cni {
 }
 
 fn main() -> ExitCode {
-    let What::Cni(arguments) = Arguments::parse().what;
-    match cni(&arguments) {
+    let done = match Arguments::parse().what {
+        What::Cni(arguments) => cni(&arguments),
+        What::Policy(arguments) => policy(&arguments),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hack/bench: {error:#}");
@@ -61,6 +88,20 @@ fn cni(arguments: &Cni) -> Result<()> {
         at_once: arguments.at_once.into(),
     };
     let report = bench::run(&plan, |what| eprint!("\r\x1b[K{what}"))?;
+    eprint!("\r\x1b[K");
+    let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.to_string() };
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}
+
+fn policy(arguments: &Policy) -> Result<()> {
+    let plan = bench::policy::Plan {
+        pods: usize::try_from(arguments.pods)?,
+        policies: usize::try_from(arguments.policies)?,
+        local: usize::try_from(arguments.local)?,
+        rounds: arguments.rounds.into(),
+        packets: usize::try_from(arguments.packets)?,
+    };
+    let report = bench::policy::run(&plan, |what| eprint!("\r\x1b[K{what}"))?;
     eprint!("\r\x1b[K");
     let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.to_string() };
     Ok(std::io::stdout().write_all(text.as_bytes())?)

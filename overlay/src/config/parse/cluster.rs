@@ -1,8 +1,8 @@
 //! Keys about the cluster as a whole: where its state comes from, and the addresses of its pods.
 
 use super::super::reader::{Complaint, Fields};
-use super::super::{BlockOrigin, IpamConfig, SourceConfig};
-use super::read_path;
+use super::super::{BlockOrigin, IpamConfig, PolicyConfig, SourceConfig};
+use super::{read_path, read_prefix};
 
 /// Longest rest of an address, in seconds: with a day, a pool of any sensible size would look exhausted.
 const MAX_COOL_DOWN: u32 = 24 * 60 * 60;
@@ -32,6 +32,16 @@ pub(super) fn read_source(top: &mut Fields<'_, '_>) -> SourceConfig {
         (false, Some(path)) => SourceConfig::Directory { path },
         (false, None) => SourceConfig::default(),
     }
+}
+
+pub(super) fn read_policy(top: &mut Fields<'_, '_>) -> PolicyConfig {
+    let default = PolicyConfig::default();
+    let mut section = top.section("policy");
+    let enabled = section.flag("enabled").unwrap_or(default.enabled);
+    let example = "quarantineAllowed: [192.0.2.0/24]";
+    let allowed = section.list("quarantineAllowed", "a list of CIDRs", example, |item| read_prefix(item, example));
+    section.finish();
+    PolicyConfig { enabled, quarantine_allowed: allowed.unwrap_or_default().into_iter().collect() }
 }
 
 pub(super) fn read_ipam(top: &mut Fields<'_, '_>, source: &SourceConfig) -> IpamConfig {
