@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use husk_dataplane::fake::{Counters, FakeKernel, Fault};
 use husk_dataplane::kernel::{Change, Kernel, Table, diff};
 use husk_dataplane::links::LinkChange;
-use husk_dataplane::reconcile::{Outcome, reconcile, survey};
+use husk_dataplane::reconcile::{Outcome, reconcile, reconcile_policy, survey};
 use husk_dataplane::routes::{ActualRoute, RouteChange};
 use husk_dataplane::wireguard::{self, KeyRing, WireguardAction};
 use husk_dataplane::xfrm::{XfrmPolicyChange, XfrmStateChange};
@@ -770,4 +771,34 @@ fn changes_are_shown_in_the_words_of_ip_and_as_json() {
     }
     let json = serde_json::to_value(&changes).unwrap();
     assert_eq!(json.as_array().unwrap().len(), changes.len());
+}
+
+#[test]
+fn without_network_policy_nothing_begins_to_forward_and_its_fast_path_touches_nothing_else() {
+    for fault in [Fault::Change(Table::Policy), Fault::Read(Table::Policy)] {
+        let kernel = fake();
+        let mut wanted = desired(&some(Mode::Direct, 3));
+        wanted.policy = Some(Arc::default());
+        kernel.inject(fault, Errno::EPERM);
+        let outcome = pass(&kernel, &wanted);
+        assert!(!forwards(&kernel) && leading(&kernel).is_empty(), "{fault:?}");
+        let told = withheld(&outcome);
+        assert_eq!(told.iter().map(|(table, _)| *table).collect::<Vec<_>>(), [Table::Sysctls, Table::Routes]);
+        let missing = "since network policy (nftables table inet husk-policy) is not in place: the kernel refused to";
+        assert!(told.iter().all(|(_, text)| text.contains(missing)), "{told:?}");
+        assert!(kernel.state().own.nft.is_some(), "the guard is there");
+        kernel.heal();
+        assert!(pass(&kernel, &wanted).is_clean());
+        is_as_desired(&kernel, &wanted);
+        let own = kernel.state().own.clone();
+        kernel.flush(Table::Policy);
+        kernel.flush(Table::Routes);
+        let outcome = reconcile_policy(&mut kernel.clone(), &wanted, &keys(), Sweep::Allowed);
+        assert_eq!((outcome.changes(), outcome.is_clean()), (1, true));
+        assert_eq!(kernel.state().own.policy, own.policy);
+        assert!(kernel.state().own.routes.is_empty());
+        wanted.policy = None;
+        reconcile_policy(&mut kernel.clone(), &wanted, &keys(), Sweep::Allowed);
+        assert_eq!(kernel.state().own.policy, None);
+    }
 }

@@ -93,7 +93,7 @@ pub(super) fn encode(set: &PolicySet, element: &PolicyElement, value: &PolicyVal
 }
 
 /// The element that ends an interval of addresses.
-pub(super) fn interval_end(key: &[u8]) -> Attributes {
+fn interval_end(key: &[u8]) -> Attributes {
     Attributes::default()
         .with(NFTA_SET_ELEM_FLAGS, &NFT_SET_ELEM_INTERVAL_END.to_be_bytes())
         .nest(NFTA_SET_ELEM_KEY, &of_value(key))
@@ -139,26 +139,34 @@ pub(super) fn bytes(family: Family, address: IpAddr) -> Option<Vec<u8>> {
     }
 }
 
-/// The address behind another; none behind the last one of its family.
-pub(super) fn next(address: IpAddr) -> Option<IpAddr> {
+/// An address as a number.
+pub(super) fn number(address: IpAddr) -> u128 {
     match address {
-        IpAddr::V4(address) => u32::from(address).checked_add(1).map(|number| IpAddr::V4(number.into())),
-        IpAddr::V6(address) => u128::from(address).checked_add(1).map(|number| IpAddr::V6(number.into())),
+        IpAddr::V4(address) => u32::from(address).into(),
+        IpAddr::V6(address) => address.into(),
     }
 }
 
-/// The address before another; none before the first one of its family.
-pub(super) fn previous(address: IpAddr) -> Option<IpAddr> {
-    match address {
-        IpAddr::V4(address) => u32::from(address).checked_sub(1).map(|number| IpAddr::V4(number.into())),
-        IpAddr::V6(address) => u128::from(address).checked_sub(1).map(|number| IpAddr::V6(number.into())),
+/// The address of a family with a number, the last one for a number beyond.
+pub(super) fn numbered(family: Family, number: u128) -> IpAddr {
+    match family {
+        Family::Ipv4 => IpAddr::V4(u32::try_from(number).unwrap_or(u32::MAX).into()),
+        Family::Ipv6 => IpAddr::V6(number.into()),
     }
 }
 
 /// The last address of a family.
 pub(super) fn last(family: Family) -> IpAddr {
-    match family {
-        Family::Ipv4 => IpAddr::V4(u32::MAX.into()),
-        Family::Ipv6 => IpAddr::V6(u128::MAX.into()),
-    }
+    numbered(family, u128::MAX)
+}
+
+/// The address behind another; none behind the last one of its family.
+fn next(address: IpAddr) -> Option<IpAddr> {
+    let family = Family::of(address);
+    (address != last(family)).then(|| numbered(family, number(address) + 1))
+}
+
+/// The address before another; none before the first one of its family.
+pub(super) fn previous(address: IpAddr) -> Option<IpAddr> {
+    number(address).checked_sub(1).map(|number| numbered(Family::of(address), number))
 }

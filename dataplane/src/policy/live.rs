@@ -16,7 +16,7 @@ use crate::nft::nfnetlink;
 pub struct Live {
     socket: Option<Socket>,
     /// What is known of the table, and the generation of rules of which that is true.
-    known: Option<Reading>,
+    pub(super) known: Option<Reading>,
 }
 
 /// What a transaction came to.
@@ -32,7 +32,7 @@ impl Live {
     /// Reads the table; none when there is none.
     ///
     /// # Errors
-    /// As [`super::read`].
+    /// As [`super::read()`].
     pub fn read(&mut self) -> Result<Option<Arc<ActualPolicy>>, Error> {
         let socket = open(&mut self.socket)?;
         let generation = nfnetlink::generation(socket)?;

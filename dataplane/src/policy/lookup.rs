@@ -1,5 +1,7 @@
 //! Asks the kernel for the one element of a set that a key is found in, as a packet would find it.
 
+use std::net::IpAddr;
+
 use husk_overlay::kernel::policy::{PolicyElement, PolicyKey, PolicyValue, PolicyValueKind};
 use husk_overlay::marks;
 use husk_overlay::prefix::Family;
@@ -17,8 +19,8 @@ use crate::nft::nfnetlink::{self, kind, name};
 /// An element, with its value.
 pub type Found = (PolicyElement, PolicyValue);
 
-/// The element of a set or map that holds a key: an address, two addresses, or a class with a protocol and a port. None if there is none, or no
-/// such set; a key of another type than the set's is in none of its elements.
+/// The element of a set or map that holds a key: an address, two addresses, or a class with a protocol and a port. None if there
+/// is none, or no such set; a key of another type than the set's is in none of its elements.
 ///
 /// # Errors
 /// [`Error::Malformed`] when an answer is not understood, [`Error::Unsupported`] when the kernel has no nftables, and the errors
@@ -50,26 +52,37 @@ struct Question<'a> {
     family: Family,
 }
 
-/// Begin and end of an interval are asked for one by one.
-fn range(socket: &mut Socket, question: &Question<'_>, address: std::net::IpAddr) -> Result<Option<Found>, Error> {
-    let Question { set, value, family } = *question;
-    let Some(key) = element::bytes(family, address) else { return Ok(None) };
-    let begin = Attributes::default().nest(NFTA_SET_ELEM_KEY, &element::of_value(&key));
-    let Some(begin) = element(socket, set, &begin)? else { return Ok(None) };
-    let begin = Half::read(&begin, value).ok_or_else(|| unknown(set))?;
-    let first = begin.address(family).ok_or_else(|| unknown(set))?;
-    let end = match element::next(address).and_then(|end| element::bytes(family, end)) {
-        Some(end) => element(socket, set, &element::interval_end(&end))?,
-        None => None,
-    };
-    let last = match end {
-        Some(end) => {
-            let end = Half::read(&end, value).and_then(|end| end.address(family));
-            end.and_then(element::previous).ok_or_else(|| unknown(set))?
+/// The kernel tells where the interval of an address begins. Asked where it ends, it says nothing at all if that is the end of
+/// the family, and names a later one if another interval begins there (net/netfilter/nft_set_rbtree.c `__nft_rbtree_get`, seen
+/// with 6.18). So the last address whose interval begins where this one does is searched for by halves.
+fn range(socket: &mut Socket, question: &Question<'_>, address: IpAddr) -> Result<Option<Found>, Error> {
+    let Some((first, value)) = begin(socket, question, address)? else { return Ok(None) };
+    let (mut within, mut limit) = (element::number(address), element::number(element::last(question.family)));
+    while within < limit {
+        let middle = within + (limit - within).div_ceil(2);
+        let probe = element::numbered(question.family, middle);
+        let found = begin(socket, question, probe)?;
+        match found.filter(|(begin, _)| *begin == first) {
+            Some(_) => within = middle,
+            None => limit = middle - 1,
         }
-        None => element::last(family),
-    };
-    Ok(Some((PolicyElement::AddressRange(first, last), begin.value())))
+    }
+    let last = element::numbered(question.family, within);
+    Ok(Some((PolicyElement::AddressRange(first, last), value)))
+}
+
+/// Begin and value of the interval that an address belongs to.
+fn begin(
+    socket: &mut Socket,
+    question: &Question<'_>,
+    address: IpAddr,
+) -> Result<Option<(IpAddr, PolicyValue)>, Error> {
+    let Some(key) = element::bytes(question.family, address) else { return Ok(None) };
+    let key = Attributes::default().nest(NFTA_SET_ELEM_KEY, &element::of_value(&key));
+    let Some(found) = element(socket, question.set, &key)? else { return Ok(None) };
+    let half = Half::read(&found, question.value).ok_or_else(|| unknown(question.set))?;
+    let first = half.address(question.family).ok_or_else(|| unknown(question.set))?;
+    Ok(Some((first, half.value())))
 }
 
 fn element(socket: &mut Socket, set: &str, element: &Attributes) -> Result<Option<Vec<u8>>, Error> {

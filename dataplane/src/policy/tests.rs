@@ -1,4 +1,8 @@
+mod any_table;
 mod listing;
+mod packets;
+mod repair;
+mod size;
 
 use std::process::Command;
 
@@ -11,8 +15,8 @@ use husk_overlay::prefix::Family;
 use super::*;
 use crate::netns::Netns;
 
-pub(super) const V4: Family = Family::Ipv4;
-pub(super) const V6: Family = Family::Ipv6;
+const V4: Family = Family::Ipv4;
+const V6: Family = Family::Ipv6;
 
 /// Runs a test in a namespace of its own, which ends with it.
 fn in_namespace<T: Send>(test: impl FnOnce() -> T + Send) -> T {
