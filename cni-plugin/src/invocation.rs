@@ -174,7 +174,10 @@ mod tests {
             ("CNI_CONTAINERID", "abc"),
             ("CNI_NETNS", "/run/netns/x"),
             ("CNI_IFNAME", "eth0"),
-            ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_UID=8c2e-1;IP=10.42.0.9"),
+            (
+                "CNI_ARGS",
+                "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_UID=8c2e-1;IP=10.42.0.9",
+            ),
         ]);
         let Ok(Invocation::Add(attach)) = got else { panic!("{got:?}") };
         assert_eq!((attach.container.id.as_str(), attach.container.ifname.as_str()), ("abc", "eth0"));

@@ -310,6 +310,10 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
             // Not a matter of the sweep: what is known of policy is enforced as a whole.
             if desired.policy_is_unknown {
                 changes = policy::without_removals(changes);
+                // One that is in force is better than none, whosever it is.
+                if actual.policy.as_ref().is_some_and(|table| !table.dormant) {
+                    changes.retain(|change| !matches!(change, PolicyChange::ReplaceTable { .. }));
+                }
             }
             wrap(changes, Change::Policy)
         }

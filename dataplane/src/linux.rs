@@ -60,7 +60,7 @@ impl Linux {
             control_sockets: control_sockets.to_owned(),
             sysfs,
             nft: nft::Reader::default(),
-            policy: policy::Live::default(),
+            policy: policy::Live::owning(),
             desired_policy: None,
             connections: Connections::default(),
         })

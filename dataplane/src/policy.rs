@@ -2,10 +2,12 @@
 //!
 //! - Its sets grow with the cluster, so it is read and changed over netlink itself (nfnetlink's subsystem nftables), without
 //!   `nft`, element by element: the cost of a change is that of what changes.
-//! - All changes of a pass are one transaction: packets meet the rules before it or those after it. A refused one changes
-//!   nothing.
+//! - Packets meet the rules before a change or those after it: one transaction switches from the old to the new, one before it
+//!   brings what is new, and one after it takes away what is not needed any more. A refused transaction changes nothing.
 //! - Every rule carries a comment `husk:<digest of what it consists of>`, and a chain is right when its comments are, in order;
 //!   sets are right when their elements are. The table is ours alone: whatever else stands in it goes.
+//! - From Linux 6.9 on a table can belong to a process and outlive it: nobody else changes it then, not even by flushing all
+//!   rules. The daemon's does ([`Live::owning`]); the next daemon adopts what the one before it has left.
 //! - The kernel numbers the generations of its rules, whosever they are. While the number is the one that was read before, or the
 //!   next one after a change of our own, what is known of the table is true, and is not read again ([`Live`]).
 //! - An incremental transaction that the kernel does not take, since the table is not as it was thought to be or for a quirk of
@@ -20,6 +22,7 @@ mod live;
 mod lookup;
 mod read;
 mod rule;
+mod stages;
 mod transaction;
 mod uapi;
 
@@ -44,6 +47,8 @@ use crate::nft::{CounterValue, nfnetlink};
 pub struct ActualPolicy {
     /// Flag `dormant` of the table: its rules are not in force.
     pub dormant: bool,
+    /// It should belong to this process, and belongs to nobody: whoever flushes all rules takes it away.
+    pub unowned: bool,
     /// Named counters.
     pub counters: BTreeSet<CounterName>,
     /// Named sets and maps.
@@ -117,6 +122,7 @@ impl ActualPolicy {
     pub fn of(table: &PolicyTable) -> Self {
         Self {
             dormant: false,
+            unowned: false,
             counters: table.counters.clone(),
             sets: table.sets.iter().map(|(name, set)| (name.clone(), ActualSet::Ours(set.clone()))).collect(),
             chains: table.chains.iter().map(|(name, chain)| (name.clone(), ActualChain::of(chain))).collect(),

@@ -283,7 +283,8 @@ fn the_daemon_may_do_what_it_needs(bench: &Bench) -> Result<()> {
         let difference: Vec<_> = found.symmetric_difference(&expected).collect();
         ensure!(difference.is_empty(), "in {namespace} too much or too little: {difference:?}\n{listed}");
     }
-    for forbidden in [["get", "secrets"], ["update", "pods"], ["update", "nodes"], ["create", "addresspools.husk.dev"]] {
+    for forbidden in [["get", "secrets"], ["update", "pods"], ["update", "nodes"], ["create", "addresspools.husk.dev"]]
+    {
         let said = admin.output(["auth", "can-i", forbidden[0], forbidden[1], account, groups[0], groups[1]])?;
         ensure!(said.stdout.trim() == "no", "{forbidden:?}: {said:?}");
     }

@@ -92,6 +92,7 @@ fn features(mode: Mode) -> Result<()> {
     quarantine(&scene)?;
     services(&scene)?;
     hosts(&scene)?;
+    scene.assert("without any policy, in the end", |_| true)?;
     scene.cluster.ensure_settled()
 }
 

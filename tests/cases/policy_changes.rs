@@ -285,5 +285,45 @@ fn changes_neither_lose_nor_leak() -> Result<()> {
         ensure!(report.received == 0 && report.sent > 0, "denied: {report:?}");
     }
     eprintln!("{CHANGES} changes in {took:?}");
+    scene.clear()?;
+    scene.assert("without any policy, in the end", |_| true)?;
+    scene.cluster.ensure_settled()
+}
+
+/// Somebody flushes all rules, again and again: where the table belongs to the daemon nothing that is denied passes; elsewhere only
+/// for as long as it takes to put the table back, and what began meanwhile does not go on.
+#[test]
+fn rules_that_others_flush_hold_or_are_back_at_once() -> Result<()> {
+    const FLUSHES: u32 = 10;
+    let scene = Scene::start(Mode::Vxlan)?;
+    allow(&scene, &json!({"matchLabels": {"app": "nobody"}}))?;
+    scene.assert("nobody reaches it", |it| it.to != "web")?;
+    let to = scene.pod("web");
+    let stream = |from: &str| Stream::udp(scene.pod(from).netns(), to.netns(), to.address(Family::Ipv4)?, 500);
+    let (near, far) = (stream("near")?, stream("far")?);
+    let passed = || near.so_far().received + far.so_far().received;
+    let owned = scene.cluster.host(1).program("nft").args(["list", "tables"]).check()?.contains("husk-policy");
+    ensure!(owned, "there is a table");
+    let mut largest = Duration::ZERO;
+    for _ in 0..FLUSHES {
+        let flushed = Instant::now();
+        scene.cluster.host(1).program("nft").args(["flush", "ruleset"]).check()?;
+        eventually("both tables to be there", Duration::from_secs(1), || {
+            let tables = scene.cluster.host(1).program("nft").args(["list", "tables"]).check()?;
+            Ok(tables.lines().filter(|line| line.starts_with("table inet husk")).count() == 2)
+        })?;
+        largest = largest.max(flushed.elapsed());
+    }
+    // What began in a gap, if there was any, has ended with it.
+    let after = passed();
+    ensure!(!answers(scene.pod("near").netns(), Service::Udp(80), to.address(Family::Ipv4)?)?, "it is denied again");
+    ensure!(passed() == after, "a connection that began in a gap goes on");
+    eprintln!("{FLUSHES} flushes: everything back within {largest:?}, {after} datagrams passed that are denied");
+    if husk_tests::kernel::release()? >= (6, 9) {
+        ensure!(after == 0, "the table belongs to the daemon, and {after} datagrams passed");
+    }
+    drop((near, far));
+    scene.clear()?;
+    scene.assert("without any policy, in the end", |_| true)?;
     scene.cluster.ensure_settled()
 }

@@ -53,3 +53,16 @@ pub fn require(parts: &[Part]) -> Result<()> {
     }
     Ok(())
 }
+
+/// Version of the running kernel: its first two numbers.
+///
+/// # Errors
+/// When the kernel does not say, or says it in another form.
+pub fn release() -> Result<(u32, u32)> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's version")?;
+    let mut numbers = text.split(|it: char| !it.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
+        _ => bail!("{text:?} is no version of a kernel"),
+    }
+}

@@ -10,6 +10,7 @@ pub mod frame;
 pub mod generator;
 pub mod interpreter;
 pub mod oracle;
+pub mod scene;
 pub mod wire;
 
 use std::collections::BTreeSet;

@@ -27,6 +27,12 @@ const NFTA_TABLE_FLAGS: u16 = 2;
 /// `NFT_TABLE_F_DORMANT`: the rules of the table are not in force.
 const DORMANT: u32 = 1;
 
+/// `NFT_TABLE_F_OWNER`: only the socket that made it changes it, and `flush ruleset` of others passes it over.
+pub(crate) const OWNER: u32 = 2;
+
+/// `NFT_TABLE_F_PERSIST`, from Linux 6.9 on: it stays when its owner has gone, and anybody may adopt it then.
+pub(crate) const PERSIST: u32 = 4;
+
 const NFTA_GEN_ID: u16 = 1;
 
 const NFTA_OBJ_TABLE: u16 = 1;
@@ -44,6 +50,9 @@ const NFPROTO_INET: u8 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) dormant: bool,
+    /// It outlives its owner, and has one.
+    pub(crate) persists: bool,
+    pub(crate) owned: bool,
 }
 
 /// Looks for a table in the socket's network namespace.
@@ -51,7 +60,11 @@ pub(crate) fn find(socket: &mut Socket, table: &str) -> Result<Option<Table>, Er
     let question = Message::new(kind(NFT_MSG_GETTABLE), NFPROTO_INET).with(NFTA_TABLE_NAME, &name(table));
     match socket.get(request("look for", object(table), question)) {
         Ok(answer) => match answer.attributes.number(NFTA_TABLE_FLAGS) {
-            Some(flags) => Ok(Some(Table { dormant: flags & DORMANT != 0 })),
+            Some(flags) => Ok(Some(Table {
+                dormant: flags & DORMANT != 0,
+                persists: flags & PERSIST != 0,
+                owned: flags & OWNER != 0,
+            })),
             // Without flags it would be taken for one in force.
             None => Err(malformed("look for", object(table), "the table has no flags")),
         },

@@ -21,6 +21,10 @@ pub fn diff(desired: Option<&PolicyTable>, actual: Option<&ActualPolicy>) -> Vec
             let reason = "it is dormant, so that none of its rules is in force".to_owned();
             vec![PolicyChange::ReplaceTable { table: table.clone(), reason }]
         }
+        (Some(table), Some(state)) if state.unowned => {
+            let reason = "it does not belong to the daemon, so that whoever flushes all rules takes it away".to_owned();
+            vec![PolicyChange::ReplaceTable { table: table.clone(), reason }]
+        }
         (Some(table), Some(state)) => table_diff(table, state),
     }
 }

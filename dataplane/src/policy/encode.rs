@@ -13,7 +13,7 @@ use super::{ForeignObject, object, rule};
 use crate::error::{Error, Refusal};
 use crate::netfilter::{Attributes, Message};
 use crate::netlink::Request;
-use crate::nft::nfnetlink::{kind, name};
+use crate::nft::nfnetlink::{self, kind, name};
 
 /// Octets of elements in a message. They are nested in an attribute, whose length has 16 bits.
 const ELEMENTS_BYTES: usize = 60_000;
@@ -52,12 +52,40 @@ fn of_table(what: &str, name: &str) -> String {
     format!("{what} {name} of {}", object())
 }
 
-/// Makes the table; `fresh` if there must be none.
-pub(super) fn new_table(fresh: bool) -> Step {
-    let exclusive = if fresh { NLM_F_EXCL } else { 0 };
+/// Makes sure that there is a table, which stays as it is if there is one.
+pub(super) fn any_table() -> Step {
     // Without flags, so that a dormant one stays so until it is deleted.
-    Step::new("create", object(), NLM_F_CREATE | exclusive, message(NFT_MSG_NEWTABLE))
+    Step::new("create", object(), NLM_F_CREATE, message(NFT_MSG_NEWTABLE))
 }
+
+/// Makes the table, which must not be there.
+pub(super) fn new_table(owned: bool) -> Step {
+    let message = message(NFT_MSG_NEWTABLE);
+    let message = if owned { message.with(NFTA_TABLE_FLAGS, &OWNED.to_be_bytes()) } else { message };
+    Step::new("create", object(), NLM_F_CREATE | NLM_F_EXCL, message)
+}
+
+/// Makes a table that its owner has left the socket's own.
+pub(super) fn adopt_table() -> Step {
+    let message = message(NFT_MSG_NEWTABLE).with(NFTA_TABLE_FLAGS, &OWNED.to_be_bytes());
+    Step::new("adopt", object(), 0, message)
+}
+
+/// Makes a table of another name that belongs to the socket, and deletes it: whether the kernel can.
+pub(super) fn probe_ownership() -> [Step; 2] {
+    let message = |number| Message::new(kind(number), NFPROTO_INET).with(NFTA_TABLE_NAME, &name(PROBE));
+    let made = message(NFT_MSG_NEWTABLE).with(NFTA_TABLE_FLAGS, &OWNED.to_be_bytes());
+    [
+        Step::new("create", PROBE.to_owned(), NLM_F_CREATE, made),
+        Step::new("delete", PROBE.to_owned(), 0, message(NFT_MSG_DELTABLE)),
+    ]
+}
+
+/// Name of a table that is there within one transaction only, and never in force.
+const PROBE: &str = "husk-probe";
+
+/// Flags of a table that belongs to this process and outlives it.
+const OWNED: u32 = nfnetlink::OWNER | nfnetlink::PERSIST;
 
 /// Deletes the table with all there is in it.
 pub(super) fn delete_table() -> Step {

@@ -13,15 +13,20 @@ use crate::error::Error;
 use crate::netlink::{Rejection, Socket};
 use husk_overlay::kernel::policy::{PolicyChain, PolicySet, PolicyTable};
 
-/// Makes all changes or none; returns how many octets were sent.
-pub(super) fn send(socket: &mut Socket, changes: &[PolicyChange]) -> Result<usize, Error> {
-    let mut phases = Phases::default();
+/// Makes all changes or none; returns how many octets were sent. A table that is made belongs to the socket if `owned`.
+pub(super) fn send(socket: &mut Socket, changes: &[PolicyChange], owned: bool) -> Result<usize, Error> {
+    let mut phases = Phases { owned, ..Phases::default() };
     for change in changes {
         phases.change(change)?;
     }
+    send_steps(socket, phases.in_order())
+}
+
+/// Makes the steps or none of them.
+pub(super) fn send_steps(socket: &mut Socket, steps: impl IntoIterator<Item = Step>) -> Result<usize, Error> {
     let mut elements = Vec::new();
     let mut requests = Vec::new();
-    for step in phases.in_order() {
+    for step in steps {
         let Step { request, elements: within } = step;
         requests.push(request);
         elements.push(within);
@@ -54,6 +59,7 @@ struct Phases {
     rules: Vec<Step>,
     /// Sets made so far.
     count: u32,
+    owned: bool,
 }
 
 impl Phases {
@@ -67,15 +73,16 @@ impl Phases {
     fn change(&mut self, change: &PolicyChange) -> Result<(), Error> {
         match change {
             PolicyChange::CreateTable { table } => {
-                self.tables.push(encode::new_table(true));
+                self.tables.push(encode::new_table(self.owned));
                 self.table(table)?;
             }
             PolicyChange::ReplaceTable { table, .. } => {
                 // It may be gone meanwhile: what is made first can be deleted in any case.
-                self.tables.extend([encode::new_table(false), encode::delete_table(), encode::new_table(true)]);
+                let fresh = encode::new_table(self.owned);
+                self.tables.extend([encode::any_table(), encode::delete_table(), fresh]);
                 self.table(table)?;
             }
-            PolicyChange::DeleteTable => self.tables.extend([encode::new_table(false), encode::delete_table()]),
+            PolicyChange::DeleteTable => self.tables.extend([encode::any_table(), encode::delete_table()]),
             PolicyChange::AddCounter { name } => self.objects.push(encode::new_counter(name)),
             PolicyChange::DeleteCounter { name } => {
                 let counter = ForeignObject::Stateful(NFT_OBJECT_COUNTER, name.clone());

@@ -9,6 +9,7 @@ mod failures;
 mod inbox;
 mod peers;
 mod pods;
+mod policy;
 mod policy_reports;
 mod readiness;
 mod secrets;

@@ -57,7 +57,7 @@ struct Effects {
     egress: Effect,
 }
 
-/// What `policyTypes` says. Without it, the policy is for ingress, and for egress if it has such a section.
+/// What `policyTypes` says. Without it, the policy is for ingress, and for egress if it has such rules.
 fn effects(fields: &Fields<'_>, faults: &mut Faults) -> Effects {
     let types = fields.get("policyTypes");
     let items = match &types {
@@ -68,7 +68,10 @@ fn effects(fields: &Fields<'_>, faults: &mut Faults) -> Effects {
         },
     };
     let Some(items) = items else {
-        let egress = if fields.get("egress").is_some() { Effect::Rules } else { Effect::None };
+        // As API servers fill `policyTypes` in (pkg/apis/networking/v1/defaults.go, `SetDefaults_NetworkPolicy`): only a list
+        // with rules counts.
+        let has_rules = fields.get("egress").is_some_and(|rules| rules.items().map_or(true, |items| items.len() > 0));
+        let egress = if has_rules { Effect::Rules } else { Effect::None };
         return Effects { ingress: Effect::Rules, egress };
     };
     let (mut ingress, mut egress, mut others) = (None, None, Effect::None);

@@ -269,9 +269,6 @@ fn policy() -> impl Strategy<Value = (&'static str, Value)> {
     let selector = prop_oneof![1 => Just(None), 9 => selector(POD_LABELS).prop_map(Some)];
     let rules = (key(list(rule("from"), 3)), key(list(rule("to"), 3)));
     (select(&NAMESPACES[..]), selector, types, rules).prop_map(|(namespace, selector, types, (ingress, egress))| {
-        // API servers have filled in the types; where nobody has, Husk closes what Kubernetes would take for no section.
-        let untyped = types.as_ref().is_none_or(|it| it.is_null() || it == &json!([]));
-        let egress = egress.filter(|it| !untyped || it != &json!([]));
         let rules = [("policyTypes", types), ("ingress", ingress), ("egress", egress)];
         let [types, ingress, egress] = rules;
         (namespace, map([("podSelector", selector), types, ingress, egress]))

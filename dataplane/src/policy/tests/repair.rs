@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 
+use super::super::live::Ownership;
 use super::*;
 
 #[test]
@@ -73,40 +74,44 @@ fn what_an_outsider_broke_is_repaired_and_what_is_his_is_left_alone() {
 }
 
 #[test]
-fn a_refused_transaction_changes_nothing_and_says_what_was_refused() {
+fn a_refused_transaction_changes_nothing_in_force_and_says_what_was_refused() {
     in_namespace(|| {
         let table = everything();
         converge(&table);
         let mut live = Live::default();
-        let refused = |live: &mut Live, broken: &PolicyTable| {
+        // What had come before the refused transaction stays, and nothing refers to it.
+        let refused = |live: &mut Live, broken: &PolicyTable, left: &PolicyTable| {
             let changes = diff(Some(broken), live.read().unwrap().as_deref());
             let error = live.apply(&changes, Some(broken)).unwrap_err();
-            is_as(&table);
-            assert_eq!(live.read().unwrap().as_deref(), Some(&ActualPolicy::of(&table)));
+            is_as(left);
+            assert_eq!(live.read().unwrap().as_deref(), Some(&ActualPolicy::of(left)));
             error
         };
         let mut broken = table.clone();
         broken.counters.insert("another".to_owned());
         let lost = PolicyMatch::In(PolicyField::Source(V4), "missing".into());
         broken.chains.insert("input".into(), chain(Some((Hook::Input, 10)), vec![rule(&[lost], act("accept"))]));
-        let error = refused(&mut live, &broken);
+        let mut left = table.clone();
+        left.counters.insert("another".to_owned());
+        let error = refused(&mut live, &broken, &left);
         assert_eq!(error.errno(), Some(Errno::ENOENT));
         let expected =
             "the kernel refused to add rule 1 to chain input of nft table inet husk-policy: No such file or directory";
         assert_eq!(error.to_string(), expected);
+        converge(&table);
 
         let mut broken = table.clone();
         let lost: Vec<(String, String)> =
             (0..200).map(|n| (format!("10.9.0.{n}"), if n == 123 { "jump lost" } else { "drop" }.to_owned())).collect();
         let lost: Vec<_> = lost.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         broken.sets.insert("pods4".into(), verdicts(PolicyKey::Address(V4), &lost));
-        let error = refused(&mut live, &broken).to_string();
+        let error = refused(&mut live, &broken, &table).to_string();
         let expected = "the kernel refused to add elements to set pods4 of nft table inet husk-policy (10.9.0.123): No such file or directory";
         assert_eq!(error, expected);
 
         let mut broken = table.clone();
         broken.sets.insert("pods4".into(), verdicts(PolicyKey::Address(V4), &[("fd00::1", "drop")]));
-        let error = refused(&mut live, &broken).to_string();
+        let error = refused(&mut live, &broken, &table).to_string();
         assert!(
             error.contains("add elements to set pods4") && error.contains("no element of a set of this type"),
             "{error}"
@@ -189,5 +194,53 @@ fn while_nothing_is_known_of_the_cluster_only_what_is_missing_is_made() {
         nft("delete table inet husk-policy");
         assert_eq!(texts(&withheld()), ["create with 1 chains, 0 sets with 0 elements"]);
         assert_eq!(without_removals(diff(None, Some(&ActualPolicy::of(&table)))), []);
+    });
+}
+
+/// Flushing all rules, as firewalls do when they are restarted, leaves a table alone that belongs to somebody.
+#[test]
+fn a_table_that_belongs_to_a_process_outlives_it_and_what_others_flush() {
+    in_namespace(|| {
+        let table = everything();
+        let mut live = Live::owning();
+        let changes = diff(Some(&table), live.read().unwrap().as_deref());
+        live.apply(&changes, Some(&table)).unwrap();
+        if live.ownership == Ownership::Unwanted {
+            // Before Linux 6.9: it is put back by whoever looks next.
+            nft("flush ruleset");
+            converge(&table);
+            return;
+        }
+        nft("add table inet theirs");
+        nft("flush ruleset");
+        is_as(&table);
+        assert!(!nft("list tables").contains("theirs"));
+        let other = Live::default().apply(&[PolicyChange::DeleteTable], None).unwrap_err();
+        assert_eq!(other.errno(), Some(Errno::EPERM));
+        drop(live);
+        is_as(&table);
+        // The next one adopts it, and changes it.
+        let mut next = Live::owning();
+        let mut more = table.clone();
+        more.counters.insert("another".to_owned());
+        let changes = diff(Some(&more), next.read().unwrap().as_deref());
+        assert_eq!(changes.len(), 1, "{changes:?}");
+        next.apply(&changes, Some(&more)).unwrap();
+        nft("flush ruleset");
+        is_as(&more);
+        // What nobody owns, since an older Husk made it, is replaced in one step.
+        drop(next);
+        Live::default().apply(&[PolicyChange::DeleteTable], None).unwrap();
+        converge(&table);
+        let mut owner = Live::owning();
+        let changes = diff(Some(&table), owner.read().unwrap().as_deref());
+        assert!(matches!(changes.as_slice(), [PolicyChange::ReplaceTable { .. }]), "{changes:?}");
+        owner.apply(&changes, Some(&table)).unwrap();
+        nft("flush ruleset");
+        is_as(&table);
+        // Whoever cleans up after the daemon has ended may.
+        drop(owner);
+        Live::default().apply(&[PolicyChange::DeleteTable], None).unwrap();
+        assert_eq!(read().unwrap(), None);
     });
 }

@@ -128,6 +128,8 @@ pub(super) struct Cluster {
     pub(super) snapshot: Snapshot,
     /// What policy is made of.
     pub(super) objects: Arc<Objects>,
+    /// Those of policy cannot be read, though the rest can.
+    pub(super) objects_down: bool,
     /// What the source lists instead, while it lags behind.
     pub(super) stale: Option<Snapshot>,
     /// Nothing can be read or written.
@@ -176,7 +178,7 @@ impl ClusterSource for Scripted {
 
     fn policy_objects(&mut self) -> Result<Arc<Objects>, SourceError> {
         let cluster = self.state();
-        if cluster.down { Err(unavailable()) } else { Ok(Arc::clone(&cluster.objects)) }
+        if cluster.down || cluster.objects_down { Err(unavailable()) } else { Ok(Arc::clone(&cluster.objects)) }
     }
 
     fn publish(&mut self, record: &NodeRecord) -> Result<(), SourceError> {
@@ -572,6 +574,11 @@ impl Bed {
     /// Waits until the last snapshot is on disk, as a daemon that stops does.
     fn flush(&self) {
         self.engine.keeper.as_ref().unwrap().flush();
+    }
+
+    /// Waits until the objects of policy are on disk.
+    pub(super) fn flush_policy(&self) {
+        self.engine.policy.flush();
     }
 
     /// Changes asked of the kernel by one pass.

@@ -159,12 +159,14 @@ fn a_pod_is_admitted_by_its_lease_in_a_block_the_node_owns() {
     let mut bed = Bed::new(Mode::Wireguard, 2);
     bed.pass();
     bed.lease("good").unwrap();
+    bed.pass();
     assert_eq!(bed.ask(Request::Admit { id: id("good") }), Response::Done);
     let Response::Refused { reason } = bed.ask(Request::Admit { id: id("stranger") }) else { panic!("no lease") };
     assert!(reason.contains("husk/stranger/eth0"), "{reason}");
     // Leased from blocks that were the node's when the plugin read node.json.
     let before: Vec<Prefix> = blocks(40).into_iter().collect();
     bed.lease_from("late", &before, Vec::new()).unwrap();
+    bed.pass();
     let Response::NotReady { reason, .. } = bed.ask(Request::Admit { id: id("late") }) else { panic!("not its block") };
     assert!(reason.contains("no block of this node"), "{reason}");
 }

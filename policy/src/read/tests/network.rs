@@ -16,7 +16,7 @@ fn directions_are_those_of_policy_types_or_of_what_is_there() {
         (json!({ "ingress": null, "egress": null }), "[]", "-", 0),
         (json!({ "ingress": [{}] }), all, "-", 0),
         (json!({ "egress": [{}] }), "[]", all, 0),
-        (json!({ "egress": [] }), "[]", "[]", 0),
+        (json!({ "egress": [] }), "[]", "-", 0),
         (json!({ "policyTypes": [] , "egress": [{}] }), "[]", all, 0),
         (json!({ "policyTypes": null }), "[]", "-", 0),
         (json!({ "policyTypes": ["Ingress"] }), "[]", "-", 0),
