@@ -297,8 +297,9 @@ mod tests {
         let (value, repeated) = json("a: [{b: 1, b: 2, b: 3}]\n");
         assert_eq!(value, serde_json::json!({ "a": [{ "b": 1, "b (again)": 2, "b (again) (again)": 3 }] }));
         assert_eq!(repeated, ["a[0].b", "a[0].b"]);
-        let (value, _) = json("[.nan, .inf, 170141183460469231731687303715884105727]");
-        assert!(value.as_array().unwrap().iter().all(|it| it.as_str().unwrap().contains("(no number)")), "{value}");
+        let (value, _) = json("[.nan, .inf]");
+        let no_number = |it: &serde_json::Value| it.as_str().is_some_and(|it| it.contains("(no number)"));
+        assert!(value.as_array().unwrap().iter().all(no_number), "{value}");
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! Policy on a real Kubernetes: applied with kubectl, held by the kernel of every node, seen between pods and through Services.
 
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use husk_tests::kubernetes::{Kubectl, Kubernetes, KubernetesPod, step};
 use husk_tests::policy::scene::{Service, answers};
 use husk_tests::probe::{EchoServer, tcp};
 use husk_tests::{Family, Netns, eventually};
 use serde_json::{Value, json};
 
-/// How long a change may take until every node has it.
-const SOON: Duration = Duration::from_secs(30);
+/// How long a change may take until every node has it. Whether there are cluster policies is looked at every half minute.
+const SOON: Duration = Duration::from_secs(60);
 
 /// Where pods serve, and the name of that port.
 const PORT: u16 = 8080;
@@ -82,18 +83,31 @@ impl Bench {
     /// Waits until exactly these reach the pod `web`, over both families, and asks once more.
     fn assert_reaching_web(&self, what: &str, clients: &[&str]) -> Result<()> {
         let started = Instant::now();
+        let services = [Service::Tcp(PORT), Service::Udp(PORT)];
+        let questions: Vec<_> = ["near", "far", "dev"]
+            .iter()
+            .flat_map(|client| self.pod("web").addresses().iter().map(move |address| (*client, *address)))
+            .flat_map(|(client, address)| services.map(|service| (client, address, service)))
+            .collect();
+        // All at once, since every answer that must not come is waited for.
         let surprises = || -> Result<Vec<String>> {
-            let mut all = Vec::new();
-            for client in ["near", "far", "dev"] {
-                for address in self.pod("web").addresses() {
-                    for service in [Service::Tcp(PORT), Service::Udp(PORT)] {
-                        if answers(self.pod(client).netns(), service, *address)? != clients.contains(&client) {
-                            all.push(format!("{client} {service:?} {address}"));
-                        }
+            thread::scope(|scope| {
+                let asked = questions.iter().map(|(client, address, service)| {
+                    let netns = self.pod(client).netns();
+                    (
+                        format!("{client} {service:?} {address}"),
+                        clients.contains(client),
+                        scope.spawn(|| answers(netns, *service, *address)),
+                    )
+                });
+                let mut all = Vec::new();
+                for (question, expected, answer) in asked.collect::<Vec<_>>() {
+                    if answer.join().map_err(|_| anyhow!("a question panicked"))?? != expected {
+                        all.push(question);
                     }
                 }
-            }
-            Ok(all)
+                Ok(all)
+            })
         };
         let mut last = Vec::new();
         let settled = eventually(what, SOON, || {
@@ -176,9 +190,9 @@ fn pods_start_under_policy(bench: &Bench) -> Result<()> {
     let egress = json!({ "podSelector": { "matchLabels": { "app": "locked" } }, "policyTypes": ["Egress"] });
     bench.policy("locked", &egress)?;
     let to = bench.pod("web").addresses()[0];
-    let watch = husk_tests::policy::scene::watch(bench.pod("web").netns(), SocketAddr::new(to, 9000))?;
+    let watch = husk_tests::policy::scene::watch(bench.pod("web").netns(), SocketAddr::new(to, 53))?;
     // The first act of its first process is to send, and it goes on.
-    let script = format!("while :; do echo x | nc -u -w 1 {to} 9000; done");
+    let script = format!("while :; do nslookup name {to}; done");
     let pod = bench.kubernetes.pod("locked", 1).label("app", "locked").command(&["sh", "-c", &script]).add()?;
     ensure!(watch.is_silent()?, "something passed");
     bench.clear()?;

@@ -223,7 +223,10 @@ fn what_is_allowed_passes_from_the_first_attempt() -> Result<()> {
             for (to, family) in ["web", "far"].iter().flat_map(|to| Family::ALL.map(|family| (*to, family))) {
                 let address = scene.pod(to).address(family)?;
                 ensure!(answers(pod.netns(), Service::Udp(80), address)?, "{to}, {family}: the first attempt fails");
-                ensure!(!answers(pod.netns(), Service::Udp(8080), address)?, "{to}, {family}: another port");
+                // What will not come takes its time.
+                if number % 10 == 0 {
+                    ensure!(!answers(pod.netns(), Service::Udp(8080), address)?, "{to}, {family}: another port");
+                }
             }
             Ok(())
         })?;

@@ -71,6 +71,7 @@ ipsec:
   spiBits: 8
 keys: {rotation: 60, grace: 2, hardLifetime: 90}
 masquerade: false
+policy: {enabled: false, quarantineAllowed: [192.0.2.0/24]}
 ipam: {blocks: pools, coolDown: 5, releaseAfter: 60}
 cni: {binDirectory: /b, configDirectory: /c, network: pods}
 log: {format: json, level: trace}
@@ -103,6 +104,7 @@ log: {format: json, level: trace}
         },
         rotation: RotationConfig { interval: Some(60), grace: 2, hard_lifetime: 90 },
         masquerade: false,
+        policy: PolicyConfig { enabled: false, quarantine_allowed: BTreeSet::from(["192.0.2.0/24".parse().unwrap()]) },
         ipam: IpamConfig { blocks: BlockOrigin::Pools, cool_down: 5, release_after: 60 },
         cni: CniConfig { bin_directory: "/b".into(), config_directory: "/c".into(), network: "pods".parse().unwrap() },
         log: LogConfig { format: LogFormat::Json, level: LogLevel::Trace },

@@ -66,7 +66,10 @@ impl fmt::Debug for Question<'_> {
 }
 
 /// A pod of the scene: namespace, name, host from 1, labels, named ports.
-const CAST: [(&str, &str, usize, &[(&str, &str)], &[(&str, u16)]); 4] = [
+type Role =
+    (&'static str, &'static str, usize, &'static [(&'static str, &'static str)], &'static [(&'static str, u16)]);
+
+const CAST: [Role; 4] = [
     ("default", "web", 1, &[("app", "web")], &[("http", 80)]),
     ("default", "near", 1, &[("app", "client")], &[("http", 8080)]),
     ("default", "far", 2, &[("app", "client"), ("role", "far")], &[("http", 8080)]),
