@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use husk_overlay::kernel::{Desired, RouteTarget, XfrmAction};
 use husk_overlay::name::InterfaceName;
@@ -36,6 +37,8 @@ pub struct Outcome {
     pub failures: Vec<Failure>,
     /// Why connections through port mappings that are gone may go on.
     pub lingering: Option<Error>,
+    /// How long the table of network policy took, from reading it on.
+    pub policy_took: Duration,
 }
 
 /// Something that went wrong in a pass.
@@ -107,7 +110,7 @@ pub fn reconcile_policy<K: Kernel + ?Sized>(
     sweep: Sweep,
 ) -> Outcome {
     let mut pass = Pass::new(kernel, desired, keys, sweep);
-    pass.table(Table::Policy);
+    pass.policy();
     pass.remove();
     pass.outcome
 }
@@ -169,7 +172,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         }
         let mapped = self.outcome.failures.len() == before;
         let before = self.outcome.failures.len();
-        self.table(Table::Policy);
+        self.policy();
         if self.desired.policy.is_some() {
             self.unpoliced = self.first_reason_since(before);
         }
@@ -177,6 +180,12 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         if mapped {
             self.outcome.lingering = self.kernel.settle_connections(self.desired, self.sweep).err();
         }
+    }
+
+    fn policy(&mut self) {
+        let started = Instant::now();
+        self.table(Table::Policy);
+        self.outcome.policy_took = started.elapsed();
     }
 
     /// The policies that keep plaintext from leaving, before there is a device that could send any.

@@ -21,6 +21,7 @@ use tokio::runtime::Handle;
 use crate::companion::{Job, Process, stop_signal};
 use crate::daemon::SNAPSHOT_FILE;
 use crate::identity::{INSTANCE_FILE, Identity};
+use crate::kubernetes::source::Wake;
 use crate::node_file::Writer;
 use crate::source::bounded::Limits;
 use crate::source::{ClusterSource as _, Opening};
@@ -129,7 +130,9 @@ fn pod_interfaces() -> Result<Vec<InterfaceName>> {
 fn leave(options: &Options, config: &Config, runtime: &Handle) -> Result<()> {
     let node = daemon::node_name(&options.daemon, config)?;
     // Opened as one that this node has joined: nothing is made on the way out.
-    let opening = Opening { node: &node, joined: true, limits: Limits::COMMAND, runtime, wake: Arc::new(|| {}) };
+    let wake: Wake = Arc::new(|| {});
+    let policy_wake = Arc::clone(&wake);
+    let opening = Opening { node: &node, joined: true, limits: Limits::COMMAND, runtime, wake, policy_wake };
     let mut source = source::open(config, &opening)?;
     let snapshot = match source.snapshot() {
         Ok(snapshot) => snapshot,

@@ -215,13 +215,14 @@ pub async fn run(options: RunOptions) -> Result<End> {
     let (handle, inbox) = channel(states.clone(), options.leases());
     let waker = handle.waker();
     let runtime = tokio::runtime::Handle::current();
-    let wake = waker.clone();
+    let (wake, policy) = (waker.clone(), waker.clone());
     let opening = Opening {
         node: &node_name,
         joined: options.snapshot_file().exists(),
         limits: Limits::LOOP,
         runtime: &runtime,
         wake: Arc::new(move || wake.wake()),
+        policy_wake: Arc::new(move || policy.policy()),
     };
     let companions = Companions { run_directory: options.run_directory.clone(), runtime: runtime.clone(), tunnels };
     // Waits for an answer of the source, whose thread waits for the runtime.

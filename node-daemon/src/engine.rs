@@ -177,11 +177,16 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let mut earliest = next_pass;
         let mut next_tick = next_pass;
         let mut next_look = next_pass + self.look_interval();
+        // When policy is enforced for what changed, without a pass; and from when on it may be.
+        let mut next_policy: Option<Instant> = None;
+        let mut policy_earliest = next_pass;
         let mut cause = Cause::OwnAccord;
         loop {
             let now = Instant::now();
             if now >= next_pass {
                 waker.clear();
+                waker.clear_policy();
+                next_policy = None;
                 if now >= next_tick {
                     self.reclaim_leases();
                     next_tick = now + TICK;
@@ -192,6 +197,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 earliest = end + GAP.max(end - now);
                 next_pass = if self.keeping.hurries() { earliest } else { end + TICK };
                 next_look = end + self.look_interval();
+            } else if next_policy.is_some_and(|due| now >= due) {
+                waker.clear_policy();
+                next_policy = None;
+                self.enforce();
+                let end = Instant::now();
+                policy_earliest = end + GAP.max(end - now);
             } else if now >= next_look {
                 if self.silent_tables_changed() {
                     next_pass = now;
@@ -201,13 +212,18 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 self.pace.all_is_well(end - now);
                 next_look = end + self.look_interval();
             }
-            let wait = next_pass.min(next_look).saturating_duration_since(Instant::now());
+            let due = next_policy.map_or(next_pass, |due| due.min(next_pass)).min(next_look);
+            let wait = due.saturating_duration_since(Instant::now());
             match inbox.recv_timeout(wait) {
                 Ok(Message::Wake) => {
                     next_pass = next_pass.min(soonest(Instant::now(), earliest, waker.is_urgent()));
                     cause = Cause::Event;
                 }
-                Ok(Message::Enforce) => self.enforce(),
+                Ok(Message::Enforce) => next_policy = Some(Instant::now()),
+                Ok(Message::Policy) => {
+                    let soon = soonest(Instant::now(), policy_earliest, false);
+                    next_policy = Some(next_policy.map_or(soon, |due| due.min(soon)));
+                }
                 Ok(Message::Ask(ask)) => {
                     self.answer(ask);
                     if self.keeping.hurries() {

@@ -95,6 +95,8 @@ pub struct Opening<'a> {
     pub runtime: &'a Handle,
     /// Called when an API server has news; folders are watched by others.
     pub wake: Wake,
+    /// The same for what policy is made of, which takes no whole pass.
+    pub policy_wake: Wake,
 }
 
 /// Opens the cluster source of the configuration. One that is not available is opened by a later call.
@@ -117,8 +119,9 @@ pub fn open(config: &Config, opening: &Opening<'_>) -> Result<Bounded> {
                 // The call itself has to be over in time.
                 patience: opening.limits.read * 3 / 4,
             };
-            let (runtime, wake) = (opening.runtime.clone(), Wake::clone(&opening.wake));
-            Bounded::open(KUBERNETES.into(), opening.limits, move || KubernetesSource::open(&options, &runtime, &wake))
+            let runtime = opening.runtime.clone();
+            let wakes = [Wake::clone(&opening.wake), Wake::clone(&opening.policy_wake)];
+            Bounded::open(KUBERNETES.into(), opening.limits, move || KubernetesSource::open(&options, &runtime, &wakes))
                 .context("cannot use the Kubernetes API as cluster source")
         }
     }

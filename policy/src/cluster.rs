@@ -3,11 +3,11 @@
 //! The addresses of the node's own pods come from their leases, since the source learns them later, and may go on telling of a
 //! pod that is gone. No other pod has these addresses, whatever the source says.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use husk_overlay::endpoint::Endpoints;
+use husk_overlay::endpoint::{AttachmentId, Endpoints};
 use husk_overlay::prefix::Prefix;
 
 use crate::object::{ObjectName, Objects, Pod, QUARANTINE_LABEL};
@@ -39,7 +39,9 @@ pub struct LocalPod {
 pub struct Cluster {
     objects: Arc<Objects>,
     local: BTreeMap<ObjectName, LocalPod>,
-    unknown: BTreeSet<ObjectName>,
+    unknown: BTreeMap<AttachmentId, ObjectName>,
+    /// Who has which address; made when somebody asks.
+    owners: OnceLock<HashMap<IpAddr, ObjectName>>,
     local_addresses: BTreeSet<IpAddr>,
     allowed: BTreeSet<Prefix>,
 }
@@ -66,7 +68,7 @@ impl Cluster {
     #[must_use]
     pub fn new(objects: Arc<Objects>, endpoints: &Endpoints, membership: Membership, asked: &Quarantine) -> Self {
         let mut local: BTreeMap<ObjectName, LocalPod> = BTreeMap::new();
-        let mut unknown = BTreeSet::new();
+        let mut unknown = BTreeMap::new();
         let mut local_addresses = BTreeSet::new();
         for endpoint in endpoints.values() {
             let name = pod_name(endpoint);
@@ -75,7 +77,7 @@ impl Cluster {
                 (Some(pod), _) if is_meant(pod, endpoint.pod_uid.as_deref()) => pod.as_ref().clone(),
                 (None, Membership::Optional) => Pod::default(),
                 _ => {
-                    unknown.insert(name);
+                    unknown.insert(endpoint.id.clone(), name);
                     continue;
                 }
             };
@@ -87,7 +89,8 @@ impl Cluster {
             let pod = Arc::new(Pod { addresses, finished: false, host_network: false, ..known });
             local.insert(name, LocalPod { pod, quarantined });
         }
-        Self { objects, local, unknown, local_addresses, allowed: asked.allowed.clone() }
+        let (owners, allowed) = (OnceLock::new(), asked.allowed.clone());
+        Self { objects, local, unknown, owners, local_addresses, allowed }
     }
 
     /// What the source delivered.
@@ -102,18 +105,24 @@ impl Cluster {
         &self.local
     }
 
-    /// Pods of this node that the source does not know, or of which it knows only the predecessor of the same name: their policy
-    /// is not known, and they get no packet.
+    /// Attachments whose pods the source does not know, or knows only another one of the same name: their policy is not known,
+    /// and they get no packet.
     #[must_use]
-    pub fn unknown(&self) -> &BTreeSet<ObjectName> {
+    pub fn unknown(&self) -> &BTreeMap<AttachmentId, ObjectName> {
         &self.unknown
+    }
+
+    /// True if a pod of this name is attached, and none of this name is known.
+    #[must_use]
+    pub fn is_unknown_pod(&self, name: &ObjectName) -> bool {
+        !self.local.contains_key(name) && self.unknown.values().any(|unknown| unknown == name)
     }
 
     /// True for an address of a pod whose policy is not known.
     #[must_use]
     pub fn is_unknown(&self, address: IpAddr) -> bool {
         self.local_addresses.contains(&address)
-            && !self.local.values().any(|local| local.pod.addresses.contains(&address))
+            && !self.owner(address).is_some_and(|(name, _)| self.local.contains_key(name))
     }
 
     /// What a pod that is cut off may still talk with.
@@ -150,7 +159,20 @@ impl Cluster {
     /// The pod that has an address.
     #[must_use]
     pub fn owner(&self, address: IpAddr) -> Option<(&ObjectName, &Pod)> {
-        self.pods().find_map(|(name, pod, mut addresses)| addresses.any(|own| own == address).then_some((name, pod)))
+        let owners = self.owners.get_or_init(|| {
+            let all = self.pods().flat_map(|(name, _, addresses)| addresses.map(|address| (address, name.clone())));
+            // Of two pods that claim an address one is this node's, or the first by name has it.
+            let mut owners = HashMap::new();
+            all.for_each(|(address, name)| {
+                owners.entry(address).or_insert(name);
+            });
+            owners
+        });
+        let name = owners.get(&address)?;
+        match self.local.get_key_value(name) {
+            Some((name, local)) => Some((name, local.pod.as_ref())),
+            None => self.objects.pods.get_key_value(name).map(|(name, pod)| (name, pod.as_ref())),
+        }
     }
 }
 

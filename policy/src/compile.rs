@@ -288,7 +288,14 @@ impl Build<'_> {
             forward.push(rule(vec![PolicyMatch::Family(*family)], jump(named("forward", *family))));
             let quarantined = PolicyMatch::In(PolicyField::Originator(*family), named("quarantined", *family));
             let denied = denied_counter(Direction::Egress);
-            input.push(rule(vec![PolicyMatch::FromPod, quarantined], goto(denied)));
+            input.push(rule(vec![PolicyMatch::FromPod, quarantined], goto(denied.clone())));
+            // What connection tracking was told to leave alone has no originator, as queries of a name server on the host.
+            let source = PolicyMatch::In(PolicyField::Source(*family), named("quarantined", *family));
+            input.push(rule(vec![PolicyMatch::FromPod, PolicyMatch::Stateless, source], goto(denied)));
+        }
+        for family in Family::ALL.into_iter().filter(|family| !self.families.contains(family)) {
+            // Pods may still have addresses of a family that the cluster had.
+            forward.push(rule(vec![PolicyMatch::Family(family), PolicyMatch::ToPod], goto(UNKNOWN_POD)));
         }
         from_pod.push(rule(Vec::new(), goto(UNKNOWN_POD)));
         self.chain("from_pod", None, from_pod);

@@ -138,7 +138,7 @@ fn side(cluster: &Cluster, connection: &Connection, direction: Direction) -> Sid
     if cluster.is_unknown(own) {
         return Side { verdict: Verdict::Deny, ..allowed(None, Scope::Unknown) };
     }
-    let found = cluster.local().iter().find(|(_, local)| local.pod.addresses.contains(&own));
+    let found = cluster.owner(own).and_then(|(name, _)| cluster.local().get_key_value(name));
     let Some((name, local)) = found else {
         return allowed(cluster.owner(own).map(|(name, _)| name.clone()), Scope::Elsewhere);
     };

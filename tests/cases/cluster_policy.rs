@@ -230,7 +230,7 @@ fn cluster_policies_hold(bench: &Bench) -> Result<()> {
     admin.apply(&policy(&json!({ "tier": "Admin", "priority": 1, "subject": subject,
         "ingress": [{ "name": "no-dev", "action": "Deny", "from": dev }] })))?;
     bench.assert_reaching_web("Admin denies a namespace", &["near", "far"])?;
-    // Names of domains are not supported: a rule that denies them denies everything, and says why.
+    // A kind of peer that nobody has heard of: a rule that denies it denies everything, and says why.
     admin.apply(&policy(&json!({ "tier": "Admin", "priority": 1, "subject": subject,
         "ingress": [{ "action": "Deny", "from": [{ "planets": {} }] }] })))?;
     bench.assert_reaching_web("a peer that is not understood", &[])?;

@@ -92,7 +92,7 @@ impl Bench {
             cluster_cidrs: vec![prefix("10.244.0.0/16")],
             patience: SOON,
         };
-        Ok(KubernetesSource::open(&options, runtime.handle(), &wake)?)
+        Ok(KubernetesSource::open(&options, runtime.handle(), &[Wake::clone(&wake), wake])?)
     }
 
     /// Makes `Node` objects that no kubelet stands behind. Not with kubectl, which makes five objects a second.

@@ -25,6 +25,11 @@ use proptest::test_runner::{TestCaseResult, TestError, TestRunner};
 /// Clusters, unless the environment says otherwise.
 const CASES: u32 = 1_000;
 
+/// How much slower than usual the machine is said to be: an emulated one sees fewer clusters in the same time.
+fn slowness() -> u32 {
+    u32::try_from(husk_tests::patience(std::time::Duration::from_secs(1)).as_secs()).unwrap_or(1).max(1)
+}
+
 /// Of so many connections one is begun.
 const SAMPLE: u64 = 12;
 
@@ -128,7 +133,8 @@ fn run(wire: &mut Wire) -> Result<()> {
     let mut ground = Ground { wire, live: Live::default(), numbers: 0, port: None, begun: HashSet::new() };
     ground.apply(&closed(&Family::ALL.into()))?;
     ground.wire.forget_soon()?;
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(CASES);
+    let cases =
+        std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| CASES / slowness());
     let config = ProptestConfig::with_cases(cases);
     let config = ProptestConfig { failure_persistence: None, max_shrink_iters: 2_000, ..config };
     let (ground, seen, started) = (RefCell::new(ground), Cell::new([0; 2]), Instant::now());

@@ -114,6 +114,11 @@ impl Socket {
         Ok(Self::over(socket, protocol, port))
     }
 
+    /// The address that the kernel knows the socket by.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
     /// Opens a socket in another network namespace; it stays there.
     ///
     /// # Errors

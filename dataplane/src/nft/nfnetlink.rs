@@ -23,6 +23,7 @@ const NFT_MSG_GETOBJ: u16 = 19;
 
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_FLAGS: u16 = 2;
+const NFTA_TABLE_OWNER: u16 = 7;
 
 /// `NFT_TABLE_F_DORMANT`: the rules of the table are not in force.
 const DORMANT: u32 = 1;
@@ -53,6 +54,8 @@ pub(crate) struct Table {
     /// It outlives its owner, and has one.
     pub(crate) persists: bool,
     pub(crate) owned: bool,
+    /// The socket it belongs to.
+    pub(crate) owner: Option<u32>,
 }
 
 /// Looks for a table in the socket's network namespace.
@@ -64,6 +67,7 @@ pub(crate) fn find(socket: &mut Socket, table: &str) -> Result<Option<Table>, Er
                 dormant: flags & DORMANT != 0,
                 persists: flags & PERSIST != 0,
                 owned: flags & OWNER != 0,
+                owner: answer.attributes.number(NFTA_TABLE_OWNER),
             })),
             // Without flags it would be taken for one in force.
             None => Err(malformed("look for", object(table), "the table has no flags")),

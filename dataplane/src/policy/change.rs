@@ -14,7 +14,7 @@ use super::{ActualChain, ActualHook, ActualPolicy, ActualSet, ForeignObject, obj
 /// Elements with their values.
 pub(super) type Elements = BTreeMap<PolicyElement, PolicyValue>;
 
-/// One change to the table `inet husk-policy`. All changes of a pass are made in one transaction.
+/// One change to the table `inet husk-policy`. All changes of a pass come into force at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PolicyChange {
     /// The table is missing.

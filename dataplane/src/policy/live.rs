@@ -63,6 +63,10 @@ impl Live {
         let generation = nfnetlink::generation(socket)?;
         match self.known.take() {
             Some(known) if known.0 == generation => self.known = Some(known),
+            // Others have changed rules of theirs: nobody else can change a table that belongs to this socket.
+            Some((_, state @ Some(_))) if self.ownership == Ownership::Possible && is_ours(socket)? => {
+                self.known = Some((generation, state));
+            }
             _ if self.ownership == Ownership::Possible => {
                 let unowned = !adopt(socket)?;
                 let (generation, mut state) = read::list(socket)?;
@@ -144,6 +148,12 @@ fn ownership(socket: &mut Socket) -> Result<Ownership, Error> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// True if the table is there and belongs to the socket.
+fn is_ours(socket: &mut Socket) -> Result<bool, Error> {
+    let table = nfnetlink::find(socket, marks::NFT_POLICY_TABLE)?;
+    Ok(table.is_some_and(|table| table.owned && !table.dormant && table.owner == Some(socket.port())))
 }
 
 /// Adopts the table if its owner has left it. False if there is one that belongs to nobody and cannot be adopted.

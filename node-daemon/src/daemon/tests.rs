@@ -52,8 +52,15 @@ fn a_path_that_can_be_no_cluster_directory_is_told_at_once() {
     for (path, joined) in [(file.clone(), false), (file.clone(), true), (file.join("below"), false)] {
         let mut config = config();
         config.source = SourceConfig::Directory { path: path.clone() };
-        let wake = Arc::new(|| {});
-        let opening = Opening { node: &node, joined, limits: Limits::COMMAND, runtime: runtime.handle(), wake };
+        let wake: crate::kubernetes::source::Wake = Arc::new(|| {});
+        let opening = Opening {
+            node: &node,
+            joined,
+            limits: Limits::COMMAND,
+            runtime: runtime.handle(),
+            policy_wake: Arc::clone(&wake),
+            wake,
+        };
         let Err(error) = source::open(&config, &opening) else { panic!("{} opens", path.display()) };
         let error = format!("{error:#}");
         assert!(error.contains("source.directory.path") && error.contains(path.to_str().unwrap()), "{error}");

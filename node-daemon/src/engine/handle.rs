@@ -33,6 +33,8 @@ pub enum Message {
     Wake,
     /// A pod waits for its policy.
     Enforce,
+    /// What policy is made of may have changed.
+    Policy,
     /// Somebody wants to know something, or needs an address block.
     Ask(Ask),
     /// The daemon ends; the data plane stays.
@@ -53,6 +55,9 @@ pub struct Waker {
     inbox: Sender<Message>,
     pending: Arc<AtomicBool>,
     urgent: Arc<AtomicBool>,
+    /// Messages of these kinds are on their way.
+    enforcing: Arc<AtomicBool>,
+    policy: Arc<AtomicBool>,
 }
 
 impl Waker {
@@ -62,6 +67,26 @@ impl Waker {
             // A loop that has ended needs no wake.
             let _ = self.inbox.send(Message::Wake);
         }
+    }
+
+    /// Asks for the policy of pods that have come, at once.
+    pub(super) fn enforce(&self) {
+        if !self.enforcing.swap(true, Ordering::AcqRel) {
+            let _ = self.inbox.send(Message::Enforce);
+        }
+    }
+
+    /// Says that what policy is made of may have changed; that takes no whole pass.
+    pub fn policy(&self) {
+        if !self.policy.swap(true, Ordering::AcqRel) {
+            let _ = self.inbox.send(Message::Policy);
+        }
+    }
+
+    /// Policy is about to be enforced: later changes need a message of their own.
+    pub(super) fn clear_policy(&self) {
+        self.enforcing.swap(false, Ordering::AcqRel);
+        self.policy.swap(false, Ordering::AcqRel);
     }
 
     /// Wakes for a pass at once, since somebody waits for what it will do.
@@ -103,7 +128,13 @@ type IndexOf = fn(&InterfaceName) -> Result<Option<u32>, husk_dataplane::Error>;
 #[must_use]
 pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Receiver<Message>) {
     let (inbox, receiver) = std_channel();
-    let waker = Waker { inbox: inbox.clone(), pending: Arc::default(), urgent: Arc::default() };
+    let waker = Waker {
+        inbox: inbox.clone(),
+        pending: Arc::default(),
+        urgent: Arc::default(),
+        enforcing: Arc::default(),
+        policy: Arc::default(),
+    };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
     (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows: Flows::default() }, receiver)
@@ -172,7 +203,9 @@ impl Handle {
             Ok(Err(reason)) => return Response::Refused { reason },
             Err(error) => return Response::Refused { reason: error.to_string() },
         };
-        let _ = self.inbox.send(Message::Enforce);
+        if self.state.borrow().enforces_policy {
+            self.waker.enforce();
+        }
         self.waker.wake();
         if let Err(refusal) = self.await_policy(&endpoint).await {
             return refusal;
@@ -208,7 +241,7 @@ impl Handle {
             Err(_) => {
                 let state = self.state.borrow();
                 let pod = endpoint.display_name();
-                let unknown = state.cluster.unknown().contains(&husk_policy::cluster::pod_name(endpoint));
+                let unknown = state.cluster.unknown().contains_key(&endpoint.id);
                 let why = if unknown {
                     "the cluster source has not told of this pod yet, so that no policy is known for it"
                 } else {

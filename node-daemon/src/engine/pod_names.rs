@@ -30,7 +30,7 @@ pub(super) fn find(cluster: &Cluster, text: &str) -> Result<Named, String> {
         return Ok(Named::Pod(name, Some(local.pod.as_ref().clone())));
     }
     let known = cluster.objects().pods.get(&name).map(|pod| pod.as_ref().clone());
-    if known.is_some() || cluster.unknown().contains(&name) {
+    if known.is_some() || cluster.is_unknown_pod(&name) {
         return Ok(Named::Pod(name, known));
     }
     // The name alone may be that of one pod in another namespace.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use husk_dataplane::Sweep;
 use husk_dataplane::kernel::{Kernel, Table};
 use husk_dataplane::reconcile::{Outcome, reconcile_policy};
@@ -38,6 +39,8 @@ pub(super) struct Policy {
     objects: Option<Arc<Objects>>,
     quarantine: Quarantine,
     quarantine_file: Option<PathBuf>,
+    /// Why that file cannot be read, if it cannot: nobody is let out for that, and what is in the kernel stays.
+    unreadable: Option<String>,
     keeper: Option<Keeper<Arc<Objects>>>,
     compiled: Option<Compiled>,
     /// The endpoints whose policy is in the kernel.
@@ -76,12 +79,16 @@ impl Policy {
         let beside = |name: &str| state_file.map(|file| file.with_file_name(name));
         let objects = beside(OBJECTS_FILE).as_deref().and_then(state::load::<Objects>).map(Arc::new);
         let quarantine_file = beside(QUARANTINE_FILE);
-        let pods: Vec<ObjectName> = quarantine_file.as_deref().and_then(state::load).unwrap_or_default();
+        let (pods, unreadable) = match quarantine_file.as_deref().map_or(Ok(Vec::new()), read_quarantine) {
+            Ok(pods) => (pods, None),
+            Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+        };
         Self {
             objects,
             quarantine: Quarantine { pods: pods.into_iter().collect(), allowed },
             quarantine_file,
-            keeper: beside(OBJECTS_FILE).and_then(Keeper::start),
+            unreadable,
+            keeper: beside(OBJECTS_FILE).and_then(Keeper::start_slowly),
             compiled: None,
             enforced: None,
             programming: Programming::default(),
@@ -124,6 +131,9 @@ impl Policy {
     /// # Errors
     /// When that cannot be written down; then it is not done.
     pub(super) fn set_quarantine(&mut self, pod: &ObjectName, on: bool) -> anyhow::Result<bool> {
+        if let Some(reason) = &self.unreadable {
+            anyhow::bail!("who is in quarantine is not known: {reason}");
+        }
         let mut pods = self.quarantine.pods.clone();
         let changed = if on { pods.insert(pod.clone()) } else { pods.remove(pod) };
         if changed && let Some(file) = &self.quarantine_file {
@@ -163,6 +173,13 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                     .into(),
             }),
         }
+        issues.extend(self.policy.unreadable.iter().map(|reason| Issue {
+            severity: Severity::Blocking,
+            kind: IssueKind::BadPolicy,
+            subject: "quarantine".into(),
+            message: format!("who is in quarantine is not known, and policy stays as it is: {reason}"),
+            remedy: "correct the file, or remove it to let everybody out; then restart the daemon".into(),
+        }));
         issues.extend(self.policy.objects.iter().flat_map(|objects| objects.issues.iter().cloned()));
     }
 
@@ -198,11 +215,14 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         desired.policy = self.policy.table();
         // Which pods there are, is not known without their leases.
-        desired.policy_is_unknown = !self.leases_known;
+        desired.policy_is_unknown = !self.leases_known || self.policy.unreadable.is_some();
     }
 
     /// Takes note of what a pass, or a part of one, has made of the policy table.
     pub(super) fn note_policy(&mut self, desired: &Desired, outcome: &Outcome) {
+        if outcome.applied.contains_key(&Table::Policy) {
+            self.policy.programming.note(outcome.policy_took);
+        }
         if outcome.failures.iter().any(|failure| failure.table == Table::Policy) || desired.policy_is_unknown {
             // What was in force is as it was, since the table changes as a whole or not at all.
             return;
@@ -213,7 +233,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         };
         let unknown = compiled.cluster.unknown();
         let mut enforced = compiled.endpoints.as_ref().clone();
-        enforced.retain(|_, endpoint| !unknown.contains(&husk_policy::cluster::pod_name(endpoint)));
+        enforced.retain(|id, _| !unknown.contains_key(id));
         self.policy.enforced = Some(Arc::new(enforced));
     }
 
@@ -225,10 +245,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.read_leases(&mut issues);
         self.read_policy_objects(&mut issues);
         self.compile_policy(&mut last.plan.desired);
-        let started = Instant::now();
         let sweep = if self.leases_known { Sweep::Allowed } else { Sweep::Withheld };
         let outcome = reconcile_policy(&mut self.parts.kernel, &last.plan.desired, &KeyRing::default(), sweep);
-        self.policy.measured(outcome.changes(), started.elapsed());
         self.note_policy(&last.plan.desired, &outcome);
         for failure in &outcome.failures {
             tracing::error!(%failure, "the policy of a new pod is not in the kernel yet");
@@ -242,17 +260,21 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-impl Policy {
-    fn measured(&mut self, changes: usize, took: Duration) {
-        if changes > 0 {
-            let took = microseconds(took);
-            let programming = &mut self.programming;
-            programming.count += 1;
-            programming.last_apply = took;
-            let whole = took.saturating_add(programming.last_compile);
-            programming.total = programming.total.saturating_add(whole);
-            programming.slowest = programming.slowest.max(whole);
-        }
+impl Programming {
+    fn note(&mut self, took: Duration) {
+        self.count += 1;
+        self.last_apply = microseconds(took);
+        let whole = self.last_apply.saturating_add(self.last_compile);
+        self.total = self.total.saturating_add(whole);
+        self.slowest = self.slowest.max(whole);
+    }
+}
+
+/// The pods that were put into quarantine by request.
+fn read_quarantine(file: &std::path::Path) -> anyhow::Result<Vec<ObjectName>> {
+    match files::read_text(file, 1 << 20)? {
+        Some(text) => serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display())),
+        None => Ok(Vec::new()),
     }
 }
 

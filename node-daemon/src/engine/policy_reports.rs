@@ -29,7 +29,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             enabled: self.parts.config.policy.enabled,
             known: self.policy.is_known(),
             pods: cluster.local().len(),
-            unknown_pods: cluster.unknown().iter().cloned().collect(),
+            unknown_pods: cluster.unknown().values().cloned().collect(),
             quarantined: quarantined.collect(),
             counters: self.parts.node.policy_counters(),
             programming: self.policy.programming,
@@ -53,7 +53,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let own = cluster.local().get(&name).cloned();
         let is_own = own.is_some();
         let theirs = |pod: Pod| LocalPod { quarantined: has_quarantine_label(&pod), pod: pod.into() };
-        let local = own.or_else(|| object.filter(|_| !cluster.unknown().contains(&name)).map(theirs));
+        let local = own.or_else(|| object.filter(|_| !cluster.is_unknown_pod(&name)).map(theirs));
         let state = match &local {
             _ if !self.parts.config.policy.enabled => PodPolicyState::Disabled,
             None => PodPolicyState::Unknown,
@@ -87,7 +87,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             );
         }
         let cluster = self.policy.cluster();
-        let ours = |name: &ObjectName| cluster.local().contains_key(name) || cluster.unknown().contains(name);
+        let ours = |name: &ObjectName| cluster.local().contains_key(name) || cluster.is_unknown_pod(name);
         let name = match find(&cluster, pod) {
             Ok(Named::Pod(name, _)) if ours(&name) => name,
             Ok(Named::Pod(name, object)) => {

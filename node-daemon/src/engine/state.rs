@@ -24,6 +24,9 @@ const LARGEST_SNAPSHOT: u64 = 64 << 20;
 /// Least time between two writes of the last snapshot; a write that took long is followed by ten times that.
 const PACE: Duration = Duration::from_millis(20);
 
+/// The same for the objects of policy, which have megabytes in a large cluster.
+const SLOW_PACE: Duration = Duration::from_secs(1);
+
 /// State after a pass.
 #[derive(Debug, Clone, Default)]
 pub struct State {
@@ -107,6 +110,24 @@ impl<T: Serialize + Send + 'static> Keeper<T> {
         let started = Self::with(PACE, write);
         started
             .inspect_err(|error| tracing::warn!(%error, "the last snapshot is not kept: there is no thread to be had"))
+            .ok()
+    }
+
+    /// As [`Self::start`], for what is large and changes all the time. Where it cannot be written, what was written before is
+    /// removed: nothing is better than what is not true any more.
+    pub(super) fn start_slowly(path: PathBuf) -> Option<Self> {
+        let write = move |value: &T| {
+            let written = files::replace(&path, &serde_json::to_vec(value)?, 0o600);
+            if written.is_err() {
+                // It works on a full disk, too; what stays is read by nobody until the next start.
+                drop(files::remove(&path));
+            }
+            written
+        };
+        Self::with(SLOW_PACE, write)
+            .inspect_err(
+                |error| tracing::warn!(%error, "the objects of policy are not kept: there is no thread to be had"),
+            )
             .ok()
     }
 

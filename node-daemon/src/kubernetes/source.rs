@@ -68,26 +68,27 @@ impl Drop for KubernetesSource {
 }
 
 impl KubernetesSource {
-    /// Connects and starts to watch. Must not be called on a thread of the runtime.
+    /// Connects and starts to watch; the first of the two is called for what is new of nodes, the second of policy. Must not be called
+    /// on a thread of the runtime.
     ///
     /// # Errors
     /// When there is no usable way to log on; a later call may find one.
-    pub fn open(options: &Options, runtime: &Handle, wake: &Wake) -> Result<Self, SourceError> {
+    pub fn open(options: &Options, runtime: &Handle, wakes: &[Wake; 2]) -> Result<Self, SourceError> {
         let client = runtime
             .block_on(connect(options.kubeconfig.as_deref()))
             .map_err(|error| unavailable(format!("{error:#}")))?;
-        Ok(Self::with_client(client, options, runtime, wake))
+        Ok(Self::with_client(client, options, runtime, wakes))
     }
 
     /// As [`Self::open`], with a connection that is there already.
     #[must_use]
-    pub fn with_client(client: Client, options: &Options, runtime: &Handle, wake: &Wake) -> Self {
-        let news = || {
+    pub fn with_client(client: Client, options: &Options, runtime: &Handle, wakes: &[Wake; 2]) -> Self {
+        let [store, policy] = [&wakes[0], &wakes[1]].map(|wake| {
             let wake = Arc::clone(wake);
             Box::new(move || wake())
-        };
-        let store = Arc::new(Store::new(options.node.clone(), options.ipam.blocks, news()));
-        let policy = Arc::new(PolicyStore::new(news()));
+        });
+        let store = Arc::new(Store::new(options.node.clone(), options.ipam.blocks, store));
+        let policy = Arc::new(PolicyStore::new(policy));
         let cidrs = options.cluster_cidrs.clone();
         let mut tasks = watches::start(&client, &store, runtime);
         tasks.extend(policy::start(&client, &policy, &store, runtime));

@@ -26,7 +26,7 @@ use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
 use husk_policy::object::Objects;
 use husk_policy::read::collect::objects_from;
-use husk_policy::read::{Reading, read};
+use husk_policy::read::{Object, Reading, read};
 
 use self::stamp::Stamp;
 use super::{Claim, ClusterSource, SourceError};
@@ -89,6 +89,16 @@ pub struct DirectorySource {
     /// What policy was made of, and whether it still is.
     objects: Arc<Objects>,
     objects_are_current: bool,
+}
+
+/// Kind and name of an object of policy.
+fn name_of(reading: &Reading) -> Option<(&'static str, String)> {
+    Some(match reading.object.as_ref()? {
+        Object::Namespace(name, _) => ("Namespace", name.clone()),
+        Object::Pod(name, _) => ("Pod", name.to_string()),
+        Object::NetworkPolicy(name, _) => ("NetworkPolicy", name.to_string()),
+        Object::ClusterNetworkPolicy(name, _) => ("ClusterNetworkPolicy", name.clone()),
+    })
 }
 
 impl DirectorySource {
@@ -276,15 +286,29 @@ impl DirectorySource {
             Ok(Some(text)) => {
                 let manifest::Parsed { manifests, policy_objects, issues } =
                     manifest::parse_all(&self.shown(path), &text);
-                let policy = policy_objects.iter().map(read).collect();
+                let mut policy: Vec<Reading> = policy_objects.iter().map(read).collect();
+                if !issues.is_empty() || policy.iter().any(|reading| reading.object.is_none()) {
+                    // What is not understood may be a policy that was: those that the file does not say anew stay in force.
+                    let said: BTreeSet<_> = policy.iter().filter_map(name_of).collect();
+                    let before = self.policy_before(path).into_iter();
+                    policy.extend(
+                        before.filter(|it| name_of(it).is_some_and(|name| !said.contains(&name))).collect::<Vec<_>>(),
+                    );
+                }
                 Some(Parsed { stamp, settled, manifests, policy, issues })
             }
             Err(error) => {
                 let issues = vec![self.unreadable(path, error.to_string())];
                 // What cannot be read now may be readable next time, with nothing in its stamp to tell.
-                Some(Parsed { stamp, settled: false, manifests: Vec::new(), policy: Vec::new(), issues })
+                let policy = self.policy_before(path);
+                Some(Parsed { stamp, settled: false, manifests: Vec::new(), policy, issues })
             }
         }
+    }
+
+    /// The objects of policy that the file held when it was understood last.
+    fn policy_before(&self, path: &Path) -> Vec<Reading> {
+        self.parsed.get(path).map(|parsed| parsed.policy.clone()).unwrap_or_default()
     }
 
     /// The file that is the object's: the one its owner writes, and whose creation is the allocation lock. What another file

@@ -14,8 +14,8 @@ use crate::cluster::Cluster;
 use crate::object::{Direction, ObjectName, Peer, Pod, PolicyRule, PortMatch};
 use crate::rules::{Effect, Level, Rule, means_pod, named_ports};
 
-/// Hexadecimal digits in the name of a profile.
-const NAME_DIGITS: usize = 12;
+/// Hexadecimal digits in the name of a profile: 128 bits, so that nobody finds rules of the same name as somebody else's.
+const NAME_DIGITS: usize = 32;
 
 /// A profile, compiled.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use husk_dataplane::policy::{Live, diff};
 use husk_overlay::endpoint::{AttachmentId, Endpoint, Endpoints, NetnsIdentity};
-use husk_overlay::kernel::policy::{PolicyTable, PolicyValueKind};
+use husk_overlay::kernel::policy::{PolicyElement, PolicyTable, PolicyValueKind};
 use husk_overlay::name::{ContainerId, InterfaceName, NetworkName};
 use husk_overlay::prefix::Family;
 use husk_policy::cluster::{Cluster, Membership, Quarantine};
@@ -227,8 +227,12 @@ pub fn run(plan: &Plan, progress: impl Fn(&str) + Sync) -> Result<Report> {
 /// Ranges in the sets of peers, and the pods' addresses they stand for.
 fn ranges(table: &PolicyTable) -> (usize, usize) {
     let sets = table.sets.values().filter(|set| set.value == PolicyValueKind::Class);
-    let ranges: usize = sets.map(|set| set.elements.len()).sum();
-    (ranges, ranges)
+    let elements = || sets.clone().flat_map(|set| set.elements.keys());
+    let addresses = elements().map(|element| match element {
+        PolicyElement::AddressRange(IpAddr::V4(first), IpAddr::V4(last)) => last.to_bits() - first.to_bits() + 1,
+        _ => 0,
+    });
+    (elements().count(), addresses.map(|count| usize::try_from(count).unwrap_or(usize::MAX)).sum())
 }
 
 /// Two pods with a node between them.

@@ -433,3 +433,26 @@ fn policies_that_make_no_sense_are_closed_and_those_that_differ_are_told() {
     assert_eq!(peers("shop"), Some(vec![]));
     assert_eq!(subjects(&source.snapshot().unwrap()), ["b.yaml"]);
 }
+
+/// An editor that writes half a file, or a person who types a tab into it, takes no policy out of force.
+#[test]
+fn a_file_that_breaks_keeps_the_policies_it_had() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = DirectorySource::open(directory.path(), false).unwrap();
+    let file = directory.path().join("policies.yaml");
+    let policy = |name: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: default}}\nspec: {{podSelector: {{}}}}\n"
+        )
+    };
+    let names = |source: &mut DirectorySource| -> Vec<String> {
+        source.policy_objects().unwrap().network_policies.keys().map(ToString::to_string).collect()
+    };
+    std::fs::write(&file, policy("a") + "---\n" + &policy("b")).unwrap();
+    assert_eq!(names(&mut source), ["default/a", "default/b"]);
+    std::fs::write(&file, policy("a") + "---\nspec:\n\tpodSelector: {}\n").unwrap();
+    assert_eq!(names(&mut source), ["default/a", "default/b"]);
+    assert!(!source.snapshot().unwrap().issues.is_empty(), "and it is told");
+    std::fs::write(&file, policy("a")).unwrap();
+    assert_eq!(names(&mut source), ["default/a"]);
+}
