@@ -21,7 +21,7 @@ use proptest::test_runner::{TestCaseResult, TestError, TestRunner};
 use serde_json::{Value, json};
 
 /// Clusters, unless the environment says otherwise.
-const CASES: u32 = 4_096;
+const CASES: u32 = 3_072;
 
 /// Addresses at the ends of the CIDRs that rules name, which nobody has.
 const STRANGERS: [[IpAddr; 2]; 3] = [
