@@ -103,13 +103,10 @@ pub fn reconcile<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired, keys: &K
 }
 
 /// Makes the table of network policy as desired, and nothing else: for changes of policy, which are urgent and frequent.
-pub fn reconcile_policy<K: Kernel + ?Sized>(
-    kernel: &mut K,
-    desired: &Desired,
-    keys: &KeyRing,
-    sweep: Sweep,
-) -> Outcome {
-    let mut pass = Pass::new(kernel, desired, keys, sweep);
+/// Neither keys nor the sweep have a part in it.
+pub fn reconcile_policy<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired) -> Outcome {
+    let keys = KeyRing::default();
+    let mut pass = Pass::new(kernel, desired, &keys, Sweep::Withheld);
     pass.policy();
     pass.remove();
     pass.outcome

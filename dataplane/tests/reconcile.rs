@@ -793,12 +793,12 @@ fn without_network_policy_nothing_begins_to_forward_and_its_fast_path_touches_no
         let own = kernel.state().own.clone();
         kernel.flush(Table::Policy);
         kernel.flush(Table::Routes);
-        let outcome = reconcile_policy(&mut kernel.clone(), &wanted, &keys(), Sweep::Allowed);
+        let outcome = reconcile_policy(&mut kernel.clone(), &wanted);
         assert_eq!((outcome.changes(), outcome.is_clean()), (1, true));
         assert_eq!(kernel.state().own.policy, own.policy);
         assert!(kernel.state().own.routes.is_empty());
         wanted.policy = None;
-        reconcile_policy(&mut kernel.clone(), &wanted, &keys(), Sweep::Allowed);
+        reconcile_policy(&mut kernel.clone(), &wanted);
         assert_eq!(kernel.state().own.policy, None);
     }
 }

@@ -6,12 +6,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use husk_dataplane::Sweep;
 use husk_dataplane::linux::Linux;
 use husk_dataplane::netns::Netns;
 use husk_dataplane::policy::lookup;
 use husk_dataplane::reconcile::reconcile_policy;
-use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::kernel::Desired;
 use husk_overlay::prefix::Family;
@@ -55,7 +53,7 @@ fn the_path_through_the_kernels_sets_comes_to_the_verdict_of_policy() {
         let table = Arc::new(compile(&cluster, &Family::ALL.into()));
         let desired = Desired { policy: Some(Arc::clone(&table)), ..Desired::default() };
         let mut kernel = Linux::open(Path::new("/nowhere")).unwrap();
-        let outcome = reconcile_policy(&mut kernel, &desired, &KeyRing::default(), Sweep::Allowed);
+        let outcome = reconcile_policy(&mut kernel, &desired);
         assert!(outcome.is_clean(), "{:?}", outcome.failures);
         let (mut allowed, mut denied) = (0, 0);
         let pods = ["10.0.0.1", "fd42::1"];

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::prefix::Prefix;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::{Cluster, LocalPod};
@@ -207,10 +207,4 @@ pub fn named_ports(pod: &Pod, wanted: &PortMatch) -> Vec<PortMatch> {
     let named = pod.ports.iter().filter(|port| port.name == *name);
     let named = named.filter(|port| protocol.is_none_or(|protocol| port.protocol == protocol));
     named.map(|port| PortMatch::Range(port.protocol, port.port, port.port)).collect()
-}
-
-/// Families in which a pod has addresses.
-#[must_use]
-pub fn families(pod: &Pod) -> Vec<Family> {
-    Family::ALL.into_iter().filter(|family| pod.addresses.iter().any(|it| Family::of(*it) == *family)).collect()
 }

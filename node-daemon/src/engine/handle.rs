@@ -232,27 +232,32 @@ impl Handle {
         let enforced = |state: &State| {
             state.enforced.as_ref().is_some_and(|enforced| enforced.get(&endpoint.id) == Some(endpoint))
         };
+        if self.await_state(|state| !state.enforces_policy || enforced(state)).await? {
+            return Ok(());
+        }
+        let state = self.state.borrow();
+        let pod = endpoint.display_name();
+        let why = if state.cluster.unknown().contains_key(&endpoint.id) {
+            "the cluster source has not told of this pod yet, so that no policy is known for it"
+        } else {
+            "its policy is not in the kernel; huskctl status and the daemon's log tell why"
+        };
+        let seconds = ADMISSION.as_secs();
+        Err(Response::NotReady {
+            reason: format!("{pod} cannot be let onto the network after {seconds} s: {why}"),
+            issues: state.issues.clone(),
+        })
+    }
+
+    /// Waits until the state is as it has to be; false if it is not in time.
+    async fn await_state(&self, is_done: impl Fn(&State) -> bool) -> Result<bool, Response> {
         let mut state = self.state.clone();
-        let decided = state.wait_for(|state| !state.ready || !state.enforces_policy || enforced(state));
+        let decided = state.wait_for(|state| !state.ready || is_done(state));
         match tokio::time::timeout(ADMISSION, decided).await.map(|decided| decided.map(|state| state.ready)) {
-            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(true)) => Ok(true),
             Ok(Ok(false)) => Err(self.ready()),
             Ok(Err(_)) => Err(Response::Refused { reason: "the daemon is stopping".into() }),
-            Err(_) => {
-                let state = self.state.borrow();
-                let pod = endpoint.display_name();
-                let unknown = state.cluster.unknown().contains_key(&endpoint.id);
-                let why = if unknown {
-                    "the cluster source has not told of this pod yet, so that no policy is known for it"
-                } else {
-                    "its policy is not in the kernel; huskctl status and the daemon's log tell why"
-                };
-                let seconds = ADMISSION.as_secs();
-                Err(Response::NotReady {
-                    reason: format!("{pod} cannot be let onto the network after {seconds} s: {why}"),
-                    issues: state.issues.clone(),
-                })
-            }
+            Err(_) => Ok(false),
         }
     }
 
@@ -276,21 +281,17 @@ impl Handle {
         if !led_to(&self.state.borrow()) {
             self.waker.hurry();
         }
-        let mut state = self.state.clone();
-        let decided = state.wait_for(|state| !state.ready || led_to(state));
-        match tokio::time::timeout(ADMISSION, decided).await.map(|decided| decided.map(|state| state.ready)) {
-            Ok(Ok(true)) => Ok(()),
-            Ok(Ok(false)) => Err(self.ready()),
-            Ok(Err(_)) => Err(Response::Refused { reason: "the daemon is stopping".into() }),
-            Err(_) => Err(Response::NotReady {
-                reason: format!(
-                    "the host ports of {} do not lead to it after {} s; huskctl status and the daemon's log tell why",
-                    endpoint.display_name(),
-                    ADMISSION.as_secs()
-                ),
-                issues: self.state.borrow().issues.clone(),
-            }),
+        if self.await_state(led_to).await? {
+            return Ok(());
         }
+        Err(Response::NotReady {
+            reason: format!(
+                "the host ports of {} do not lead to it after {} s; huskctl status and the daemon's log tell why",
+                endpoint.display_name(),
+                ADMISSION.as_secs()
+            ),
+            issues: self.state.borrow().issues.clone(),
+        })
     }
 
     /// Deletes the host interface of a pod and answers when it is gone; see [`pod::vacate`]. The loop takes no part: it may be

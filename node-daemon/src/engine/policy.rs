@@ -9,10 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use husk_dataplane::Sweep;
 use husk_dataplane::kernel::{Kernel, Table};
 use husk_dataplane::reconcile::{Outcome, reconcile_policy};
-use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::config::SourceConfig;
 use husk_overlay::endpoint::Endpoints;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
@@ -245,8 +243,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.read_leases(&mut issues);
         self.read_policy_objects(&mut issues);
         self.compile_policy(&mut last.plan.desired);
-        let sweep = if self.leases_known { Sweep::Allowed } else { Sweep::Withheld };
-        let outcome = reconcile_policy(&mut self.parts.kernel, &last.plan.desired, &KeyRing::default(), sweep);
+        let outcome = reconcile_policy(&mut self.parts.kernel, &last.plan.desired);
         self.note_policy(&last.plan.desired, &outcome);
         for failure in &outcome.failures {
             tracing::error!(%failure, "the policy of a new pod is not in the kernel yet");
