@@ -18,6 +18,9 @@
 //!    in
 //!    both directions for the grace period, the node publishes the newer generation only. It still receives in the old one.
 //!    A node that has withdrawn sends nothing in the old generation any more, so that peers take its key out of their device.
+//!    The others, who had moved, withdraw when they read this; those who had not move at once, but withdraw only when what they
+//!    sent last must have arrived. Until then the key that is published no more stays in their old device, without any
+//!    allowed-ips, so that its counters tell how long nothing was sent.
 //! 4. *Retire.* When no peer publishes the old generation any more, nobody sends in it, and key and device go.
 //!
 //! Withdrawing and retiring are two steps, because "quiet" looks back only: a peer may begin to send in the moment the device
@@ -40,12 +43,13 @@
 //!
 //! - `wireguard_epochs`: every generation whose private key the node holds, also one that is withdrawn; at most two, of
 //!   different parity, not necessarily consecutive. `created` is the time since boot at which the key was made.
-//! - `sessions`: an entry for every peer in either device. `handshaken` says that *this node may send*: the session is known
-//!   to be complete on both sides. For the kernel this is a last handshake other than zero (the initiator sets it with the
-//!   response, the responder with the first packet it can decrypt: `wg_timers_handshake_complete`). The userspace device shows
-//!   a last handshake as soon as it has answered an initiation, and sends under a session whose answer may be lost: there,
-//!   bytes must have been received that are no multiple of an initiation's 148. Once true it stays true as long as the peer is
-//!   in the device with the device's key; userspace devices forget their sessions.
+//! - `sessions`: an entry for every peer in either device, whether or not its key is still published. `handshaken` says that
+//!   *this node may send*: the session is known to be complete on both sides. For the kernel this is a last handshake other
+//!   than zero (the initiator sets it with the response, the responder with the first packet it can decrypt:
+//!   `wg_timers_handshake_complete`). The userspace device shows a last handshake as soon as it has answered an initiation, and
+//!   sends under a session whose answer may be lost: there, bytes must have been received that are no multiple of an
+//!   initiation's 148. Once true it stays true as long as the peer is in the device with the device's key; userspace devices
+//!   forget their sessions.
 //!   `quiet` is for how long the peer's counters of received and sent bytes have both not changed; it starts at zero when the
 //!   daemon starts.
 //! - `rotation_requested` until a `Begin` was executed, whatever its cause; `uptime`.

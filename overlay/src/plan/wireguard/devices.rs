@@ -1,6 +1,6 @@
 //! Devices, peers and routes of the generations held.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use super::super::Context;
@@ -72,6 +72,10 @@ impl Devices<'_> {
                 keepalive: self.keepalive(offer, generation),
             };
             device.peers.insert(published.public_key, configuration);
+        }
+        for key in self.generations.lingering(generation) {
+            let configuration = WireguardPeer { endpoint: None, allowed_ips: BTreeSet::new(), keepalive: 0 };
+            device.peers.insert(key, configuration);
         }
         desired.wireguard.insert(interface, device);
     }

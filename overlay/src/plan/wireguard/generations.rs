@@ -88,6 +88,22 @@ impl<'a> Generations<'a> {
         offer.get(&generation).is_some_and(|published| self.session(&published.public_key).handshaken)
     }
 
+    /// Keys in the devices that no peer publishes any more, and that were in use until a moment ago: of peers that have
+    /// withdrawn a generation before this node did, above all. Nothing is sent to them, but what was may not have arrived.
+    fn departing(&self) -> BTreeSet<PublicKey> {
+        let offered = self.offers.values().flat_map(BTreeMap::values).map(|published| published.public_key);
+        let offered: BTreeSet<PublicKey> = offered.collect();
+        let sessions = self.context.facts.sessions.iter();
+        let departing = sessions.filter(|(key, session)| session.quiet < self.grace() && !offered.contains(key));
+        departing.map(|(key, _)| *key).collect()
+    }
+
+    /// The keys that stay in a generation's device without any address, so that their counters tell when they are quiet.
+    pub(super) fn lingering(&self, generation: u64) -> BTreeSet<PublicKey> {
+        let leaving = self.withdrawn.is_none() && self.older() == Some(generation);
+        if leaving { self.departing() } else { BTreeSet::new() }
+    }
+
     /// The node's record, as others have it, has this generation with the key that is held.
     fn announced(&self, generation: u64) -> bool {
         let facts = self.context.facts;
@@ -118,7 +134,8 @@ impl<'a> Generations<'a> {
         Duration::from_secs(self.context.config.rotation.hard_lifetime.into())
     }
 
-    /// Rule 3. Peers that do not offer the old generation have nothing to say: they do not send in it.
+    /// Rule 3. Peers that do not offer the old generation do not send in it. What was sent to them has to have arrived: they
+    /// stop listening when they know that this node has withdrawn as well.
     fn may_withdraw(&self, old: u64) -> bool {
         let Some(newest) = self.newest().filter(|newest| self.announced(*newest)) else { return false };
         let done = |offer: &Offer| {
@@ -126,7 +143,7 @@ impl<'a> Generations<'a> {
             self.handshaken(offer, newest) && quiet
         };
         let mut users = self.offers.values().filter(|offer| offer.contains_key(&old));
-        self.superseded_for() >= self.hard_lifetime() || users.all(done)
+        self.superseded_for() >= self.hard_lifetime() || (users.all(done) && self.departing().is_empty())
     }
 
     /// Rule 4.

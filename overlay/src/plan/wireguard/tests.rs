@@ -9,7 +9,7 @@ use super::*;
 use crate::config::Config;
 use crate::endpoint::Endpoints;
 use crate::facts::{Facts, OwnEpoch, SessionUse, UnderlayRoute};
-use crate::kernel::{Address, LinkKind, RouteTarget, WireguardDevice};
+use crate::kernel::{Address, LinkKind, RouteTarget, WireguardDevice, WireguardPeer};
 use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName};
 use crate::plan::{Plan, plan};
@@ -301,8 +301,35 @@ fn the_old_generation_is_withdrawn_when_everybody_has_moved_and_it_is_quiet() {
     assert_eq!(not_yet(|it| it.facts.sessions.retain(|session, _| *session != key(2, 4))), [4, 5], "nothing is known");
     let stale = |it: &mut World| it.snapshot.nodes.get_mut(&node(0)).unwrap().wireguard[1].public_key = key_of(0, 5, 1);
     assert_eq!(not_yet(stale), [4, 5], "what is published is the key of before a reboot");
-    assert_eq!(not_yet(|it| it.publish(2, &[5])), [5], "who has withdrawn has nothing to say");
+    assert_eq!(not_yet(|it| it.publish(2, &[5])), [5], "who has withdrawn sends nothing");
     assert_eq!(World::new(&[4, 5], &[]).published(), [5], "alone");
+}
+
+#[test]
+fn what_was_sent_to_who_has_withdrawn_has_to_arrive_first() {
+    let world = |quiet: u64, age: u64| {
+        let mut world = ready().aged(age);
+        world.session_mut(2, 4).quiet = Duration::from_secs(quiet);
+        world.publish(2, &[5]);
+        world
+    };
+    let peers = |world: &World| world.device("husk-wg0").peers.keys().copied().collect::<Vec<_>>();
+    let under_way = world(GRACE - 1, 100);
+    assert_eq!(under_way.published(), [4, 5]);
+    assert_eq!(under_way.route(2).as_deref(), Some("husk-wg1"), "nothing more is sent");
+    assert_eq!(peers(&under_way), [key(1, 4), key(2, 4)]);
+    let kept = under_way.device("husk-wg0").peers[&key(2, 4)].clone();
+    assert_eq!(kept, WireguardPeer { endpoint: None, allowed_ips: BTreeSet::new(), keepalive: 0 });
+    let in_use = under_way.with(|it| it.session_mut(1, 4).quiet = Duration::ZERO);
+    assert_eq!((in_use.published(), peers(&in_use)), (vec![4, 5], vec![key(1, 4), key(2, 4)]));
+    let arrived = in_use.with(|it| it.session_mut(2, 4).quiet = Duration::from_secs(GRACE));
+    assert_eq!((arrived.published(), peers(&arrived)), (vec![4, 5], vec![key(1, 4)]), "it is not waited for again");
+    for over in [world(GRACE, 100), world(0, HARD), world(0, 100).with(|it| it.publish(0, &[5]))] {
+        assert_eq!((over.published(), peers(&over)), (vec![5], vec![key(1, 4)]));
+    }
+    // There is nothing to wait for while there is only one generation.
+    let single = World::new(&[5], &[&[5]]).session(2, 5, 0);
+    assert_eq!(single.device("husk-wg1").peers.keys().copied().collect::<Vec<_>>(), [key(1, 5)]);
 }
 
 #[test]
@@ -514,8 +541,9 @@ fn a_record_that_contradicts_itself_is_used_as_far_as_it_makes_sense() {
         assert_eq!(plan.issues.len(), 1, "{left}");
         assert_eq!((plan.issues[0].kind, plan.issues[0].severity), (IssueKind::IncompletePeer, Severity::Warning));
         assert_eq!(world.route(1), Some(format!("husk-wg{}", crate::marks::wireguard_slot(left))));
-        let devices = plan.desired.wireguard.values().flat_map(|device| device.peers.keys()).collect::<Vec<_>>();
-        assert_eq!(devices, [&key(1, left)]);
+        let peers = plan.desired.wireguard.values().flat_map(|device| &device.peers);
+        let used: Vec<_> = peers.filter(|(_, peer)| !peer.allowed_ips.is_empty()).map(|(key, _)| *key).collect();
+        assert_eq!(used, [key(1, left)]);
     }
     let twice = world(|it| it.push(published(1, 2)));
     assert_eq!((twice.plan().issues.len(), twice.route(1).as_deref()), (1, Some("husk-wg1")));
