@@ -10,6 +10,7 @@
 
 mod contender;
 mod floor;
+pub mod mtu;
 pub mod policy;
 mod relay;
 pub mod report;

@@ -22,6 +22,15 @@ enum What {
     Cni(Cni),
     /// Network policy: making, loading and changing large tables, and what a packet costs
     Policy(Policy),
+    /// Payload per byte of the underlay in every mode, beside what fixed overheads would leave
+    Mtu(Mtu),
+}
+
+#[derive(clap::Args)]
+struct Mtu {
+    /// JSON instead of a table; progress goes to standard error
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -70,6 +79,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().what {
         What::Cni(arguments) => cni(&arguments),
         What::Policy(arguments) => policy(&arguments),
+        What::Mtu(arguments) => mtu(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +112,13 @@ fn policy(arguments: &Policy) -> Result<()> {
         packets: usize::try_from(arguments.packets)?,
     };
     let report = bench::policy::run(&plan, |what| eprint!("\r\x1b[K{what}"))?;
+    eprint!("\r\x1b[K");
+    let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.to_string() };
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}
+
+fn mtu(arguments: &Mtu) -> Result<()> {
+    let report = bench::mtu::run(|what| eprint!("\r\x1b[K{what}"))?;
     eprint!("\r\x1b[K");
     let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.to_string() };
     Ok(std::io::stdout().write_all(text.as_bytes())?)
