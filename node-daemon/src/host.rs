@@ -191,6 +191,7 @@ impl Node for Host {
             foreign_prefixes: foreign_prefixes(&all, &interfaces),
             routes,
             wireguard,
+            probed: BTreeMap::new(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{ConfigError, ConfigErrors, Problem};
 
 use crate::esp::Aead;
+use crate::marks;
 use crate::mode::Mode;
 use crate::mtu::Stack;
 use crate::name::{InterfaceName, NetworkName, NodeName};
@@ -381,10 +382,10 @@ impl Config {
         self.cluster_cidrs.iter().map(Prefix::family)
     }
 
-    /// UDP ports at which this node's tunnels listen: no pod can have them on the host.
+    /// UDP ports at which this node's tunnels and its probes' answers listen: no pod can have them on the host.
     #[must_use]
     pub fn tunnel_ports(&self) -> BTreeSet<u16> {
-        let mut ports = BTreeSet::new();
+        let mut ports = BTreeSet::from([marks::PROBE_PORT]);
         if self.mode.uses_vxlan() {
             ports.insert(self.vxlan.port);
         }

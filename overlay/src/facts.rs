@@ -167,6 +167,9 @@ pub struct Facts {
     pub routes: BTreeMap<IpAddr, UnderlayRoute>,
     /// How WireGuard can be had; only looked into when the mode needs it.
     pub wireguard: Option<WireguardSupport>,
+    /// What probing found: peers to which less passes than the plan says, with the bytes of the largest packet inside the
+    /// tunnel that does ([`crate::probe::Prober::limits`]).
+    pub probed: BTreeMap<NodeName, u32>,
     /// Keys of the own WireGuard devices by generation, at most two; the parity of a generation is the slot of its device.
     pub wireguard_epochs: BTreeMap<u64, OwnEpoch>,
     /// What the own WireGuard devices say of peers, by the peers' public keys.

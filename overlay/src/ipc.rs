@@ -84,6 +84,13 @@ pub enum Request {
     Peers,
     /// Everything `huskctl mtu` prints.
     Mtu,
+    /// What probing found: all paths, a list of [`crate::probe::Path`] with [`crate::probe::Report`].
+    Probes,
+    /// Probe the paths to a peer now, and look for what passes anew: answered when it is begun.
+    ProbePeer {
+        /// Node name.
+        peer: String,
+    },
     /// What the next pass would change.
     Diff,
     /// Pools, blocks and leases.

@@ -48,6 +48,8 @@ pub enum IssueKind {
     MtuTooSmall,
     /// A configured MTU exceeds the underlay's.
     MtuTooLarge,
+    /// The path to a peer passes less than the underlay promises.
+    PathMtu,
     /// No address block could be had.
     PoolExhausted,
     /// Kubernetes has given the node no CIDR.

@@ -2,8 +2,8 @@
 //!
 //! Reading order: [`name`], [`prefix`], [`mac`], [`keys`] and [`esp`] are the vocabulary; [`config`] what people say;
 //! [`record`] what nodes tell each other, [`manifest`] its text form; [`facts`], [`endpoint`], [`port_mapping`] and [`bandwidth`] what a node
-//! finds on itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`plan`]
-//! puts it all together.
+//! finds on itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`probe`]
+//! what really passes; [`plan`] puts it all together.
 
 pub mod bandwidth;
 pub mod config;
@@ -24,6 +24,7 @@ pub mod name;
 pub mod plan;
 pub mod port_mapping;
 pub mod prefix;
+pub mod probe;
 pub mod record;
 pub mod rotation;
 mod yaml;

@@ -54,6 +54,11 @@ pub const NFT_POLICY_TABLE: &str = "husk-policy";
 /// NFLOG group in which the kernel tells of packets that policy denied: 72 as [`ROUTE_PROTOCOL`].
 pub const NFLOG_GROUP: u16 = 72;
 
+/// UDP port at which nodes probe each other through the tunnel: "HUSK" on the keys of a telephone. No service is known to
+/// Debian's `/etc/services` there, and it is below the ports that Kubernetes gives to services (30000) and that Linux gives to
+/// whoever asks for none in particular (32768, `ip_local_port_range`).
+pub const PROBE_PORT: u16 = 4875;
+
 /// Gateway of every pod for IPv4: link-local (RFC 3927), never seen outside the veth pair.
 pub const POD_GATEWAY_V4: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 1, 1);
 

@@ -35,6 +35,7 @@ use crate::mode::Mode;
 use crate::mtu::{Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
+use crate::probe::{Path, Target};
 use crate::record::{DualStack, NodeRecord, Snapshot, WireguardRecord};
 use crate::rotation::Rotation;
 
@@ -68,6 +69,16 @@ impl Plan {
     /// The issues that keep this node from serving pods.
     pub fn blocking(&self) -> impl Iterator<Item = &Issue> {
         self.issues.iter().filter(|issue| issue.severity == Severity::Blocking)
+    }
+
+    /// What to probe.
+    #[must_use]
+    pub fn probe_targets(&self) -> BTreeMap<Path, Target> {
+        let of_peer = |(name, peer): (&NodeName, &PeerPlan)| {
+            let path = |family: &Family| Path { peer: name.clone(), family: *family };
+            peer.probe.iter().map(|(family, target)| (path(family), target.clone())).collect::<Vec<_>>()
+        };
+        self.peers.iter().flat_map(of_peer).collect()
     }
 }
 

@@ -218,6 +218,7 @@ impl World {
                 .map(|it| (underlay(it), UnderlayRoute { interface: eth0(), mtu: 1500, on_link: true }))
                 .collect(),
             wireguard: Some(if userspace { WireguardSupport::Userspace } else { WireguardSupport::Kernel }),
+            probed: BTreeMap::new(),
             wireguard_epochs: node.keys.clone(),
             sessions,
             esp: None,

@@ -11,6 +11,7 @@ use husk_overlay::ipc::{Request, Response};
 use husk_overlay::kernel::Desired;
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Prefix;
+use husk_overlay::probe::{Path, Report};
 use serde::Serialize;
 
 use super::trace::Question;
@@ -43,6 +44,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 self.trace(&Question { source, destination, protocol: *protocol, port: *port })
             }
             Request::Quarantine { pod, on } => self.quarantine(pod, *on),
+            Request::Probes => self.report(|_, _| Vec::<(Path, Report)>::new()),
+            Request::ProbePeer { peer } => Response::Refused { reason: format!("{peer} is not probed") },
             Request::Admit { .. }
             | Request::Detach { .. }
             | Request::Released

@@ -15,6 +15,7 @@ use crate::mode::Mode;
 use crate::mtu::{Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
+use crate::probe::Target;
 use crate::record::{DualStack, NodeRecord};
 use crate::rotation::PeerKeys;
 
@@ -39,6 +40,13 @@ pub struct PeerPlan {
     pub router: DualStack,
     /// Byte ledger of the tunnel to it; its underlay MTU is the smaller of both sides and the route.
     pub ledger: Ledger,
+    /// What probing found to pass, in bytes inside the tunnel, where that is less than the ledger says. Never below what the
+    /// cluster's families need.
+    pub probed: Option<u32>,
+    /// MTU in bytes of the routes to it.
+    pub mtu: Option<u32>,
+    /// What to probe, by family.
+    pub probe: BTreeMap<Family, Target>,
     /// Why packets to it are refused, if they are.
     pub refused: Option<String>,
 }
@@ -139,6 +147,9 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
         blocks: BTreeSet::new(),
         router: DualStack::default(),
         ledger: ledger(&context.config.stack(), family, underlay_mtu),
+        probed: None,
+        mtu: None,
+        probe: BTreeMap::new(),
         refused: None,
     };
     let mut peer = Peer { record: record.clone(), plan };

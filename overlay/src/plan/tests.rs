@@ -95,6 +95,7 @@ fn facts(count: u8) -> Facts {
             .map(|to| (to, route()))
             .collect(),
         wireguard: Some(WireguardSupport::Kernel),
+        probed: BTreeMap::new(),
         wireguard_epochs: BTreeMap::from([(0, OwnEpoch { public_key: key(0), spi_salt: 0, created: Duration::ZERO })]),
         sessions: BTreeMap::new(),
         esp: None,

@@ -172,6 +172,7 @@ impl Node {
             foreign_prefixes: BTreeSet::new(),
             routes: addresses.map(|address| (address, route.clone())).collect(),
             wireguard: None,
+            probed: BTreeMap::new(),
             wireguard_epochs: BTreeMap::new(),
             sessions: BTreeMap::new(),
             esp: Some(EspFacts {

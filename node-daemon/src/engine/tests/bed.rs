@@ -332,6 +332,7 @@ impl Node for FakeNode {
             foreign_prefixes: BTreeSet::new(),
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
+            probed: BTreeMap::new(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,

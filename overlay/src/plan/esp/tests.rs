@@ -92,6 +92,7 @@ impl Bed {
             foreign_prefixes: BTreeSet::new(),
             routes: (1..=peers).map(|index| (address(index), route.clone())).collect(),
             wireguard: None,
+            probed: BTreeMap::new(),
             wireguard_epochs: BTreeMap::new(),
             sessions: BTreeMap::new(),
             esp: Some(EspFacts::default()),

@@ -160,6 +160,7 @@ fn table_over(mode: Mode, family: Family) -> NftTable {
         foreign_prefixes: BTreeSet::new(),
         routes: BTreeMap::new(),
         wireguard: None,
+        probed: BTreeMap::new(),
         wireguard_epochs: BTreeMap::new(),
         sessions: BTreeMap::new(),
         esp: None,

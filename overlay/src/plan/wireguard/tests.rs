@@ -78,6 +78,7 @@ impl World {
                 foreign_prefixes: BTreeSet::new(),
                 routes: BTreeMap::new(),
                 wireguard: Some(WireguardSupport::Kernel),
+                probed: BTreeMap::new(),
                 wireguard_epochs: BTreeMap::new(),
                 sessions: BTreeMap::new(),
                 esp: None,
