@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
@@ -20,6 +21,17 @@ pub enum Error {
         operation: &'static str,
         /// Netlink protocol, for example "NETLINK_ROUTE".
         protocol: &'static str,
+        /// The system's word.
+        source: io::Error,
+    },
+
+    /// The socket that probes are sent from and answered at could not be opened, set up or read.
+    #[error("cannot {operation} the UDP socket of probes at {address}: {source}")]
+    ProbeSocket {
+        /// What was tried, for example "bind".
+        operation: &'static str,
+        /// Own address and port.
+        address: SocketAddr,
         /// The system's word.
         source: io::Error,
     },
@@ -206,9 +218,10 @@ impl Error {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Refused(refusal) => Some(refusal.errno),
-            Self::Socket { source, .. } | Self::Namespace { source, .. } | Self::File { source, .. } => {
-                source.raw_os_error().map(Errno::from_raw)
-            }
+            Self::Socket { source, .. }
+            | Self::ProbeSocket { source, .. }
+            | Self::Namespace { source, .. }
+            | Self::File { source, .. } => source.raw_os_error().map(Errno::from_raw),
             _ => None,
         }
     }
@@ -231,6 +244,11 @@ impl Error {
             Self::Socket { .. } | Self::Namespace { .. } | Self::File { .. } => {
                 self.errno().map_or(TRIED_AGAIN, remedy)
             }
+            Self::ProbeSocket { .. } => match self.errno() {
+                Some(Errno::EADDRINUSE) => "stop the program that listens at this UDP port (`ss -ulnp`)",
+                Some(errno) => remedy(errno),
+                None => TRIED_AGAIN,
+            },
             Self::TimedOut { .. } => {
                 "look for a process that holds the kernel's network lock (tasks in state D, `dmesg`); it is tried again"
             }
@@ -354,6 +372,7 @@ mod tests {
             refusal(Errno::EPERM, None),
             refusal(Errno::EINVAL, Some("why")),
             Error::Socket { operation, protocol: "NETLINK_ROUTE", source: Errno::EPERM.into() },
+            Error::ProbeSocket { operation, address: ([192, 0, 2, 1], 4875).into(), source: Errno::EADDRINUSE.into() },
             Error::TimedOut { operation, object: object.clone(), seconds: 10 },
             Error::Interrupted { operation, object: object.clone(), attempts: 8 },
             Error::Overrun { operation, object: object.clone() },

@@ -3,8 +3,8 @@
 //! Reading order: [`netlink`] is the wire and [`netns`] says in which namespace; each kernel table has a module of its own
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
-//! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`conntrack`] ends connections that a change of
-//! port mappings leaves behind.
+//! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size;
+//! [`conntrack`] ends connections that a change of port mappings leaves behind.
 
 pub mod addresses;
 pub mod conntrack;
@@ -25,6 +25,7 @@ pub mod nflog;
 pub mod nft;
 pub mod pod;
 pub mod policy;
+pub mod probe;
 pub mod reconcile;
 pub mod routes;
 mod step;
