@@ -13,6 +13,7 @@ mod handle;
 mod inputs;
 mod keys;
 mod mismatch;
+mod mtu_reports;
 mod node;
 mod pace;
 mod pod_names;

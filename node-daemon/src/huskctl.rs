@@ -4,6 +4,7 @@
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
 mod flows;
+mod mtu;
 mod policy;
 mod rotate;
 mod tables;
@@ -21,7 +22,7 @@ use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::report::{DiffReport, IpamReport, KeysReport, MtuReport, PeerReport, Status};
+use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -57,8 +58,9 @@ enum Command {
     Status,
     /// How every peer is reached: endpoint, handshake age, bytes, MTU
     Peers,
-    /// Where the bytes of a full-sized packet go, for every peer
-    Mtu,
+    /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from; exit status 1 if something
+    /// is too small, or a path swallows what it should carry
+    Mtu(mtu::Options),
     /// What the daemon would change in the kernel now; exit status 1 if anything
     Diff,
     /// Address pools, blocks and leases
@@ -141,11 +143,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             let wrong = peers.iter().any(|peer| peer.reason.is_some());
             Ok((show.text(&peers, |peers| tables::peers(peers))?, wrong))
         }
-        Command::Mtu => {
-            let rows: Vec<MtuReport> = ask(&socket, &Request::Mtu)?;
-            let wrong = rows.iter().any(|row| row.ledger.inner.is_none());
-            Ok((show.text(&rows, |rows| tables::mtu(rows))?, wrong))
-        }
+        Command::Mtu(options) => mtu::run(&socket, options, &show),
         Command::Diff => {
             let diff: DiffReport = ask(&socket, &Request::Diff)?;
             Ok((show.text(&diff, tables::diff)?, !diff.changes.is_empty()))

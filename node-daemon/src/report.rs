@@ -2,6 +2,7 @@
 
 mod ipam;
 mod keys;
+mod mtu;
 mod peers;
 mod policy;
 mod status;
@@ -10,7 +11,8 @@ mod trace;
 pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
-pub use peers::{DiffReport, MtuReport, PeerReport, PeerState};
+pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};
+pub use peers::{DiffReport, PeerReport, PeerState};
 pub use policy::{
     PodPolicyReport, PodPolicyState, PolicyKind, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
 };

@@ -10,7 +10,8 @@ use std::os::unix::net::UnixListener;
 use husk_node_daemon::keys::Technology;
 use husk_node_daemon::report::{
     AssociationReport, BlockReport, Counter, DiffReport, Direction, EpochReport, IpamReport, KeysReport, KeysSummary,
-    LastPass, MtuReport, PeerKeysReport, PeerReport, PeerState, PoolReport, RotationDue, RotationReport, Status,
+    LastPass, MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, PeerKeysReport, PeerReport, PeerState,
+    PoolReport, RotationDue, RotationReport, Status, WhatIfReport,
 };
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
 use husk_overlay::esp::Aead;
@@ -130,7 +131,23 @@ fn mtu(underlay: u32) -> MtuReport {
         own: true,
         address: Some("192.0.2.1".parse().unwrap()),
         ledger: ledger(&Mode::Wireguard.stack(false), Family::Ipv4, underlay),
+        sources: vec![source(eth0(), underlay)],
+        probed: None,
+        mtu: None,
+        mismatches: Vec::new(),
     }
+}
+
+fn eth0() -> MtuOrigin {
+    MtuOrigin::Interface { interface: InterfaceName::new("eth0").unwrap() }
+}
+
+fn source(origin: MtuOrigin, bytes: u32) -> MtuSource {
+    MtuSource { origin, bytes }
+}
+
+fn mismatch(kind: MismatchKind) -> MtuMismatch {
+    MtuMismatch { kind, message: "these differ".into(), remedy: "make them one".into() }
 }
 
 #[test]
@@ -246,7 +263,7 @@ fn the_ledger_adds_up_line_by_line() {
     let lines = words(&ran.text);
     assert_eq!(lines[0], "alpha (this node: MTU of its pods)");
     assert_eq!(lines[1], "BYTES LEFT");
-    assert_eq!(lines[2], "underlay MTU 1500");
+    assert_eq!(lines[2], "underlay MTU (eth0) 1500");
     assert_eq!(lines.last().unwrap(), "pod packet 1440");
     let taken: u32 =
         lines.iter().filter_map(|line| line.rsplit_once(" -")).map(|(_, it)| it.parse::<u32>().unwrap()).sum();
@@ -255,6 +272,58 @@ fn the_ledger_adds_up_line_by_line() {
     // A stack of nothing costs nothing.
     let bare = MtuReport { ledger: ledger(&Stack(vec![]), Family::Ipv6, 1500), own: false, ..mtu(1500) };
     assert_eq!(words(&run(&vec![bare], &["mtu"]).text).first().unwrap(), "to alpha");
+}
+
+#[test]
+fn the_ledger_tells_who_decides_and_what_does_not_go_together() {
+    let limited = MtuReport {
+        own: false,
+        sources: vec![source(eth0(), 1500), source(MtuOrigin::PeerRecord, 1400)],
+        probed: Some(1300),
+        mismatches: vec![mismatch(MismatchKind::UnderlayDiffers), mismatch(MismatchKind::PathLimited)],
+        ..mtu(1400)
+    };
+    let ran = run(&vec![limited.clone()], &["mtu"]);
+    assert_eq!(ran.status, 1, "a path that swallows is a fault");
+    let lines = words(&ran.text);
+    assert_eq!(lines[2], "underlay MTU (peer's record; eth0 has 1500) 1400");
+    let end = lines.len() - 6..;
+    assert_eq!(
+        lines[end],
+        [
+            "pod packet 1340",
+            "passes the path 1300",
+            "!! these differ",
+            "-> make them one",
+            "!! these differ",
+            "-> make them one"
+        ]
+    );
+    let mixed = MtuReport { probed: None, mismatches: vec![mismatch(MismatchKind::UnderlayDiffers)], ..limited };
+    let ran = run(&vec![mixed], &["mtu"]);
+    assert_eq!((ran.status, ran.text.contains("!! these differ")), (0, true), "underlays may differ on purpose");
+}
+
+#[test]
+fn what_if_needs_no_daemon_and_says_what_is_wrong_with_the_question() {
+    let nowhere = std::path::Path::new("/nonexistent");
+    let asked = huskctl(nowhere, &["mtu", "--what-if", "mode=vxlan-ipsec,underlay=9001,family=ipv4"]);
+    assert_eq!(asked.status.code(), Some(0), "{asked:?}");
+    let lines = words(&String::from_utf8(asked.stdout).unwrap());
+    let expected = ledger(&Mode::VxlanIpsec.stack(false), Family::Ipv4, 9001).inner.unwrap();
+    assert_eq!(lines[0], "vxlan-ipsec over IPv4 (VXLAN in ESP transport AES-GCM)");
+    assert_eq!(*lines.last().unwrap(), format!("pod packet {expected}"));
+
+    let small = huskctl(nowhere, &["-o", "json", "mtu", "--what-if", "mode=vxlan,underlay=1345"]);
+    assert_eq!(small.status.code(), Some(1));
+    let rows: Vec<WhatIfReport> = serde_json::from_slice(&small.stdout).unwrap();
+    let refused: Vec<usize> = rows.iter().map(|row| row.refused.len()).collect();
+    assert_eq!(refused, [0, 1], "1345 is enough for VXLAN over IPv4, and 5 too little over IPv6");
+
+    let wrong = huskctl(nowhere, &["mtu", "--what-if", "mode=vxlan,mtu=1500"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    let told = String::from_utf8(wrong.stderr).unwrap();
+    assert!(told.contains("\"mtu\" is not known: mode, underlay, family and udp are"), "{told}");
 }
 
 #[test]

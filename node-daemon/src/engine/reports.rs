@@ -18,7 +18,7 @@ use super::trace::Question;
 use super::{Ask, Engine, Node, Pass, blocks};
 use crate::keys::Technology;
 use crate::report::{
-    BlockReport, DiffReport, IpamReport, KeysSummary, LastPass, MtuReport, PeerReport, PeerState, PoolReport, Status,
+    BlockReport, DiffReport, IpamReport, KeysSummary, LastPass, PeerReport, PeerState, PoolReport, Status,
 };
 use crate::source::ClusterSource;
 
@@ -153,22 +153,6 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             }
         });
         rows.collect()
-    }
-
-    fn mtu(&mut self, last: &Pass) -> Vec<MtuReport> {
-        let own = MtuReport {
-            node: self.parts.node_name.clone(),
-            own: true,
-            address: last.facts.addresses.get(self.parts.config.underlay.family),
-            ledger: last.plan.ledger.clone(),
-        };
-        let peers = last.plan.peers.iter().map(|(name, peer)| MtuReport {
-            node: name.clone(),
-            own: false,
-            address: peer.address,
-            ledger: peer.ledger.clone(),
-        });
-        std::iter::once(own).chain(peers).collect()
     }
 
     /// The next pass, with apply left out.

@@ -1,6 +1,7 @@
 //! Tables for people.
 
 mod keys;
+mod mtu;
 mod policy;
 
 use std::fmt::Write as _;
@@ -10,8 +11,9 @@ use comfy_table::{ContentArrangement, Table, presets};
 use husk_overlay::issue::{Issue, Severity};
 
 pub(super) use self::keys::keys;
+pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
-use crate::report::{DiffReport, IpamReport, KeysSummary, MtuReport, PeerReport, PeerState, PoolReport, Status};
+use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -177,26 +179,6 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
         ]);
     }
     format!("{}\n", rows.trim_fmt())
-}
-
-pub(super) fn mtu(rows: &[MtuReport]) -> String {
-    let mut text = String::new();
-    for row in rows {
-        let whom =
-            if row.own { format!("{} (this node: MTU of its pods)", row.node) } else { format!("to {}", row.node) };
-        let _ = writeln!(text, "{whom}");
-        let mut lines = table(&["", "BYTES", "LEFT"]);
-        lines.add_row(vec!["  underlay MTU".to_owned(), String::new(), row.ledger.underlay_mtu.to_string()]);
-        for entry in &row.ledger.entries {
-            for part in &entry.parts {
-                lines.add_row(vec![format!("    {}", part.component), format!("-{}", part.bytes), String::new()]);
-            }
-            lines.add_row(vec![format!("  inside {}", entry.layer), String::new(), or_dash(entry.mtu)]);
-        }
-        lines.add_row(vec!["  pod packet".to_owned(), String::new(), or_dash(row.ledger.inner)]);
-        let _ = writeln!(text, "{}\n", lines.trim_fmt());
-    }
-    text
 }
 
 pub(super) fn diff(diff: &DiffReport) -> String {

@@ -1,10 +1,8 @@
-//! `huskctl peers`, `huskctl mtu` and `huskctl diff`
+//! `huskctl peers` and `huskctl diff`
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use husk_overlay::keys::PublicKey;
-use husk_overlay::mtu::Ledger;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Prefix;
 use serde::{Deserialize, Serialize};
@@ -52,20 +50,6 @@ pub struct PeerReport {
     pub mtu: Option<u32>,
     /// Blocks routed to it.
     pub blocks: BTreeSet<Prefix>,
-}
-
-/// A row of `huskctl mtu`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct MtuReport {
-    /// Peer, or the own node for what pods get.
-    pub node: NodeName,
-    /// True for the own node.
-    pub own: bool,
-    /// Underlay address.
-    pub address: Option<IpAddr>,
-    /// Where the bytes go.
-    pub ledger: Ledger,
 }
 
 /// A line of `huskctl diff`

@@ -1,0 +1,212 @@
+//! Where the MTU towards a peer comes from, and what does not go together.
+
+use husk_dataplane::kernel::Kernel;
+use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::name::InterfaceName;
+
+use super::{Engine, Node, Pass};
+use crate::report::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource};
+use crate::source::ClusterSource;
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    pub(super) fn mtu(&mut self, last: &Pass) -> Vec<MtuReport> {
+        let config = &self.parts.config;
+        let underlay = Underlay {
+            interface: last.facts.underlay_interface.clone(),
+            mtu: last.facts.underlay_mtu,
+            configured: config.underlay.mtu,
+        };
+        let own = MtuReport {
+            node: self.parts.node_name.clone(),
+            own: true,
+            address: last.facts.addresses.get(config.underlay.family),
+            ledger: last.plan.ledger.clone(),
+            sources: underlay.own_sources(),
+            probed: None,
+            mtu: last.plan.pod_mtu,
+            mismatches: underlay.own_mismatch().into_iter().collect(),
+        };
+        let peers = last.plan.peers.iter().map(|(name, peer)| {
+            let route = peer.address.and_then(|address| last.facts.routes.get(&address));
+            let towards = Towards {
+                route,
+                published: self.snapshot.nodes.get(name).map(|record| record.underlay_mtu),
+                promised: peer.ledger.inner,
+                probed: None,
+            };
+            MtuReport {
+                node: name.clone(),
+                own: false,
+                address: peer.address,
+                ledger: peer.ledger.clone(),
+                sources: underlay.sources(&towards),
+                probed: towards.probed,
+                mtu: peer.ledger.inner.filter(|_| peer.refused.is_none()),
+                mismatches: underlay.mismatches(&towards),
+            }
+        });
+        std::iter::once(own).chain(peers).collect()
+    }
+}
+
+/// The own side.
+struct Underlay {
+    interface: Option<InterfaceName>,
+    /// MTU in bytes of that interface.
+    mtu: u32,
+    /// MTU in bytes that is configured.
+    configured: Option<u32>,
+}
+
+/// A peer's side, and what is between.
+struct Towards<'a> {
+    route: Option<&'a UnderlayRoute>,
+    /// Underlay MTU in bytes that the peer has published.
+    published: Option<u32>,
+    /// Bytes of the largest packet of a pod as the ledger has it.
+    promised: Option<u32>,
+    /// Bytes of the largest that passes, where that is less.
+    probed: Option<u32>,
+}
+
+impl Underlay {
+    fn own_sources(&self) -> Vec<MtuSource> {
+        let interface = self.interface.clone();
+        let interface =
+            interface.map(|interface| MtuSource { origin: MtuOrigin::Interface { interface }, bytes: self.mtu });
+        let configured = self.configured.map(|bytes| MtuSource { origin: MtuOrigin::Configuration, bytes });
+        interface.into_iter().chain(configured).collect()
+    }
+
+    fn sources(&self, towards: &Towards<'_>) -> Vec<MtuSource> {
+        let mut sources = self.own_sources();
+        let other = |route: &&UnderlayRoute| route.mtu != self.mtu || Some(&route.interface) != self.interface.as_ref();
+        sources.extend(towards.route.filter(other).map(|route| MtuSource {
+            origin: MtuOrigin::Route { interface: route.interface.clone() },
+            bytes: route.mtu,
+        }));
+        sources.extend(towards.published.map(|bytes| MtuSource { origin: MtuOrigin::PeerRecord, bytes }));
+        sources
+    }
+
+    /// What the node publishes as its underlay's MTU in bytes.
+    fn effective(&self) -> u32 {
+        self.configured.map_or(self.mtu, |configured| configured.min(self.mtu))
+    }
+
+    fn own_mismatch(&self) -> Option<MtuMismatch> {
+        let carried = self.mtu;
+        let configured = self.configured.filter(|configured| *configured > carried)?;
+        Some(MtuMismatch {
+            kind: MismatchKind::ConfiguredTooLarge,
+            message: format!(
+                "underlay.mtu is {configured}, but the underlay carries {carried} bytes, which are used instead"
+            ),
+            remedy: "raise the interface's MTU or remove underlay.mtu from the configuration".into(),
+        })
+    }
+
+    fn mismatches(&self, towards: &Towards<'_>) -> Vec<MtuMismatch> {
+        let mut mismatches = Vec::new();
+        let own = self.effective();
+        if let Some(published) = towards.published.filter(|published| *published != own) {
+            mismatches.push(MtuMismatch {
+                kind: MismatchKind::UnderlayDiffers,
+                message: format!("the underlay of this node carries {own} bytes, that of the peer {published}"),
+                remedy: format!(
+                    "nothing, if that is meant: both use {} towards each other; else give the two one MTU",
+                    own.min(published)
+                ),
+            });
+        }
+        let least = towards.published.map_or(own, |published| published.min(own));
+        if let Some(route) = towards.route.filter(|route| route.mtu < least) {
+            let (bytes, interface) = (route.mtu, &route.interface);
+            mismatches.push(MtuMismatch {
+                kind: MismatchKind::RouteSmaller,
+                message: format!(
+                    "the route to the peer by {interface} carries {bytes} bytes, though both ends could do {least}"
+                ),
+                remedy: format!("if that is not meant, raise the route's mtu attribute or the MTU of {interface}"),
+            });
+        }
+        if let (Some(passes), Some(promised)) = (towards.probed, towards.promised)
+            && passes < promised
+        {
+            mismatches.push(MtuMismatch {
+                kind: MismatchKind::PathLimited,
+                message: format!(
+                    "packets of pods of up to {passes} bytes pass, and larger ones vanish, though the underlay promised {promised}"
+                ),
+                remedy: "raise the MTU of what lies between the two nodes, or set underlay.mtu to what it carries".into(),
+            });
+        }
+        mismatches
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(name: &str) -> InterfaceName {
+        InterfaceName::new(name).unwrap()
+    }
+
+    fn underlay(configured: Option<u32>) -> Underlay {
+        Underlay { interface: Some(interface("eth0")), mtu: 1500, configured }
+    }
+
+    fn route(name: &str, mtu: u32) -> UnderlayRoute {
+        UnderlayRoute { interface: interface(name), mtu, on_link: true }
+    }
+
+    fn kinds(mismatches: &[MtuMismatch]) -> Vec<MismatchKind> {
+        mismatches.iter().map(|it| it.kind).collect()
+    }
+
+    #[test]
+    fn equal_underlays_have_two_sources_and_no_mismatch() {
+        let underlay = underlay(None);
+        let route = route("eth0", 1500);
+        let towards = Towards { route: Some(&route), published: Some(1500), promised: Some(1450), probed: None };
+        let sources = underlay.sources(&towards);
+        let interface = MtuOrigin::Interface { interface: interface("eth0") };
+        assert_eq!(
+            sources,
+            [MtuSource { origin: interface, bytes: 1500 }, MtuSource { origin: MtuOrigin::PeerRecord, bytes: 1500 }]
+        );
+        assert!(underlay.mismatches(&towards).is_empty() && underlay.own_mismatch().is_none());
+    }
+
+    #[test]
+    fn every_limit_is_named_and_what_does_not_go_together_has_a_remedy() {
+        let underlay = underlay(Some(9000));
+        assert_eq!(underlay.own_mismatch().unwrap().kind, MismatchKind::ConfiguredTooLarge);
+        let slow = route("eth0", 1300);
+        let towards = Towards { route: Some(&slow), published: Some(1400), promised: Some(1250), probed: Some(1201) };
+        let bytes: Vec<u32> = underlay.sources(&towards).iter().map(|source| source.bytes).collect();
+        assert_eq!(bytes, [1500, 9000, 1300, 1400]);
+        let mismatches = underlay.mismatches(&towards);
+        assert_eq!(
+            kinds(&mismatches),
+            [MismatchKind::UnderlayDiffers, MismatchKind::RouteSmaller, MismatchKind::PathLimited]
+        );
+        assert!(mismatches[0].message.contains("1500") && mismatches[0].message.contains("1400"));
+        assert!(mismatches[2].message.contains("1201") && mismatches[2].message.contains("1250"));
+        // Another interface counts even where it carries as much.
+        let other = route("eth1", 1500);
+        let towards = Towards { route: Some(&other), published: None, promised: None, probed: None };
+        assert!(
+            matches!(&underlay.sources(&towards)[2].origin, MtuOrigin::Route { interface } if interface.as_str() == "eth1")
+        );
+        assert!(underlay.mismatches(&towards).is_empty());
+    }
+
+    #[test]
+    fn a_smaller_configured_mtu_is_the_own_side_of_the_comparison() {
+        let underlay = underlay(Some(1400));
+        let towards = Towards { route: None, published: Some(1400), promised: Some(1350), probed: Some(1350) };
+        assert!(underlay.mismatches(&towards).is_empty() && underlay.own_mismatch().is_none());
+    }
+}

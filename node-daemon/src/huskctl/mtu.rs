@@ -1,0 +1,35 @@
+//! `huskctl mtu`: the byte ledger for every peer, for what could be, and the path to a peer as it really is.
+
+mod what_if;
+
+use std::path::Path;
+
+use husk_overlay::ipc::Request;
+
+use self::what_if::WhatIf;
+use super::{Show, ask, tables};
+use crate::report::MtuReport;
+
+/// What to tell.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Options {
+    /// The ledger of something else, without asking the daemon: mode=MODE,underlay=BYTES, and if wanted family=ipv4 or
+    /// family=ipv6 (of the underlay; without it both) and udp=PORT (ESP in UDP). Exit status 1 if it leaves too little for a
+    /// family
+    ///
+    /// For example: huskctl mtu --what-if mode=vxlan-ipsec,underlay=9001
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    what_if: Option<WhatIf>,
+}
+
+pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
+    if let Some(what_if) = &options.what_if {
+        let rows = what_if.report();
+        let wrong = rows.iter().any(|row| !row.refused.is_empty());
+        return Ok((show.text(&rows, |rows| tables::what_if(rows))?, wrong));
+    }
+    let rows: Vec<MtuReport> = ask(socket, &Request::Mtu)?;
+    let faulty = |row: &MtuReport| row.mismatches.iter().any(|it| it.kind.is_fault());
+    let wrong = rows.iter().any(|row| row.ledger.inner.is_none() || faulty(row));
+    Ok((show.text(&rows, |rows| tables::mtu(rows))?, wrong))
+}
