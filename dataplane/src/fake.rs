@@ -105,7 +105,7 @@ impl FakeKernel {
     /// Lets a userspace WireGuard process create its device.
     pub fn create_userspace_device(&self, interface: &InterfaceName, mtu: u32) {
         let kind = ActualKind::Known(LinkKind::WireguardUserspace);
-        let link = ActualLink { kind, mtu, mac: None, up: false, link_local: true };
+        let link = ActualLink { kind, mtu, mac: None, up: false, link_local: true, fragmentable: false };
         self.state().own.links.insert(interface.clone(), link);
     }
 }
@@ -281,6 +281,7 @@ impl FakeState {
                 link.mac = tuning.mac.or(link.mac);
                 link.up |= tuning.up;
                 link.link_local &= !tuning.no_link_local;
+                link.fragmentable &= !tuning.dont_fragment;
             }
             LinkChange::Await { interface } => {
                 return Err(Error::WaitingForUserspaceDevice { interface: interface.to_string() });
@@ -297,6 +298,7 @@ impl FakeState {
             mac: link.mac,
             up: true,
             link_local: false,
+            fragmentable: false,
         };
         self.own.links.insert(interface.clone(), found);
         self.own.napi.insert(interface.clone(), false);

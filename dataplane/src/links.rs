@@ -7,6 +7,11 @@
 //! Tunnel devices carry no automatic IPv6 link-local address: nobody talks to it, and router solicitations out of a tunnel
 //! are noise. The kernel takes the generation mode only on an existing device (net/core/rtnetlink.c `do_setlink`), so a
 //! device is created down, then told, then set up; the three messages share a datagram.
+//!
+//! What a VXLAN device sends carries DF. Without it, over IPv4, a router whose next link takes less cuts the packet in two and
+//! nobody is told; with it, the router says what fits, the kernel passes that on to who sent the packet inside
+//! (net/ipv4/ip_tunnel_core.c `skb_tunnel_check_pmtu`), and the next one fits. RFC 7348, section 4.3, lets a receiver discard
+//! fragments. Over IPv6 routers never cut, and the flag means nothing.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,6 +41,8 @@ pub struct ActualLink {
     pub up: bool,
     /// The kernel makes an IPv6 link-local address for it.
     pub link_local: bool,
+    /// A VXLAN device that lets routers cut its packets.
+    pub fragmentable: bool,
 }
 
 /// Kind of a device that has a name of ours.
@@ -106,6 +113,8 @@ pub struct LinkTuning {
     pub mac: Option<MacAddress>,
     /// Stop making an IPv6 link-local address.
     pub no_link_local: bool,
+    /// Have VXLAN packets carry DF.
+    pub dont_fragment: bool,
     /// Set it up.
     pub up: bool,
 }
@@ -146,6 +155,9 @@ impl fmt::Display for LinkChange {
                 }
                 if tuning.no_link_local {
                     f.write_str(" addrgenmode none")?;
+                }
+                if tuning.dont_fragment {
+                    f.write_str(" df set")?;
                 }
                 if tuning.up { f.write_str(" up") } else { Ok(()) }
             }
@@ -212,6 +224,7 @@ fn diff_one(interface: &InterfaceName, link: &Link, found: Option<&ActualLink>) 
         mtu: (found.mtu != link.mtu).then_some(link.mtu),
         mac: link.mac.filter(|mac| found.mac != Some(*mac)),
         no_link_local: found.link_local,
+        dont_fragment: found.fragmentable,
         up: !found.up,
     };
     (tuning != LinkTuning::default()).then_some(LinkChange::Tune { interface, tuning })

@@ -39,7 +39,14 @@ fn wanted(kind: LinkKind) -> Link {
 }
 
 fn found(link: &Link) -> ActualLink {
-    ActualLink { kind: ActualKind::Known(link.kind.clone()), mtu: link.mtu, mac: link.mac, up: true, link_local: false }
+    ActualLink {
+        kind: ActualKind::Known(link.kind.clone()),
+        mtu: link.mtu,
+        mac: link.mac,
+        up: true,
+        link_local: false,
+        fragmentable: false,
+    }
 }
 
 fn link_changes(link: Option<&Link>, found: Option<ActualLink>, sweep: Sweep) -> Vec<LinkChange> {
@@ -67,6 +74,7 @@ fn each_property_of_a_link_is_tuned_by_itself() {
     assert_eq!(tuned(|found| found.mac = None), Some(LinkTuning { mac: Some(MAC), ..none() }));
     assert_eq!(tuned(|found| found.up = false), Some(LinkTuning { up: true, ..none() }));
     assert_eq!(tuned(|found| found.link_local = true), Some(LinkTuning { no_link_local: true, ..none() }));
+    assert_eq!(tuned(|found| found.fragmentable = true), Some(LinkTuning { dont_fragment: true, ..none() }));
 }
 
 #[test]

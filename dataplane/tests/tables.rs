@@ -204,6 +204,15 @@ fn a_link_is_tuned_alive_and_recreated_only_when_it_must_be() {
         ip("link add husk-vx type vxlan id 4097 dstport 8472 local 192.168.7.1 learning");
         settle(&mut linux, &desired);
         assert!(ip("-d link show dev husk-vx").contains("nolearning"));
+
+        // Nor is what an outsider changed of what routers may do to its packets; that needs no new device.
+        let before = index("husk-vx");
+        assert!(ip("-d link show dev husk-vx").contains("df set"));
+        ip("link set dev husk-vx type vxlan df unset");
+        assert!(!ip("-d link show dev husk-vx").contains("df set"));
+        assert_eq!(settle(&mut linux, &desired).applied, [(Table::Links, 1)].into());
+        assert!(ip("-d link show dev husk-vx").contains("df set"));
+        assert_eq!(index("husk-vx"), before);
     });
 }
 

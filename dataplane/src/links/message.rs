@@ -11,7 +11,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, InfoXfrm, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    LinkInfo, LinkMessage, VxlanDf,
 };
 
 use super::{ActualKind, ActualLink, LinkChange};
@@ -40,12 +40,16 @@ fn actual(link: &LinkMessage) -> ActualLink {
         mac: None,
         up: link.header.flags.contains(LinkFlags::Up),
         link_local: false,
+        fragmentable: false,
     };
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
             LinkAttribute::Address(bytes) => found.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddress),
-            LinkAttribute::LinkInfo(infos) => found.kind = actual_kind(infos),
+            LinkAttribute::LinkInfo(infos) => {
+                found.kind = actual_kind(infos);
+                found.fragmentable = is_fragmentable(infos);
+            }
             LinkAttribute::AfSpecUnspec(families) => found.link_local = makes_link_local(families),
             _ => {}
         }
@@ -105,6 +109,14 @@ fn vxlan_kind(data: &[InfoVxlan]) -> ActualKind {
     }
 }
 
+/// VXLAN with any other value of DF than the one that Husk sets.
+fn is_fragmentable(infos: &[LinkInfo]) -> bool {
+    infos.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => !data.contains(&InfoVxlan::Df(VxlanDf::Set)),
+        _ => false,
+    })
+}
+
 fn xfrm_kind(data: &[InfoXfrm]) -> ActualKind {
     let (mut id, mut parent) = (0, 0);
     for attribute in data {
@@ -150,10 +162,19 @@ pub(crate) fn steps(change: &LinkChange) -> Vec<Step> {
             if tuning.no_link_local {
                 message.attributes.push(no_link_local());
             }
+            if tuning.dont_fragment {
+                // Only what is named changes (drivers/net/vxlan `vxlan_nl2conf` starts from what the device has).
+                let data = InfoData::Vxlan(vec![InfoVxlan::Df(VxlanDf::Set)]);
+                let info = vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(data)];
+                message.attributes.push(LinkAttribute::LinkInfo(info));
+            }
             if tuning.up {
                 set_up(&mut message);
             }
-            vec![Step::strict("tune link", object, 0, RouteNetlinkMessage::SetLink(message))]
+            // What belongs to a kind of device changes with this message only (net/core/rtnetlink.c, `rtnl_changelink`). Nothing
+            // is created without the flag for it.
+            let tune = if tuning.dont_fragment { RouteNetlinkMessage::NewLink } else { RouteNetlinkMessage::SetLink };
+            vec![Step::strict("tune link", object, 0, tune(message))]
         }
         LinkChange::Await { .. } => Vec::new(),
         LinkChange::Remove { interface } => vec![remove(interface)],
@@ -204,7 +225,13 @@ fn link_info(kind: &LinkKind) -> Vec<LinkInfo> {
                 IpAddr::V4(address) => InfoVxlan::Local(*address),
                 IpAddr::V6(address) => InfoVxlan::Local6(*address),
             };
-            let data = vec![InfoVxlan::Id(*vni), local, InfoVxlan::Port(*port), InfoVxlan::Learning(false)];
+            let data = vec![
+                InfoVxlan::Id(*vni),
+                local,
+                InfoVxlan::Port(*port),
+                InfoVxlan::Learning(false),
+                InfoVxlan::Df(VxlanDf::Set),
+            ];
             vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(data))]
         }
         LinkKind::Wireguard => vec![LinkInfo::Kind(InfoKind::Wireguard)],
