@@ -337,6 +337,7 @@ fn match_statement(it: &Match) -> Value {
     let operator = match it.operator {
         MatchOperator::Equal => "==",
         MatchOperator::NotEqual => "!=",
+        MatchOperator::Less => "<",
     };
     json!({ "match": { "op": operator, "left": left(it), "right": right(&it.value) } })
 }
@@ -355,6 +356,12 @@ fn left(it: &Match) -> Value {
         MatchKey::UdpDestinationPort => payload("udp", "dport"),
         MatchKey::IcmpType(Family::Ipv4) => payload("icmp", "type"),
         MatchKey::IcmpType(Family::Ipv6) => payload("icmpv6", "type"),
+        MatchKey::IcmpCode => raw(1, 1),
+        MatchKey::IcmpMtu(Family::Ipv4) => raw(6, 2),
+        MatchKey::IcmpMtu(Family::Ipv6) => raw(4, 4),
+        MatchKey::ConnectionState => json!({ "ct": { "key": "state" } }),
+        MatchKey::ConnectionSource(family) => connection(family, "saddr"),
+        MatchKey::ConnectionDestination(family) => connection(family, "daddr"),
         MatchKey::QuotedProtocol(family) => raw(ICMP_HEADER + protocol_offset(family), 1),
         MatchKey::QuotedUdpDestinationPort(family) => raw(ICMP_HEADER + header_length(family) + UDP_DESTINATION, 2),
         MatchKey::TcpSynRst => json!({ "&": [payload("tcp", "flags"), ["syn", "rst"]] }),
@@ -368,6 +375,15 @@ fn left(it: &Match) -> Value {
         MatchKey::Decrypted => meta("ipsec"),
         MatchKey::Transformation => json!({ "rt": { "key": "ipsec" } }),
     }
+}
+
+/// An address of the first packet of a connection.
+fn connection(family: Family, field: &str) -> Value {
+    let family = match family {
+        Family::Ipv4 => "ip",
+        Family::Ipv6 => "ip6",
+    };
+    json!({ "ct": { "key": format!("{family} {field}"), "dir": "original" } })
 }
 
 pub(super) fn meta(key: &str) -> Value {

@@ -125,6 +125,26 @@ fn everything() -> NftTable {
         ),
         rule("cluster4", vec![equal(MatchKey::Destination(v4), text("10.42.0.0/16")), Statement::Accept]),
         rule("cluster6", vec![equal(MatchKey::Destination(v6), any_of(&["fd42::/48", "fd43::/48"])), Statement::Drop]),
+        rule(
+            "path-mtu-v4",
+            vec![
+                equal(MatchKey::IcmpType(v4), any_of(&["destination-unreachable"])),
+                equal(MatchKey::IcmpCode, MatchValue::Number(4)),
+                matches(MatchKey::IcmpMtu(v4), MatchOperator::Less, MatchValue::Number(1330)),
+                equal(MatchKey::ConnectionDestination(v4), in_set("nodes4")),
+                Statement::Drop,
+            ],
+        ),
+        rule(
+            "path-mtu-v6",
+            vec![
+                equal(MatchKey::IcmpType(v6), any_of(&["packet-too-big"])),
+                matches(MatchKey::IcmpMtu(v6), MatchOperator::Less, MatchValue::Number(1350)),
+                equal(MatchKey::ConnectionState, text("invalid")),
+                equal(MatchKey::ConnectionSource(v6), in_set("blocks6")),
+                Statement::Drop,
+            ],
+        ),
         rule("decrypted", vec![equal(MatchKey::Decrypted, MatchValue::Present), Statement::Accept]),
         rule("plaintext", vec![equal(MatchKey::Decrypted, MatchValue::Missing), counter(), Statement::Accept]),
     ];
@@ -349,7 +369,7 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         let counted = read_counters().unwrap()["spoofed"];
         assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
         let handles = rule_handles();
-        assert_eq!(handles.len(), 33);
+        assert_eq!(handles.len(), 35);
 
         let nodes = table.sets.get_mut("nodes4").unwrap();
         nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));

@@ -234,6 +234,19 @@ pub enum MatchKey {
     UdpDestinationPort,
     /// Type of an ICMP message of the family, by nft's name; implies the family and the protocol.
     IcmpType(Family),
+    /// Code of an ICMP message (RFC 792, RFC 4443 section 2.1). Only behind [`MatchKey::IcmpType`].
+    IcmpCode,
+    /// MTU in bytes that an ICMP error of the family names: "fragmentation needed" (RFC 1191 section 4) or "packet too big"
+    /// (RFC 4443 section 3.2). Only behind [`MatchKey::IcmpType`], and [`MatchKey::IcmpCode`] for IPv4, which make sure that it
+    /// is one.
+    IcmpMtu(Family),
+    /// State of the packet's connection (`ct state`); an ICMP error that quotes a packet of no known one is `invalid`.
+    ConnectionState,
+    /// Source of the first packet of the connection, which for an ICMP error is that of the packet it quotes; implies the
+    /// family.
+    ConnectionSource(Family),
+    /// Destination of the first packet of the connection; implies the family.
+    ConnectionDestination(Family),
     /// Layer 4 protocol of the packet that an ICMP error of the family quotes. Only behind [`MatchKey::IcmpType`], which makes
     /// sure that there is one.
     QuotedProtocol(Family),
@@ -264,6 +277,8 @@ pub enum MatchOperator {
     Equal,
     /// Not equal, or not contained in.
     NotEqual,
+    /// Less than a number.
+    Less,
 }
 
 /// Right-hand side of a comparison.

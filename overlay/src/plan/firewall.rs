@@ -10,6 +10,7 @@
 //! prerouting  -100  to a mapped port of the host               destination NAT, see [`port_mappings`]; so at output
 //! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
 //!                   VXLAN from an address that is no node      drop, counter unknown_vtep
+//! input       -150  a path MTU to a node below the floor       drop, counter path_mtu_below_floor
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
 //! postrouting  100  into the tunnel from a foreign address     source NAT: the peer drops what is not this node's
 //!                   pod to an address outside the cluster      masquerade random,fully-random
@@ -40,6 +41,7 @@ use crate::kernel::{
     SetElement, Statement,
 };
 use crate::mode::Mode;
+use crate::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 
@@ -55,6 +57,15 @@ pub const UNKNOWN_VTEP: &str = "unknown_vtep";
 
 /// Counter of VXLAN packets that pods sent.
 pub const POD_TO_VTEP: &str = "pod_to_vtep";
+
+/// Counter of ICMP errors that named an MTU for the path to a node under which the overlay could not work.
+pub(super) const PATH_MTU_BELOW_FLOOR: &str = "path_mtu_below_floor";
+
+/// Set of the nodes' underlay addresses.
+const NODES: &str = "nodes";
+
+/// Code of "fragmentation needed" among the ICMP errors of type "destination unreachable" (RFC 792).
+const FRAGMENTATION_NEEDED: u32 = 4;
 
 /// IANA protocol numbers.
 const UDP: u32 = 17;
@@ -102,9 +113,14 @@ pub(super) fn render(
         postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
         insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
     }
+    if guarded {
+        nodes(context, peers, &mut table);
+        table.counters.insert(PATH_MTU_BELOW_FLOOR.into());
+        insert(&mut table, "input-path-mtu", ChainKind::Filter, Hook::Input, -150, path_mtu_floor(context));
+    }
     insert(&mut table, "prerouting-guard", ChainKind::Filter, Hook::Prerouting, -300, prerouting);
     if context.config.mode.uses_vxlan() {
-        vtep(context, peers, &mut table);
+        vtep(context, &mut table);
     }
     insert(&mut table, "forward-mss", ChainKind::Filter, Hook::Forward, -150, clamping());
     let mut translations = Vec::new();
@@ -243,16 +259,65 @@ fn plaintext_rules(context: &Context<'_>, counter: &str) -> Vec<Rule> {
     rules
 }
 
-/// The VTEP takes packets from known nodes only, and where ESP protects them only those it has protected.
-fn vtep(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut NftTable) {
-    let family = context.config.underlay.family;
+/// The underlay addresses of the known nodes.
+fn nodes(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut NftTable) {
     let known = peers.values().filter(|peer| peer.plan.refused.is_none());
     let elements: BTreeSet<SetElement> = known.filter_map(|peer| peer.plan.address).map(SetElement::Address).collect();
-    table.sets.insert("nodes".into(), Set { element_type: ElementType::Address(family), elements });
+    let set = Set { element_type: ElementType::Address(context.config.underlay.family), elements };
+    table.sets.insert(NODES.into(), set);
+}
+
+/// Anybody can send an ICMP error in a router's name, and the kernel believes it: it cannot tell whether the packet that is
+/// quoted was ever sent, and asks no socket where the answer to a ping is quoted (net/ipv4/icmp.c `icmp_err`). For ten minutes it then
+/// sends what goes to that node in packets of the size named, if that is 552 bytes at least (`net.ipv4.route.min_pmtu`; over
+/// IPv6 1280), and a tunnel that takes less than IPv6 needs takes no IPv6 at all. What names less than the least that Husk
+/// works with is not believed: a path like that could not be used anyway.
+///
+/// The connection is the one of the packet quoted; either side may have begun it. Which packet is quoted cannot be read from
+/// the error as simply: its header may have options.
+fn path_mtu_floor(context: &Context<'_>) -> Vec<Rule> {
+    let family = context.config.underlay.family;
+    let inner = if context.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 };
+    let floor = underlay_needed(&context.config.stack(), family, inner);
+    let too_small = || {
+        let error = match family {
+            Family::Ipv4 => "destination-unreachable",
+            Family::Ipv6 => "packet-too-big",
+        };
+        let mut statements = vec![equal(MatchKey::IcmpType(family), MatchValue::AnyOf(vec![error.to_owned()]))];
+        if family == Family::Ipv4 {
+            statements.push(equal(MatchKey::IcmpCode, MatchValue::Number(FRAGMENTATION_NEEDED)));
+        }
+        let value = MatchValue::Number(floor);
+        statements.push(Statement::Match(Match {
+            key: MatchKey::IcmpMtu(family),
+            operator: MatchOperator::Less,
+            value,
+        }));
+        statements
+    };
+    let nodes = || MatchValue::Set(NODES.into());
+    [
+        ("unknown", equal(MatchKey::ConnectionState, MatchValue::Text("invalid".into()))),
+        ("to-node", equal(MatchKey::ConnectionDestination(family), nodes())),
+        ("from-node", equal(MatchKey::ConnectionSource(family), nodes())),
+    ]
+    .into_iter()
+    .map(|(name, connection)| {
+        let mut statements = too_small();
+        statements.extend([connection, Statement::Counter(PATH_MTU_BELOW_FLOOR.into()), Statement::Drop]);
+        rule(format!("{PATH_MTU_BELOW_FLOOR}-{name}"), statements)
+    })
+    .collect()
+}
+
+/// The VTEP takes packets from known nodes only, and where ESP protects them only those it has protected.
+fn vtep(context: &Context<'_>, table: &mut NftTable) {
+    let family = context.config.underlay.family;
     table.counters.insert(UNKNOWN_VTEP.into());
     let mut statements = to_vtep(context).to_vec();
     statements.extend([
-        unequal(MatchKey::Source(family), MatchValue::Set("nodes".into())),
+        unequal(MatchKey::Source(family), MatchValue::Set(NODES.into())),
         Statement::Counter(UNKNOWN_VTEP.into()),
         Statement::Drop,
     ]);

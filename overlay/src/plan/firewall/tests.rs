@@ -24,8 +24,19 @@ struct Packet {
     port: Option<u16>,
     /// An ICMP error of this type, and the UDP port of the packet that it quotes.
     error: Option<(&'static str, u16)>,
+    /// What an ICMP error says of a path.
+    too_big: Option<TooBig>,
     decrypted: bool,
     transformation: bool,
+}
+
+/// An ICMP error about the size of a packet.
+#[derive(Clone, Copy)]
+struct TooBig {
+    code: u32,
+    mtu: u32,
+    /// Between whom the connection is of which it quotes a packet; none if there is no such connection.
+    connection: Option<(&'static str, &'static str)>,
 }
 
 /// Between two underlay addresses; what is not said of the packet is as in plaintext.
@@ -36,6 +47,7 @@ const UNDERLAY: Packet = Packet {
     destination: "192.0.2.2",
     port: None,
     error: None,
+    too_big: None,
     decrypted: false,
     transformation: false,
 };
@@ -100,6 +112,21 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
             let MatchValue::AnyOf(names) = &it.value else { panic!("a type is compared with {:?}", it.value) };
             address(family, packet.source).is_some() && names.iter().any(|it| it == name)
         }),
+        MatchKey::IcmpCode => packet.too_big.is_some_and(|it_is| it.value == MatchValue::Number(it_is.code)),
+        MatchKey::IcmpMtu(_) => {
+            let (MatchOperator::Less, MatchValue::Number(number)) = (it.operator, &it.value) else { panic!("{it:?}") };
+            return packet.too_big.is_some_and(|it_is| it_is.mtu < *number);
+        }
+        MatchKey::ConnectionState => {
+            assert_eq!(it.value, MatchValue::Text("invalid".into()));
+            packet.too_big.is_some_and(|it_is| it_is.connection.is_none())
+        }
+        MatchKey::ConnectionSource(family) => {
+            within(connection(packet).and_then(|(source, _)| address(family, source)))
+        }
+        MatchKey::ConnectionDestination(family) => {
+            within(connection(packet).and_then(|(_, destination)| address(family, destination)))
+        }
         MatchKey::QuotedProtocol(_) => it.value == MatchValue::Number(UDP),
         MatchKey::QuotedUdpDestinationPort(_) => {
             packet.error.is_some_and(|(_, port)| it.value == MatchValue::Number(port.into()))
@@ -113,6 +140,10 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
         }
     };
     holds == (it.operator == MatchOperator::Equal)
+}
+
+fn connection(packet: &Packet) -> Option<(&'static str, &'static str)> {
+    packet.too_big.and_then(|it| it.connection)
 }
 
 fn verdict(table: &NftTable, chain: &str, packet: Packet) -> Verdict {
@@ -255,6 +286,42 @@ fn what_came_out_of_esp_is_not_quoted_in_plaintext() {
             assert_eq!(out(("echo-reply", 4789)), Verdict::Pass, "{mode}, {family}");
         }
     }
+}
+
+#[test]
+fn a_path_mtu_under_which_the_overlay_could_not_work_is_not_believed() {
+    for (family, [own, node, other], error, code) in [
+        (Family::Ipv4, ["192.0.2.1", "192.0.2.2", "198.51.100.1"], "destination-unreachable", FRAGMENTATION_NEEDED),
+        (Family::Ipv6, ["2001:db8::1", "2001:db8::2", "2001:db8:ffff::1"], "packet-too-big", 0),
+    ] {
+        for mode in TUNNELLED {
+            let mut table = table_over(mode, family);
+            table.sets.get_mut(NODES).unwrap().elements.insert(SetElement::Address(node.parse().unwrap()));
+            let mut config = Config::new(Vec::new());
+            config.mode = mode;
+            let floor = underlay_needed(&config.stack(), family, MINIMUM_IPV6);
+            let told = |mtu, code, connection| {
+                // From any router on the way.
+                let too_big = Some(TooBig { code, mtu, connection });
+                let packet =
+                    Packet { source: other, destination: own, error: Some((error, 4789)), too_big, ..UNDERLAY };
+                verdict(&table, "input-path-mtu", packet)
+            };
+            for connection in [Some((own, node)), Some((node, own)), None] {
+                let what = format!("{mode} over {family}, {connection:?}");
+                for mtu in [0, 552, floor - 1] {
+                    assert_eq!(told(mtu, code, connection), counted(PATH_MTU_BELOW_FLOOR), "{what}, {mtu}");
+                }
+                assert_eq!(told(floor, code, connection), Verdict::Pass, "{what}");
+            }
+            // The host's own business elsewhere is none of Husk's.
+            assert_eq!(told(floor - 1, code, Some((own, other))), Verdict::Pass, "{mode} over {family}");
+            if family == Family::Ipv4 {
+                assert_eq!(told(0, code - 1, Some((own, node))), Verdict::Pass, "{mode}: no word of a size");
+            }
+        }
+    }
+    assert!(!table(Mode::Direct).chains.contains_key("input-path-mtu"));
 }
 
 #[test]
