@@ -1,6 +1,8 @@
 //! The network that carries the tunnels, as the daemon needs to know it: interfaces, addresses, and where packets to other
 //! nodes go.
 
+mod learned;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -21,6 +23,8 @@ use crate::error::Error;
 use crate::interfaces::{Interfaces, dump_links, name_of};
 use crate::netlink::{Request, Socket};
 use crate::routes::{address_family, ip_address, mtu_of, route_address};
+
+pub use learned::path_mtus;
 
 /// An interface of the host, ours or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -192,7 +196,7 @@ pub fn default_route(socket: &mut Socket, family: Family) -> Result<Option<Defau
 /// Routes to many destinations, looked up in as few messages as possible; a destination without a route is absent.
 ///
 /// The routes themselves are asked for (`RTM_F_FIB_MATCH`), not what the kernel makes of them for one packet: the latter
-/// includes path MTUs learned from ICMP errors, which anyone on the path can send and which expire.
+/// includes path MTUs learned from ICMP errors, which anyone on the path can send and which expire ([`path_mtus`]).
 ///
 /// # Errors
 /// Those of a dump and of a broken exchange.

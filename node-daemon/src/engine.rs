@@ -24,6 +24,7 @@ mod quiet;
 mod reports;
 mod rotation;
 mod sessions;
+mod shrinking;
 mod state;
 mod trace;
 mod traffic;
@@ -276,6 +277,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.parts.node.remember(&plan.desired);
         let keys = self.parts.node.key_ring()?;
         let sweep = if unwritten.is_some() { Sweep::Withheld } else { self.sweep() };
+        self.tell_of_shrinking(&plan, &issues);
         let (shrinking, growing) = self.mistuned_pods(&plan);
         self.tune_pods(&shrinking, &mut issues);
         self.follow_peers(&plan, &keys, &mut issues);
@@ -335,12 +337,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if self.snapshot.nodes.get(&self.parts.node_name) == Some(record) {
             return true;
         }
-        // Without a block of a family the node cannot serve pods, but it can receive; with any other it cannot.
-        let without_block = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr];
-        let cannot_receive =
-            |issue: &Issue| issue.severity == Severity::Blocking && !without_block.contains(&issue.kind);
-        // A source that does not answer reads is not made to wait for either.
-        if !self.delivered || self.source_issue.is_some() || plan.blocking().chain(issues.iter()).any(cannot_receive) {
+        if !self.may_publish(plan, issues) {
             return false;
         }
         match self.parts.source.publish(record) {
@@ -348,9 +345,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 if self.published.as_ref() != Some(record) {
                     tracing::info!(addresses = ?record.addresses, blocks = ?record.blocks, "published the node's record");
                 }
-                self.published = Some(record.clone());
-                self.snapshot.nodes.insert(self.parts.node_name.clone(), record.clone());
-                self.keep_snapshot();
+                self.note_published(record.clone());
                 true
             }
             Err(error) => {
@@ -366,9 +361,28 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
     }
 
-    /// WireGuard devices send no events when somebody changes their peers, and counters never do.
+    /// Whether this node can receive what others would send it, and the source answers.
+    fn may_publish(&self, plan: &Plan, issues: &[Issue]) -> bool {
+        // Without a block of a family the node cannot serve pods, but it can receive; with any other it cannot.
+        let without_block = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr];
+        let cannot_receive =
+            |issue: &Issue| issue.severity == Severity::Blocking && !without_block.contains(&issue.kind);
+        // A source that does not answer reads is not made to wait for either.
+        self.delivered && self.source_issue.is_none() && !plan.blocking().chain(issues).any(cannot_receive)
+    }
+
+    fn note_published(&mut self, record: NodeRecord) {
+        self.snapshot.nodes.insert(self.parts.node_name.clone(), record.clone());
+        self.published = Some(record);
+        self.keep_snapshot();
+    }
+
+    /// WireGuard devices send no events when somebody changes their peers, counters never do, and packet-too-big does not either.
     fn silent_tables_changed(&mut self) -> bool {
         let Some(last) = &self.last else { return true };
+        if self.parts.node.paths_changed() {
+            return true;
+        }
         if last.plan.desired.wireguard.is_empty() {
             return self.rotation_moved(None);
         }

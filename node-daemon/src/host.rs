@@ -1,5 +1,6 @@
 //! The node as it really is: its addresses, its routes to the peers, what its kernel can, its private keys.
 
+mod paths;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +28,7 @@ use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
 
+use self::paths::Paths;
 use self::support::Support;
 use crate::companion::{Companions, Job, Keeper};
 use crate::engine::Node;
@@ -53,6 +55,8 @@ pub struct Host {
     companions: Keeper,
     /// Firewalls of others, and when they were looked at.
     foreign: Option<(Instant, Vec<ForeignChain>)>,
+    /// What the kernel has learned of the paths to the peers.
+    paths: Paths,
     /// Underlay addresses in use, which are kept as long as the host has them.
     chosen: DualStack,
     /// Configured addresses that no interface has.
@@ -76,6 +80,7 @@ impl Host {
             threaded_napi: napi::supported(),
             companions: Keeper::new(companions),
             foreign: None,
+            paths: Paths::new(config),
             chosen: DualStack::default(),
             missing: BTreeSet::new(),
         })
@@ -176,7 +181,9 @@ impl Node for Host {
         let carrier = addresses.get(family).and_then(|address| carrier_of(address, &all, &interfaces));
         let peers = snapshot.nodes.values().filter(|record| record.name != self.identity.name);
         let destinations: BTreeSet<IpAddr> = peers.flat_map(|record| record.addresses.iter()).collect();
-        let routes = underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
+        let mut routes =
+            underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
+        self.paths.lower(&mut self.socket, &mut routes).context("cannot read path MTUs")?;
         let mode = self.config.mode;
         let uptime = uptime();
         let wireguard = if mode.uses_wireguard() { Some(self.support.wireguard(&self.config)?) } else { None };
@@ -231,6 +238,10 @@ impl Node for Host {
             tracing::info!("stopped the process that takes ESP in UDP, which nothing needs any more");
         }
         Ok(())
+    }
+
+    fn paths_changed(&mut self) -> bool {
+        self.paths.changed(&mut self.socket)
     }
 
     fn pod_interfaces(&mut self) -> Result<BTreeMap<InterfaceName, u32>> {

@@ -25,6 +25,12 @@ pub trait Node {
     /// When the kernel does not answer.
     fn facts(&mut self, snapshot: &Snapshot, created: jiff::Timestamp) -> anyhow::Result<Facts>;
 
+    /// Whether the kernel has learned something of the paths to the peers, or forgotten it, since the facts were collected: it
+    /// reports no event of that.
+    fn paths_changed(&mut self) -> bool {
+        false
+    }
+
     /// Makes sure that the process behind a userspace WireGuard device runs; returns once the device is there.
     ///
     /// # Errors

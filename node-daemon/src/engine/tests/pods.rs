@@ -2,9 +2,10 @@
 
 use husk_overlay::issue::{IssueKind, Severity};
 use husk_overlay::mode::Mode;
+use husk_overlay::record::NodeRecord;
 use nix::errno::Errno;
 
-use super::bed::{Bed, id, interface};
+use super::bed::{Asked, Bed, id, interface, record};
 
 fn with_pod() -> Bed {
     let mut bed = Bed::new(Mode::Wireguard, 2);
@@ -30,6 +31,50 @@ fn a_living_pod_gets_a_smaller_mtu_before_and_a_larger_one_after_its_tunnel() {
         assert_eq!(bed.kernel.state().own.links[&interface("husk-wg0")].mtu, pod_mtu);
         bed.node.state().tuned.clear();
     }
+}
+
+/// The others stop sending what is too large before this node does anything, and send what is larger once it takes it.
+#[test]
+fn a_smaller_mtu_is_published_before_and_a_larger_one_after_tunnel_and_pods() {
+    let mut bed = with_pod();
+    for (underlay, before) in [(1400, true), (1500, false)] {
+        bed.source.state().log.clear();
+        bed.node.state().tuned.clear();
+        bed.node.state().underlay_mtu = underlay;
+        bed.pass();
+        let log = bed.source.state().log.clone();
+        let [Asked::Publish { record, kernel }] = log.as_slice() else { panic!("{log:?}") };
+        assert_eq!(record.underlay_mtu, underlay);
+        let tunnel = kernel.own.links[&interface("husk-wg0")].mtu;
+        assert_eq!(tunnel, if before { 1440 } else { underlay - 60 }, "{underlay}");
+    }
+    // What cannot be told before is told after.
+    bed.source.state().read_only = true;
+    bed.node.state().underlay_mtu = 1400;
+    bed.pass();
+    assert_eq!(bed.kernel.state().own.links[&interface("husk-wg0")].mtu, 1340);
+    bed.source.state().read_only = false;
+    bed.pass();
+    assert_eq!(bed.own_record().unwrap().underlay_mtu, 1400);
+}
+
+/// Who runs under another's name by mistake does not write into the other's record.
+#[test]
+fn a_smaller_mtu_is_not_published_in_somebody_elses_record() {
+    let mut bed = with_pod();
+    let own = bed.own_record().unwrap();
+    let theirs = NodeRecord { instance: record(7).instance, ..own.clone() };
+    bed.source.state().snapshot.nodes.insert(own.name, theirs.clone());
+    bed.source.state().log.clear();
+    bed.node.state().underlay_mtu = 1400;
+    bed.pass();
+    let written = bed.source.state().log.clone();
+    assert!(
+        !written
+            .iter()
+            .any(|asked| matches!(asked, Asked::Publish { record, .. } if record.instance == theirs.instance)),
+        "{written:?}"
+    );
 }
 
 #[test]

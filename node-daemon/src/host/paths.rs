@@ -1,0 +1,69 @@
+//! What routers have said of the paths to the peers.
+//!
+//! A router that cannot forward a tunnel packet tells this host, whose kernel keeps to it; the pod that sent the packet inside
+//! hears of it only if the route into the tunnel gets the smaller MTU. So what the kernel has learned counts like the MTU of the
+//! underlay's route, until it forgets it and tries again, ten minutes later.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use husk_dataplane::Error;
+use husk_dataplane::netlink::Socket;
+use husk_dataplane::underlay;
+use husk_overlay::config::Config;
+use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::mode::Mode;
+use husk_overlay::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
+use husk_overlay::prefix::Family;
+
+/// Path MTUs to peers.
+pub(super) struct Paths {
+    /// Family of the tunnels' outer packets; none in a mode without tunnels, where pods hear the routers themselves.
+    family: Option<Family>,
+    /// Least MTU in bytes that is believed.
+    floor: u32,
+    /// What was last found, by underlay address of a peer; none for one of which nothing was learned.
+    peers: BTreeMap<IpAddr, Option<u32>>,
+}
+
+impl Paths {
+    pub(super) fn new(config: &Config) -> Self {
+        let family = config.underlay.family;
+        let inner = if config.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 };
+        Self {
+            family: Some(family).filter(|_| config.mode != Mode::Direct),
+            floor: underlay_needed(&config.stack(), family, inner),
+            peers: BTreeMap::new(),
+        }
+    }
+
+    /// Lowers the MTU of routes to what is known of the paths. What would leave less than the overlay can work with is not
+    /// believed: anybody can send such an error, and who sends a true one has made the overlay useless anyway.
+    pub(super) fn lower(
+        &mut self,
+        socket: &mut Socket,
+        routes: &mut BTreeMap<IpAddr, UnderlayRoute>,
+    ) -> Result<(), Error> {
+        let Some(family) = self.family else { return Ok(()) };
+        let learned = underlay::path_mtus(socket, family)?;
+        let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
+        self.peers = routes.keys().map(|address| (*address, known(address))).collect();
+        for (address, route) in routes {
+            if let Some(Some(mtu)) = self.peers.get(address)
+                && *mtu < route.mtu
+            {
+                tracing::debug!(%address, mtu, "a router on the way to a peer takes less than the link");
+                route.mtu = *mtu;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel knows something else by now. One that does not answer fails the next pass, too.
+    pub(super) fn changed(&self, socket: &mut Socket) -> bool {
+        let Some(family) = self.family.filter(|_| !self.peers.is_empty()) else { return false };
+        let Ok(learned) = underlay::path_mtus(socket, family) else { return true };
+        let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
+        self.peers.iter().any(|(address, before)| known(address) != *before)
+    }
+}
