@@ -194,7 +194,7 @@ pub fn set_mtu(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
 /// # Errors
 /// Those of netlink and of the namespace; a missing interface is a deviation, not an error.
 pub fn check(spec: &PodSpec, netns: &Netns, pod_mtu: &PodMtu) -> Result<Vec<String>, Error> {
-    let mut deviations = inspect::host(spec)?;
+    let mut deviations = inspect::host(spec, &PodMtu::OneOf(vec![spec.mtu]))?;
     deviations.extend(netns.run_in(|| inspect::pod(spec, pod_mtu))??);
     Ok(deviations)
 }
@@ -318,8 +318,8 @@ fn wire_host(socket: &mut Socket, index: u32, spec: &PodSpec) -> Result<(), Erro
     match existing.into_iter().next() {
         None => Ok(()),
         // The daemon knows the lease since before the interface was there, and may have been faster: then what exists is
-        // what we wanted. A route of somebody else's is not replaced.
-        Some(error) => match inspect::host(spec)?.as_slice() {
+        // what we wanted. A route of somebody else's is not replaced. The daemon's word on the MTU may be newer than ours.
+        Some(error) => match inspect::host(spec, &PodMtu::AtMost(u32::MAX))?.as_slice() {
             [] => Ok(()),
             _ => Err(error),
         },

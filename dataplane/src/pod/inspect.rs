@@ -51,10 +51,9 @@ impl fmt::Display for PodMtu {
 }
 
 /// Deviations in the host's namespace.
-pub(super) fn host(spec: &PodSpec) -> Result<Vec<String>, Error> {
+pub(super) fn host(spec: &PodSpec, mtu: &PodMtu) -> Result<Vec<String>, Error> {
     let mut found = Inspection::open("on the host")?;
-    let mtu = PodMtu::OneOf(vec![spec.mtu]);
-    let Some(index) = found.link(&spec.host_interface, &mtu, spec.host_mac)? else { return Ok(found.deviations) };
+    let Some(index) = found.link(&spec.host_interface, mtu, spec.host_mac)? else { return Ok(found.deviations) };
     let (routes, neighbours) = (found.routes(index)?, found.neighbours(index)?);
     for address in spec.addresses.iter() {
         let destination = Prefix::host(address);

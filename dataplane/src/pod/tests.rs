@@ -336,6 +336,22 @@ fn the_mtu_changes_while_the_pod_lives() {
     assert_eq!(error.errno(), Some(Errno::ENODEV));
 }
 
+/// The daemon follows the underlay while a pod is being wired.
+#[test]
+fn what_the_daemon_was_faster_with_is_wanted_whatever_mtu_it_knew_of() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    let spec = spec(1, &["10.42.0.5", "fd42::5"]);
+    host.attach(&spec, &pod).unwrap();
+    let index = host.0.run_in(|| nix::net::if_::if_nametoindex(spec.host_interface.as_str())).unwrap().unwrap();
+    let wire_again = || host.0.run_in(|| wire_host(&mut Socket::open(Protocol::Route)?, index, &spec)).unwrap();
+    wire_again().unwrap();
+    run(&host.0, &format!("ip link set {} mtu 8950", spec.host_interface));
+    wire_again().unwrap();
+    // What somebody else put there is not.
+    run(&host.0, &format!("ip neigh replace 10.42.0.5 lladdr 02:00:00:00:00:99 dev {}", spec.host_interface));
+    assert_eq!(wire_again().unwrap_err().errno(), Some(Errno::EEXIST));
+}
+
 #[test]
 fn a_spoofing_pod_is_stopped_before_any_rule_exists() {
     let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
