@@ -28,6 +28,9 @@ pub const MINIMUM_IPV4: u32 = 576;
 /// Largest packet IPv4 can describe (RFC 791, total length) and largest interface MTU Husk accepts.
 pub const MAXIMUM: u32 = 65535;
 
+/// Largest MTU that Linux gives a route: of a larger one it makes this (net/ipv4/metrics.c `ip_metrics_convert`), for IPv6 too.
+pub const LARGEST_OF_ROUTE: u32 = 65520;
+
 /// IPv4 header without options (RFC 791).
 const IPV4_HEADER: u32 = 20;
 /// IPv6 header without extensions (RFC 8200).

@@ -8,6 +8,7 @@ use super::local::route_key;
 use super::peers::Peer;
 use crate::issue::{Issue, IssueKind};
 use crate::kernel::{Desired, Route, RouteTarget};
+use crate::mtu::LARGEST_OF_ROUTE;
 use crate::name::NodeName;
 use crate::prefix::Family;
 
@@ -31,7 +32,8 @@ pub(super) fn render(
                 break;
             }
             let target = RouteTarget::Interface { interface: route.interface.clone(), via: Some(via), onlink: false };
-            desired.routes.insert(route_key(block), Route { target, source: None, mtu: peer.mtu() });
+            let mtu = peer.mtu().map(|mtu| mtu.min(LARGEST_OF_ROUTE));
+            desired.routes.insert(route_key(block), Route { target, source: None, mtu });
         }
     }
 }

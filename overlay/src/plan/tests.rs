@@ -226,6 +226,22 @@ fn the_mtu_to_a_peer_is_the_smallest_of_own_peer_and_route() {
     assert_eq!(plan.pod_mtu, Some(1440));
 }
 
+/// Another would come back from the kernel as something else than what was asked for, again and again.
+#[test]
+fn a_route_gets_no_larger_mtu_than_the_kernel_gives_one() {
+    let mut snapshot = snapshot(2);
+    snapshot.nodes.values_mut().for_each(|record| record.underlay_mtu = 65535);
+    let mut facts = facts(2);
+    facts.underlay_mtu = 65535;
+    facts.routes.values_mut().for_each(|route| route.mtu = 65535);
+    for mode in Mode::ALL {
+        let plan = plan_of(&config(mode), &snapshot, &facts);
+        let mtus: Vec<u32> = plan.desired.routes.values().filter_map(|route| route.mtu).collect();
+        assert!(mtus.iter().all(|mtu| *mtu <= 65520), "{mode}: {mtus:?}");
+        assert!(!mtus.is_empty() || mode.uses_esp() || mode.uses_wireguard(), "{mode}");
+    }
+}
+
 #[test]
 fn a_userspace_device_pads_small_packets_so_peers_with_a_tiny_mtu_get_a_padding_proof_route() {
     let mut snapshot = snapshot(3);
