@@ -8,8 +8,12 @@
 //!
 //! The outside has no route to the cluster's addresses: it can answer only what was masqueraded, and a pod's packet
 //! that leaks through a default route shows on the underlay.
+//!
+//! Or a [`Router`] is in the switch's place, each host alone on its link to it ([`ClusterBuilder::routed`]); the addresses are
+//! the same, the gateway's is the router's, and the outside is behind it.
 
 mod builder;
+mod router;
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,6 +30,7 @@ use serde_json::{Value, json};
 
 pub use self::builder::ClusterBuilder;
 use self::builder::MANIFESTS;
+pub use self::router::Router;
 use crate::capture::Capture;
 use crate::eventually;
 use crate::host::{Host, Place, UNDERLAY_INTERFACE, lock};
@@ -36,6 +41,9 @@ use crate::scope::Scope;
 
 /// The last byte of the gateway's underlay addresses.
 const GATEWAY: u8 = 254;
+
+/// The last byte of the outside's underlay addresses where the gateway is a router.
+const BEHIND_ROUTER: u8 = 253;
 
 /// How long a record may take to become routes on every other host.
 const MESH_LIMIT: Duration = Duration::from_secs(10);
@@ -107,6 +115,12 @@ impl Cluster {
     #[must_use]
     pub fn gateway(family: Family) -> IpAddr {
         underlay_address(family, GATEWAY)
+    }
+
+    /// The router that joins the hosts, if it is not a switch.
+    #[must_use]
+    pub fn router(&self) -> Option<Router<'_>> {
+        self.builder.routed.then(|| Router::new(&self.switch))
     }
 
     /// The families of the underlay.
@@ -202,7 +216,7 @@ impl Cluster {
 
     fn plug_in_host(&mut self) -> Result<usize> {
         let number = u8::try_from(self.hosts.len() + 1).context("too many hosts")?;
-        ensure!(number < GATEWAY, "an underlay has room for {} hosts", GATEWAY - 1);
+        ensure!(number < BEHIND_ROUTER, "an underlay has room for {} hosts", BEHIND_ROUTER - 1);
         let host = self.make_host(number)?;
         self.hosts.push(host);
         Ok(self.hosts.len())
@@ -273,7 +287,7 @@ impl Cluster {
     pub fn readdress(&self, number: usize, byte: u8) -> Result<()> {
         let host = self.host(number);
         let flush = format!("addr flush dev {UNDERLAY_INTERFACE} scope global\n");
-        *lock(&host.addresses) = self.address(host.netns(), byte, &flush)?;
+        *lock(&host.addresses) = self.address(host.netns(), host.name(), byte, &flush)?;
         Ok(())
     }
 
@@ -316,12 +330,13 @@ impl Cluster {
         self.wait_for_ports()
     }
 
-    /// Captures every packet of the underlay, each once: as it enters the switch.
+    /// Captures every packet of the underlay, each once: as it enters the switch, or the router.
     ///
     /// # Errors
     /// When the capture cannot be started.
     pub fn capture(&self) -> Result<Capture> {
-        Capture::arrivals(&self.switch, &["br0"])
+        let bridge: &[&str] = if self.builder.routed { &[] } else { &["br0"] };
+        Capture::arrivals(&self.switch, bridge)
     }
 
     /// Leaves everything in place, for people to look at; [`crate::scope::sweep_kept`] removes it from a later process.
@@ -338,6 +353,9 @@ impl Cluster {
     /// The kernel reports a carrier to the bridge at most once a second when much happens, and a port discards what
     /// arrives before.
     fn wait_for_ports(&self) -> Result<()> {
+        if self.builder.routed {
+            return Ok(());
+        }
         eventually("the switch to forward on every port", Duration::from_secs(10), || {
             let ports = self.switch.ip_json(["link", "show", "master", "br0"])?;
             let is_up = |port: &&Value| port["flags"].as_array().is_some_and(|flags| flags.iter().any(|it| it == "UP"));
@@ -352,15 +370,19 @@ impl Cluster {
         // With one segment per packet the underlay carries, and a capture sees, what a wire would: no offloads.
         self.switch.ip_batch(&format!(
             "link add {port} mtu {mtu} gso_max_segs 1 type veth peer name {eth} mtu {mtu} gso_max_segs 1 netns {name}\n\
-             link set {port} master br0 up\n"
+             link set {port} {} up\n",
+            if self.builder.routed { "" } else { "master br0" }
         ))?;
         // Nor in pieces: a packet of several buffers shares them with its captures, and a receiver in this same kernel that
         // decrypts in place would put plaintext into a capture of what was ciphertext on the wire.
         netns.command("ethtool", ["-K", eth, "sg", "off"])?;
-        self.address(netns, byte, &format!("link set {eth} up\n"))
+        self.address(netns, port, byte, &format!("link set {eth} up\n"))
     }
 
-    fn address(&self, netns: &Netns, byte: u8, before: &str) -> Result<Vec<IpAddr>> {
+    fn address(&self, netns: &Netns, port: &str, byte: u8, before: &str) -> Result<Vec<IpAddr>> {
+        if let Some(router) = self.router() {
+            return router.address(netns, port, byte, before, &self.families());
+        }
         let mut commands = before.to_owned();
         let mut addresses = Vec::new();
         for family in self.families() {

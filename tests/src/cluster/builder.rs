@@ -10,7 +10,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::prefix::{Family, Prefix};
 use serde_json::{Value, json};
 
-use super::{Cluster, GATEWAY};
+use super::{BEHIND_ROUTER, Cluster, GATEWAY, router};
 use crate::netns::Netns;
 use crate::scope::Scope;
 
@@ -23,6 +23,7 @@ pub struct ClusterBuilder {
     pub(super) mode: Mode,
     underlay: Family,
     dual_stack: bool,
+    pub(super) routed: bool,
     hosts: u8,
     pub(super) mtu: usize,
     pub(super) cluster_cidrs: Vec<Prefix>,
@@ -37,6 +38,7 @@ impl ClusterBuilder {
             mode: Mode::Wireguard,
             underlay: Family::Ipv4,
             dual_stack: false,
+            routed: false,
             hosts: 2,
             mtu: 1500,
             settings: Vec::new(),
@@ -69,6 +71,14 @@ impl ClusterBuilder {
     #[must_use]
     pub fn dual_stack(mut self) -> Self {
         self.dual_stack = true;
+        self
+    }
+
+    /// Joins the hosts by a router instead of a switch, see [`Router`](super::Router): each is alone on its link. Not for direct
+    /// mode, which wants all of them on one.
+    #[must_use]
+    pub fn routed(mut self) -> Self {
+        self.routed = true;
         self
     }
 
@@ -120,27 +130,24 @@ impl ClusterBuilder {
     pub fn build(self) -> Result<Cluster> {
         let scope = Arc::new(Scope::new()?);
         let switch = Netns::create(&scope.name("switch"))?;
-        for name in ["all", "default"] {
-            switch.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
+        if self.routed {
+            router::prepare(&switch)?;
+        } else {
+            prepare_switch(&switch)?;
         }
-        // A switch forwards frames; it neither filters nor reassembles packets.
-        for name in ["iptables", "ip6tables", "arptables"] {
-            let key = format!("net/bridge/bridge-nf-call-{name}");
-            if switch.run(|| Path::new("/proc/sys").join(&key).exists())? {
-                switch.sysctl(&key, "0")?;
-            }
-        }
-        switch.ip_batch("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\nlink set br0 up")?;
         let manifests = self.disk.as_deref().unwrap_or(scope.directory()).join(MANIFESTS);
         fs::create_dir_all(&manifests).with_context(|| format!("making {}", manifests.display()))?;
         let outside = Netns::create(&scope.name("outside"))?;
         let mut cluster = Cluster { builder: self, hosts: Vec::new(), outside, switch, scope };
-        cluster.connect(&cluster.outside, "outside", GATEWAY)?;
+        cluster.connect(&cluster.outside, "outside", if cluster.builder.routed { BEHIND_ROUTER } else { GATEWAY })?;
         cluster.outside.ip_batch(&format!(
             "addr add {}/32 dev lo\naddr add {}/128 dev lo nodad",
             Cluster::OUTSIDE_V4,
             Cluster::OUTSIDE_V6
         ))?;
+        if let Some(router) = cluster.router() {
+            router.lead_outside(&cluster.families())?;
+        }
         for _ in 0..cluster.builder.hosts {
             cluster.plug_in_host()?;
         }
@@ -179,4 +186,18 @@ impl ClusterBuilder {
         }
         config
     }
+}
+
+/// A switch forwards frames; it neither filters nor reassembles packets, and has no address.
+fn prepare_switch(switch: &Netns) -> Result<()> {
+    for name in ["all", "default"] {
+        switch.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
+    }
+    for name in ["iptables", "ip6tables", "arptables"] {
+        let key = format!("net/bridge/bridge-nf-call-{name}");
+        if switch.run(|| Path::new("/proc/sys").join(&key).exists())? {
+            switch.sysctl(&key, "0")?;
+        }
+    }
+    switch.ip_batch("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\nlink set br0 up")
 }

@@ -11,7 +11,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
 use serde_json::{Value, json};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, ClusterBuilder};
 use crate::eventually;
 use crate::netns::Netns;
 use crate::pod::Pod;
@@ -82,7 +82,15 @@ impl Scene {
     /// # Errors
     /// When a host or pod cannot be made.
     pub fn start(mode: Mode) -> Result<Self> {
-        let cluster = Cluster::builder().mode(mode).dual_stack().hosts(2).start()?;
+        Self::start_on(Cluster::builder().mode(mode).dual_stack())
+    }
+
+    /// The same on an underlay of the caller's, of two hosts.
+    ///
+    /// # Errors
+    /// As [`Scene::start`].
+    pub fn start_on(cluster: ClusterBuilder) -> Result<Self> {
+        let cluster = cluster.hosts(2).start()?;
         let mut scene = Self { cluster, pods: Vec::new(), _servers: Vec::new() };
         for (name, labels) in [("default", json!({"stage": "prod"})), ("dev", json!({"stage": "dev"}))] {
             let namespace =

@@ -11,7 +11,7 @@ use super::socket::{Protocol, header};
 use crate::netns::Netns;
 
 /// Length of a UDP header.
-const UDP_HEADER: usize = 8;
+pub(super) const UDP_HEADER: usize = 8;
 
 /// A datagram that must not be fragmented.
 pub type Datagram = Question<SocketAddr>;

@@ -11,13 +11,14 @@ use anyhow::{Context, Result, anyhow};
 use husk_overlay::prefix::Family;
 use nix::errno::Errno;
 
-use super::socket::{Probe, Protocol, enlarge_queue};
+use super::datagram::UDP_HEADER;
+use super::socket::{Probe, Protocol, enlarge_queue, header};
 use super::{echo, payload};
 use crate::host::lock;
 use crate::netns::Netns;
 use crate::{pace, patience};
 
-/// Length of the payload: the marker, the number, and some bytes to make it a usual ping.
+/// Length of the payload unless told otherwise: the marker, the number, and some bytes to make it a usual ping.
 const PAYLOAD: usize = 64;
 
 /// How long packets may still be under way after the last was sent, before [`patience`].
@@ -140,6 +141,7 @@ impl Stream {
         let sending = Arc::clone(&probe);
         Ok(Self::start(
             per_second,
+            PAYLOAD,
             move |number, body| {
                 let sequence = u16::try_from(number & 0xffff).unwrap_or(0);
                 sending.send(&echo::request(family, id, sequence, body))
@@ -157,20 +159,45 @@ impl Stream {
     /// # Errors
     /// When there is no way to `to`, or it is no address of the receiver's.
     pub fn udp(sender: &Netns, receiver: &Netns, to: IpAddr, per_second: u32) -> Result<Self> {
-        let socket = receiver.run(|| UdpSocket::bind(SocketAddr::new(to, 0)))?;
-        let socket = socket.with_context(|| format!("receiving at {to} in {}", receiver.name()))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        enlarge_queue(&socket)?;
-        let probe = open(sender, Protocol::Udp(socket.local_addr()?.port()), to)?;
+        Self::udp_of_size(sender, receiver, to, per_second, header(Family::of(to)) + UDP_HEADER + PAYLOAD)
+    }
+
+    /// The same in IP packets of so many bytes, which must not be fragmented: one that is larger than what the sender's kernel
+    /// has for the path counts as refused.
+    ///
+    /// # Errors
+    /// As [`Stream::udp`], and when the size leaves no room for a number.
+    pub fn udp_of_size(
+        sender: &Netns,
+        receiver: &Netns,
+        to: IpAddr,
+        per_second: u32,
+        packet_size: usize,
+    ) -> Result<Self> {
+        let payload =
+            packet_size.checked_sub(header(Family::of(to)) + UDP_HEADER).filter(|payload| *payload >= PAYLOAD);
+        let payload = payload.with_context(|| format!("{packet_size} bytes are too few for a numbered datagram"))?;
+        let (socket, probe) = Self::datagrams(sender, receiver, to)?;
         Ok(Self::start(
             per_second,
+            payload,
             move |_, body| probe.send(body),
             move |buffer| socket.recv(buffer).ok().and_then(|length| number(&buffer[..length])),
         ))
     }
 
+    fn datagrams(sender: &Netns, receiver: &Netns, to: IpAddr) -> Result<(UdpSocket, Probe)> {
+        let socket = receiver.run(|| UdpSocket::bind(SocketAddr::new(to, 0)))?;
+        let socket = socket.with_context(|| format!("receiving at {to} in {}", receiver.name()))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        enlarge_queue(&socket)?;
+        let probe = open(sender, Protocol::Udp(socket.local_addr()?.port()), to)?;
+        Ok((socket, probe))
+    }
+
     fn start(
         per_second: u32,
+        payload: usize,
         mut send: impl FnMut(u64, &[u8]) -> nix::Result<()> + Send + 'static,
         mut receive: impl FnMut(&mut [u8]) -> Option<u64> + Send + 'static,
     ) -> Self {
@@ -178,7 +205,7 @@ impl Stream {
         let receiver = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
-                let mut buffer = vec![0; 4096];
+                let mut buffer = vec![0; 1 << 16];
                 while !shared.stop_receiving.load(Ordering::Relaxed) {
                     if let Some(number) = receive(&mut buffer) {
                         lock(&shared.arrivals).record(number, Instant::now());
@@ -193,7 +220,7 @@ impl Stream {
                 let mut due = Instant::now();
                 let mut number = 0;
                 while !shared.stop_sending.load(Ordering::Relaxed) {
-                    let mut body = payload::of_length(PAYLOAD);
+                    let mut body = payload::of_length(payload);
                     body[payload::MARKER.len()..][..8].copy_from_slice(&u64::to_be_bytes(number));
                     let counter = match send(number, &body) {
                         Ok(()) => &shared.sent,
