@@ -9,6 +9,7 @@ mod direct;
 mod esp;
 mod firewall;
 mod local;
+mod paths;
 mod peers;
 mod serviceable;
 mod vxlan;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use esp::PROTECT_PRIORITY;
 pub use firewall::port_mappings::{HostPorts, are_mapped, host_ports, loopback_parameter};
-pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, SPOOFED, UNKNOWN_VTEP};
+pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, PROBE_OUTSIDE, SPOOFED, UNKNOWN_VTEP};
 pub use peers::PeerPlan;
 
 use crate::config::Config;
@@ -148,6 +149,7 @@ pub fn plan(config: &Config, snapshot: &Snapshot, facts: &Facts, endpoints: &End
                 }
             }
         }
+        paths::render(&context, &mut peers, &desired, &mut issues);
     }
     let peers = peers.into_iter().map(|(name, peer)| (name, peer.plan)).collect();
     issues.sort();

@@ -8,7 +8,12 @@
 //! [`Prober`] decides what to send and what an answer, or none, means. It has no socket and no clock: `now` is time since
 //! boot, handed in.
 
+mod chance;
 mod prober;
+mod search;
+mod statistics;
+mod suspicion;
+mod track;
 pub mod wire;
 
 use std::net::{IpAddr, SocketAddr};

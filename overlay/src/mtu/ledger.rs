@@ -119,6 +119,28 @@ impl Ledger {
     }
 }
 
+impl fmt::Display for Ledger {
+    /// In a sentence: "1500 bytes - WireGuard 60 (outer IP header 20, UDP header 8, …) = 1440".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.underlay_mtu)?;
+        for entry in &self.entries {
+            let parts: Vec<String> =
+                entry.parts.iter().filter(|part| part.bytes > 0).map(ToString::to_string).collect();
+            write!(f, " - {} {} ({})", entry.layer, entry.bytes, parts.join(", "))?;
+        }
+        match self.inner {
+            Some(inner) => write!(f, " = {inner}"),
+            None => f.write_str(": nothing is left"),
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.component, self.bytes)
+    }
+}
+
 /// Writes out where the bytes of a packet of `underlay_mtu` bytes go.
 #[must_use]
 pub fn ledger(stack: &Stack, outer: Family, underlay_mtu: u32) -> Ledger {

@@ -11,6 +11,7 @@
 //! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
 //!                   VXLAN from an address that is no node      drop, counter unknown_vtep
 //! input       -150  a path MTU to a node below the floor       drop, counter path_mtu_below_floor
+//! input       -150  a probe that came by no tunnel             drop, counter probe_outside
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
 //! postrouting  100  into the tunnel from a foreign address     source NAT: the peer drops what is not this node's
 //!                   pod to an address outside the cluster      masquerade random,fully-random
@@ -40,6 +41,7 @@ use crate::kernel::{
     Chain, ChainKind, Desired, ElementType, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Set,
     SetElement, Statement,
 };
+use crate::marks;
 use crate::mode::Mode;
 use crate::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
 use crate::name::NodeName;
@@ -66,6 +68,9 @@ const NODES: &str = "nodes";
 
 /// Code of "fragmentation needed" among the ICMP errors of type "destination unreachable" (RFC 792).
 const FRAGMENTATION_NEEDED: u32 = 4;
+
+/// Counter of probes that came by no tunnel: from pods of this node, or from outside.
+pub const PROBE_OUTSIDE: &str = "probe_outside";
 
 /// IANA protocol numbers.
 const UDP: u32 = 17;
@@ -112,6 +117,8 @@ pub(super) fn render(
         }
         postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
         insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
+        table.counters.insert(PROBE_OUTSIDE.into());
+        insert(&mut table, "input-probe", ChainKind::Filter, Hook::Input, -150, probe_guard());
     }
     if guarded {
         nodes(context, peers, &mut table);
@@ -329,6 +336,18 @@ fn vtep(context: &Context<'_>, table: &mut NftTable) {
     }
     rules.push(rule(UNKNOWN_VTEP, statements));
     insert(table, "input-vtep", ChainKind::Filter, Hook::Input, -150, rules);
+}
+
+/// Probes are answered to whom the tunnel has let in, and to nobody else.
+fn probe_guard() -> Vec<Rule> {
+    let statements = vec![
+        unequal(MatchKey::InputInterface, MatchValue::Text("husk-*".to_owned())),
+        equal(MatchKey::Protocol, MatchValue::Number(UDP)),
+        equal(MatchKey::UdpDestinationPort, MatchValue::Number(marks::PROBE_PORT.into())),
+        Statement::Counter(PROBE_OUTSIDE.into()),
+        Statement::Drop,
+    ];
+    vec![rule(PROBE_OUTSIDE, statements)]
 }
 
 fn clamping() -> Vec<Rule> {

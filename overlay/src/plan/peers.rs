@@ -7,12 +7,12 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::Context;
+use super::{Context, paths};
 use crate::facts::OwnEpoch;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::keys::PublicKey;
 use crate::mode::Mode;
-use crate::mtu::{Ledger, ledger};
+use crate::mtu::{self, Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 use crate::probe::Target;
@@ -58,12 +58,21 @@ pub(super) struct Peer {
     pub(super) record: NodeRecord,
     /// How it is reached.
     pub(super) plan: PeerPlan,
+    /// MTU in bytes of the routes to it, if probing finds nothing else.
+    pub(super) promised: Option<u32>,
 }
 
 impl Peer {
     /// MTU in bytes for packets to this peer.
     pub(super) fn mtu(&self) -> Option<u32> {
-        self.plan.ledger.inner
+        self.plan.mtu
+    }
+
+    /// Sets that MTU, and limits it to what probing found.
+    pub(super) fn promise(&mut self, context: &Context<'_>, promised: Option<u32>) {
+        self.promised = promised;
+        self.plan.probed = paths::probed(context, &self.record.name, promised);
+        self.plan.mtu = self.plan.probed.or(promised);
     }
 
     /// Leaves the peer without a route, and says why.
@@ -152,7 +161,8 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
         probe: BTreeMap::new(),
         refused: None,
     };
-    let mut peer = Peer { record: record.clone(), plan };
+    let mut peer = Peer { record: record.clone(), plan, promised: None };
+    peer.promise(context, peer.plan.ledger.inner);
     claim_addresses(context, &mut peer, registry, issues);
     if peer.plan.refused.is_none() {
         claim_keys(context.config.mode, &mut peer, registry, issues);
@@ -169,6 +179,7 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
             peer.record.blocks.insert(*block);
         }
     }
+    refuse_families(context, &mut peer, issues);
     peer.plan.blocks.clone_from(&peer.record.blocks);
     let own = |address: &IpAddr| peer.record.blocks.iter().any(|block| block.contains(*address));
     peer.record.router = peer.record.router.iter().filter(own).collect();
@@ -190,15 +201,42 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
             remedy: "check the underlay's routes on this host".into(),
         });
     }
-    if peer.mtu().is_none() {
-        peer.refuse(
-            issues,
-            IssueKind::MtuTooSmall,
-            format!("an underlay MTU of {underlay_mtu} leaves nothing for packets to the node"),
-            "raise the underlay's MTU on both nodes".into(),
-        );
-    }
     peer
+}
+
+/// Leaves the families without a route that the MTU is too small for: pods would lose exactly their full packets. The peer is
+/// refused where no family remains.
+fn refuse_families(context: &Context<'_>, peer: &mut Peer, issues: &mut Vec<Issue>) {
+    let ledger = &peer.plan.ledger;
+    let (mut refused, mut served) = (Vec::new(), 0);
+    for family in context.families() {
+        match ledger.inner_mtu().and_then(|inner| mtu::check(family, inner)) {
+            Ok(()) => served += 1,
+            Err(error) => refused.push((family, error)),
+        }
+    }
+    let least = |family| match family {
+        Family::Ipv4 => mtu::MINIMUM_IPV4,
+        Family::Ipv6 => mtu::MINIMUM_IPV6,
+    };
+    let message = |family: Family, error: &mtu::MtuError| {
+        format!("no {family} packets are sent to the node, since the underlay's MTU is too small: {error} ({ledger})")
+    };
+    let remedy = |family| {
+        let needed = mtu::underlay_needed(&ledger.stack, ledger.outer, least(family));
+        format!("see that the underlay carries {needed} bytes between the nodes, on both of them")
+    };
+    let told: Vec<(String, String)> =
+        refused.iter().map(|(family, error)| (message(*family, error), remedy(*family))).collect();
+    peer.record.blocks.retain(|block| !refused.iter().any(|(family, _)| *family == block.family()));
+    for (message, remedy) in told {
+        if served == 0 {
+            peer.refuse(issues, IssueKind::MtuTooSmall, message, remedy);
+        } else {
+            let subject = peer.record.name.to_string();
+            issues.push(Issue { severity: Severity::Error, kind: IssueKind::MtuTooSmall, subject, message, remedy });
+        }
+    }
 }
 
 fn claim_addresses(context: &Context<'_>, peer: &mut Peer, registry: &mut Registry, issues: &mut Vec<Issue>) {

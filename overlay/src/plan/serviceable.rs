@@ -44,7 +44,7 @@ pub(super) fn check(context: &Context<'_>, ledger: &Ledger, issues: &mut Vec<Iss
             severity: Severity::Blocking,
             kind: IssueKind::MtuTooSmall,
             subject: format!("{family} in mode {}", context.config.mode),
-            message: format!("an underlay MTU of {} bytes is too small: {error}", context.underlay_mtu),
+            message: format!("an underlay MTU of {} bytes is too small: {error} ({ledger})", context.underlay_mtu),
             remedy: format!("raise the underlay's MTU, or remove the {family} prefix from clusterCIDRs"),
         });
         good = false;

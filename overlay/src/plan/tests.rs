@@ -13,44 +13,44 @@ use crate::kernel::{LinkKind, MatchValue, Route, RouteKey, RouteTarget, SetEleme
 use crate::keys::PrivateKey;
 use crate::name::{ContainerId, InstanceId, InterfaceName, NetworkName};
 
-fn address(text: &str) -> IpAddr {
+pub(super) fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn prefix(text: &str) -> Prefix {
+pub(super) fn prefix(text: &str) -> Prefix {
     text.parse().unwrap()
 }
 
-fn node(text: &str) -> NodeName {
+pub(super) fn node(text: &str) -> NodeName {
     NodeName::new(text).unwrap()
 }
 
-fn interface(text: &str) -> InterfaceName {
+pub(super) fn interface(text: &str) -> InterfaceName {
     InterfaceName::new(text).unwrap()
 }
 
-fn config(mode: Mode) -> Config {
+pub(super) fn config(mode: Mode) -> Config {
     let mut config = Config::new(vec![prefix("10.42.0.0/16"), prefix("fd42::/48")]);
     config.mode = mode;
     config
 }
 
-fn blocks(index: u8) -> BTreeSet<Prefix> {
+pub(super) fn blocks(index: u8) -> BTreeSet<Prefix> {
     let four = prefix("10.42.0.0/16").subnet(26, index.into()).unwrap();
     let six = prefix("fd42::/48").subnet(122, index.into()).unwrap();
     BTreeSet::from([four, six])
 }
 
-fn key(index: u8) -> PublicKey {
+pub(super) fn key(index: u8) -> PublicKey {
     PrivateKey::from_random([index + 1; 32]).unwrap().public()
 }
 
-fn instance(index: u8) -> InstanceId {
+pub(super) fn instance(index: u8) -> InstanceId {
     InstanceId::new(&format!("{index:032x}")).unwrap()
 }
 
 /// The record of node `host<index>`, complete for every mode.
-fn record(index: u8) -> NodeRecord {
+pub(super) fn record(index: u8) -> NodeRecord {
     let name = node(&format!("host{index}"));
     NodeRecord {
         instance: instance(index),
@@ -68,7 +68,7 @@ fn record(index: u8) -> NodeRecord {
     }
 }
 
-fn snapshot(count: u8) -> Snapshot {
+pub(super) fn snapshot(count: u8) -> Snapshot {
     let mut snapshot = Snapshot::default();
     for index in 0..count {
         let record = record(index);
@@ -79,7 +79,7 @@ fn snapshot(count: u8) -> Snapshot {
 }
 
 /// Facts of `host0` among so many nodes.
-fn facts(count: u8) -> Facts {
+pub(super) fn facts(count: u8) -> Facts {
     let own = record(0);
     let route = || UnderlayRoute { interface: interface("eth0"), mtu: 1500, on_link: true };
     Facts {
@@ -128,15 +128,15 @@ fn endpoint(name: &str, addresses: &[&str]) -> Endpoint {
     }
 }
 
-fn plan_of(config: &Config, snapshot: &Snapshot, facts: &Facts) -> Plan {
+pub(super) fn plan_of(config: &Config, snapshot: &Snapshot, facts: &Facts) -> Plan {
     plan(config, snapshot, facts, &Endpoints::new())
 }
 
-fn kinds(plan: &Plan) -> BTreeSet<IssueKind> {
+pub(super) fn kinds(plan: &Plan) -> BTreeSet<IssueKind> {
     plan.issues.iter().map(|issue| issue.kind).collect()
 }
 
-fn route<'a>(plan: &'a Plan, destination: &str) -> Option<&'a Route> {
+pub(super) fn route<'a>(plan: &'a Plan, destination: &str) -> Option<&'a Route> {
     let destination = prefix(destination);
     plan.desired.routes.iter().find(|(key, _)| key.destination == destination).map(|(_, route)| route)
 }
@@ -249,7 +249,10 @@ fn a_userspace_device_pads_small_packets_so_peers_with_a_tiny_mtu_get_a_padding_
     snapshot.nodes.get_mut(&node("host2")).unwrap().underlay_mtu = 1405;
     let mut facts = facts(3);
     facts.wireguard = Some(WireguardSupport::Userspace);
-    let plan = plan_of(&config(Mode::Wireguard), &snapshot, &facts);
+    let mut config = config(Mode::Wireguard);
+    config.cluster_cidrs.retain(|cidr| cidr.family() == Family::Ipv4);
+    let plan = plan_of(&config, &snapshot, &facts);
+    assert_eq!(plan.peers[&node("host1")].probe[&Family::Ipv4].promised, 1232, "what is probed is what is sent");
     assert_eq!(route(&plan, "10.42.0.64/26").unwrap().mtu, Some(1232), "1245 rounded down to 16");
     assert_eq!(route(&plan, "10.42.0.128/26").unwrap().mtu, Some(1345), "exact");
 }

@@ -1,57 +1,244 @@
-//! The state machine of probing.
+//! The prober: which path may send when, and whose an answer is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{Path, Report, Shot, Target};
+use super::chance::Chance;
+use super::track::{Due, Fired, Shared, Track};
+use super::{PROBES_PER_SECOND, Path, Report, Shot, Target, wire};
+use crate::marks;
 use crate::name::NodeName;
+use crate::prefix::Family;
+
+/// How long an answer is waited for.
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Longest time between two checks of a path, unless there are many.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Probes that may be sent at once after a quiet time.
+const BURST: u32 = 4;
+
+/// Time that earns one probe. What is saved up counts among the probes of a second, too.
+const COST: Duration = Duration::from_nanos(1_000_000_000 / (PROBES_PER_SECOND - BURST) as u64);
+
+/// Share of a path in the interval: the checks of all paths, which come after nine tenths of it on the average, take 32
+/// probes per second. The others are for doubts and searches.
+const SHARE: Duration = Duration::from_nanos(1_000_000_000 / 32 * 10 / 9);
+
+/// Probes to settle doubts for each one that is a matter of course, where both sorts are due.
+const URGENT_TURNS: u8 = 3;
+
+/// Time over which first checks are spread, at least.
+const SPREAD: Duration = Duration::from_secs(1);
 
 /// Decides what to send, and what answers mean.
+///
+/// With up to 288 paths each is checked every 8 to 10 seconds, with more as often as the budget allows: the 10,000 paths of a
+/// node among 5,000 with both families every 350 seconds at most. Both families of a peer share one tunnel and are checked
+/// at random times, and what is found in one is looked for in the other at once.
 #[derive(Debug)]
 pub struct Prober {
-    reports: BTreeMap<Path, Report>,
+    tracks: BTreeMap<Path, Track>,
+    /// When which path wants to send as a matter of course.
+    routine: BTreeSet<(Duration, Path)>,
+    /// The same of doubts and searches, in the order in which they began.
+    urgent: BTreeMap<(Duration, Path), Duration>,
+    /// How many urgent ones came before their turn.
+    urgent_turns: u8,
+    flying: BTreeMap<u64, (Path, Fired)>,
+    /// The same in the order in which they were sent; those that were answered are here until their turn comes.
+    order: VecDeque<(Duration, u64)>,
+    limits: BTreeMap<Path, u32>,
+    shared: Shared,
+    credit: Duration,
+    credited: Duration,
 }
 
 impl Prober {
     /// Knows no path yet. `seed` is random: ids of probes, and when what is sent, come from it.
     #[must_use]
-    pub fn new(_seed: u64) -> Self {
-        Self { reports: BTreeMap::new() }
+    pub fn new(seed: u64) -> Self {
+        Self {
+            tracks: BTreeMap::new(),
+            routine: BTreeSet::new(),
+            urgent: BTreeMap::new(),
+            urgent_turns: 0,
+            flying: BTreeMap::new(),
+            order: VecDeque::new(),
+            limits: BTreeMap::new(),
+            shared: Shared { chance: Chance::new(seed), interval: INTERVAL, guess: None, alarm: false },
+            credit: Duration::ZERO,
+            credited: Duration::ZERO,
+        }
     }
 
     /// What there is to be probed from now on.
-    pub fn set_targets(&mut self, _targets: &BTreeMap<Path, Target>, _now: Duration) {}
+    pub fn set_targets(&mut self, targets: &BTreeMap<Path, Target>, now: Duration) {
+        let gone: Vec<Path> = self.tracks.keys().filter(|path| !targets.contains_key(path)).cloned().collect();
+        for path in gone {
+            self.unschedule(&path);
+            self.tracks.remove(&path);
+            self.limits.remove(&path);
+        }
+        let all = SHARE * u32::try_from(targets.len()).unwrap_or(u32::MAX);
+        self.shared.interval = INTERVAL.max(all);
+        for (path, target) in targets {
+            let target = Target { promised: target.promised.min(wire::LARGEST), ..target.clone() };
+            let first = now + self.shared.chance.up_to(all.max(SPREAD));
+            if !self.tracks.contains_key(path) {
+                self.tracks.insert(path.clone(), Track::new(target, now, first));
+                self.schedule(path);
+            } else if self.tracks.get(path).is_some_and(|track| *track.target() != target) {
+                self.with(path, now, |track, _| track.retarget(target, now, first));
+            }
+        }
+    }
 
     /// What to send now. Answers that have arrived are to be told of before, or they count as missing.
-    pub fn due(&mut self, _now: Duration) -> Vec<Shot> {
-        Vec::new()
+    pub fn due(&mut self, now: Duration) -> Vec<Shot> {
+        while let Some((sent, id)) = self.order.front().copied() {
+            if now < sent + TIMEOUT && self.flying.contains_key(&id) {
+                break;
+            }
+            self.order.pop_front();
+            if let Some((path, fired)) = self.flying.remove(&id) {
+                self.with(&path, now, |track, shared| track.outcome(fired, false, now, shared));
+            }
+        }
+        self.credit = (COST * BURST).min(self.credit + now.saturating_sub(self.credited));
+        self.credited = self.credited.max(now);
+        let mut shots = Vec::new();
+        while self.credit >= COST {
+            let Some(path) = self.choose(now) else { break };
+            let Some(fired) = self.with(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
+                continue;
+            };
+            let Some(target) = self.tracks.get(&path).map(Track::target) else { continue };
+            let id = self.shared.chance.number();
+            let to = SocketAddr::new(target.address, marks::PROBE_PORT);
+            shots.push(Shot { path: path.clone(), own: target.own, target: to, size: fired.size, id });
+            self.flying.insert(id, (path, fired));
+            self.order.push_back((now, id));
+            self.credit -= COST;
+        }
+        shots
     }
 
     /// When to call [`Prober::due`] again, as time since boot; none while there is nothing to probe.
     #[must_use]
     pub fn next(&self) -> Option<Duration> {
-        None
+        let affordable = self.credited + COST.saturating_sub(self.credit);
+        let routine = self.routine.first().map(|(at, _)| *at);
+        let wanted = self.urgent.values().copied().chain(routine).min();
+        let missing = self.order.front().map(|(sent, _)| *sent + TIMEOUT);
+        wanted.map(|at| at.max(affordable)).into_iter().chain(missing).min()
     }
 
-    /// A probe was answered.
-    pub fn answered(&mut self, _id: u64, _now: Duration) {}
+    /// A probe was answered. Answers to what was never sent, or is answered or given up already, change nothing.
+    pub fn answered(&mut self, id: u64, now: Duration) {
+        if let Some((path, fired)) = self.flying.remove(&id) {
+            self.with(&path, now, |track, shared| track.outcome(fired, true, now, shared));
+        }
+    }
 
     /// This host's own kernel refused to send a probe, which says nothing about the path.
-    pub fn refused(&mut self, _id: u64, _now: Duration) {}
+    pub fn refused(&mut self, id: u64, now: Duration) {
+        if let Some((path, fired)) = self.flying.remove(&id) {
+            self.with(&path, now, |track, shared| track.refused(fired, now, shared));
+        }
+    }
 
     /// Somebody wants to know at once: what is promised is verified, and a limit looked for anew.
-    pub fn demand(&mut self, _peer: &NodeName, _now: Duration) {}
+    pub fn demand(&mut self, peer: &NodeName, now: Duration) {
+        for family in Family::ALL {
+            self.with(&Path { peer: peer.clone(), family }, now, |track, shared| track.demand(now, shared));
+        }
+    }
 
     /// All paths.
     #[must_use]
     pub fn reports(&self) -> BTreeMap<Path, Report> {
-        self.reports.clone()
+        self.tracks.iter().map(|(path, track)| (path.clone(), track.report())).collect()
+    }
+
+    /// One path.
+    #[must_use]
+    pub fn report(&self, path: &Path) -> Option<Report> {
+        self.tracks.get(path).map(Track::report)
     }
 
     /// Peers to which less passes than is promised, with the bytes of the largest packet that passes in every family; not
     /// below the floor.
     #[must_use]
     pub fn limits(&self) -> BTreeMap<NodeName, u32> {
-        BTreeMap::new()
+        let mut limits = BTreeMap::new();
+        for (path, limit) in &self.limits {
+            limits
+                .entry(path.peer.clone())
+                .and_modify(|least: &mut u32| *least = (*least).min(*limit))
+                .or_insert(*limit);
+        }
+        limits
+    }
+
+    /// The path that is to send next: doubts and matters of course take turns, so that neither waits for all of the others.
+    fn choose(&mut self, now: Duration) -> Option<Path> {
+        let routine = self.routine.first().filter(|(at, _)| *at <= now).map(|(_, path)| path.clone());
+        let urgent = self.urgent.iter().find(|(_, at)| **at <= now).map(|((_, path), _)| path.clone());
+        let urgent_next = urgent.is_some() && (self.urgent_turns < URGENT_TURNS || routine.is_none());
+        self.urgent_turns = if urgent_next { (self.urgent_turns + 1).min(URGENT_TURNS) } else { 0 };
+        if urgent_next { urgent } else { routine }
+    }
+
+    /// Does something with a path, and what follows from that for the other paths to the same peer.
+    fn with<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+        let result = self.alone(path, act);
+        if std::mem::take(&mut self.shared.alarm) {
+            for family in Family::ALL.into_iter().filter(|family| *family != path.family) {
+                self.alone(&Path { peer: path.peer.clone(), family }, |track, _| track.hasten(now));
+            }
+        }
+        result
+    }
+
+    /// Does something with a path, and what follows from that for its limit and for when it wants to send.
+    fn alone<T>(&mut self, path: &Path, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+        self.unschedule(path);
+        let track = self.tracks.get_mut(path)?;
+        let result = act(track, &mut self.shared);
+        match track.limit() {
+            Some(limit) => self.limits.insert(path.clone(), limit),
+            None => self.limits.remove(path),
+        };
+        self.schedule(path);
+        Some(result)
+    }
+
+    fn schedule(&mut self, path: &Path) {
+        let Some(track) = self.tracks.get(path) else { return };
+        match track.due() {
+            Due::Never => {}
+            Due::Routine(at) => {
+                self.routine.insert((at, path.clone()));
+            }
+            Due::Urgent(at) => {
+                self.urgent.insert((track.began(), path.clone()), at);
+            }
+        }
+    }
+
+    fn unschedule(&mut self, path: &Path) {
+        let Some(track) = self.tracks.get(path) else { return };
+        match track.due() {
+            Due::Never => {}
+            Due::Routine(at) => {
+                self.routine.remove(&(at, path.clone()));
+            }
+            Due::Urgent(_) => {
+                self.urgent.remove(&(track.began(), path.clone()));
+            }
+        }
     }
 }

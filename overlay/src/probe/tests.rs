@@ -21,16 +21,14 @@ fn a_probe_fills_the_packet_and_its_answer_does_not() {
 #[test]
 fn nothing_else_is_a_message() {
     let bytes = wire::probe(Family::Ipv4, 600, 7);
-    for family in Family::ALL {
-        for length in (0..bytes.len()).filter(|length| family == Family::Ipv6 || *length != bytes.len()) {
-            assert_eq!(wire::read(family, &bytes[..length]), None, "{length} bytes: cut short");
-        }
-        assert_eq!(wire::read(family, &[bytes.clone(), vec![0]].concat()), None, "too long");
-        for position in 0..8 {
-            let mut forged = bytes.clone();
-            forged[position] ^= 4;
-            assert_eq!(wire::read(family, &forged), None, "byte {position}");
-        }
+    for length in 0..bytes.len() {
+        assert_eq!(wire::read(Family::Ipv4, &bytes[..length]), None, "{length} bytes: cut short");
+    }
+    assert_eq!(wire::read(Family::Ipv4, &[bytes.clone(), vec![0]].concat()), None, "too long");
+    for position in 0..8 {
+        let mut forged = bytes.clone();
+        forged[position] ^= 4;
+        assert_eq!(wire::read(Family::Ipv4, &forged), None, "byte {position}");
     }
     assert_eq!(wire::read(Family::Ipv6, &bytes), None, "the other family's header is longer");
     assert!(wire::read(Family::Ipv4, &bytes).is_some());

@@ -310,6 +310,26 @@ fn a_peer_may_send_only_from_its_own_blocks() {
 }
 
 #[test]
+fn what_probing_found_limits_the_routes_to_that_peer() {
+    for (mode, promised) in [(Mode::Ipsec, 1446), (Mode::VxlanIpsec, 1416)] {
+        let mut bed = Bed::new(mode, 2, &[1]);
+        let before = bed.converge();
+        assert_eq!(before.peers[&name(1)].probe[&Family::Ipv4].promised, promised);
+        bed.facts.probed.insert(name(1), 1333);
+        let plan = bed.converge();
+        let mtus = |index| -> BTreeSet<Option<u32>> {
+            let of_peer = |key: &crate::kernel::RouteKey| blocks(index).contains(&key.destination);
+            plan.desired.routes.iter().filter(|(key, _)| of_peer(key)).map(|(_, route)| route.mtu).collect()
+        };
+        assert_eq!((mtus(1), mtus(2)), ([Some(1333)].into(), [Some(promised)].into()), "{mode}");
+        assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::PathMtu]), "{mode}");
+        assert_eq!(plan.probe_targets(), before.probe_targets(), "{mode}");
+    }
+    let bed = Bed::new(Mode::Ipsec, 1, &[1]);
+    assert!(bed.plan().probe_targets().is_empty(), "nothing can be sent before the associations are there");
+}
+
+#[test]
 fn udp_encapsulation_has_the_ports_of_both_sides() {
     let mut bed = Bed::new(Mode::Ipsec, 1, &[1]);
     bed.config.ipsec.udp_port = Some(4500);

@@ -381,3 +381,20 @@ fn ipsec_is_looked_at_in_ipsec_modes_only() {
         assert_eq!(hooks, expected.iter().map(|(key, chain)| (*key, (*chain).to_owned())).collect(), "{mode}");
     }
 }
+
+#[test]
+fn probes_are_answered_only_to_whom_a_tunnel_lets_in() {
+    let probe = |input| Packet { input, port: Some(marks::PROBE_PORT), ..INNER };
+    for mode in [Mode::Vxlan, Mode::Wireguard, Mode::Ipsec, Mode::VxlanIpsec] {
+        let table = table(mode);
+        for outside in [ETHERNET, POD, "lo"] {
+            assert_eq!(verdict(&table, "input-probe", probe(outside)), counted(PROBE_OUTSIDE), "{mode} {outside}");
+            let other = Packet { port: Some(53), ..probe(outside) };
+            assert_eq!(verdict(&table, "input-probe", other), Verdict::Pass, "{mode} {outside}");
+        }
+        for tunnel in ["husk-vx", "husk-wg1", "husk-ipsec"] {
+            assert_eq!(verdict(&table, "input-probe", probe(tunnel)), Verdict::Pass, "{mode} {tunnel}");
+        }
+    }
+    assert!(!table(Mode::Direct).chains.contains_key("input-probe"), "they come from the underlay there");
+}

@@ -111,11 +111,13 @@ impl Devices<'_> {
         peer.plan.public_key = Some(published.public_key);
         peer.plan.port = Some(published.port);
         let interface = marks::wireguard_interface(*generation);
+        if self.userspace {
+            peer.promise(self.context, padded_route_mtu(peer, self.mtu));
+        }
         for block in &peer.record.blocks {
             let target = RouteTarget::Interface { interface: interface.clone(), via: None, onlink: false };
             let source = self.context.router.get(block.family());
-            let mtu = if self.userspace { padded_route_mtu(peer, self.mtu) } else { peer.mtu() };
-            desired.routes.insert(route_key(*block), Route { target, source, mtu });
+            desired.routes.insert(route_key(*block), Route { target, source, mtu: peer.mtu() });
         }
     }
 }
@@ -126,6 +128,6 @@ const USERSPACE_PADDING_LIMIT: u32 = 1280;
 
 /// To a peer whose MTU lies within what a userspace device pads to, the route needs the value that holds with any padding.
 fn padded_route_mtu(peer: &Peer, device_mtu: u32) -> Option<u32> {
-    let exact = peer.mtu()?;
+    let exact = peer.plan.ledger.inner?;
     if exact < device_mtu.min(USERSPACE_PADDING_LIMIT) { peer.plan.ledger.padding_proof } else { Some(exact) }
 }

@@ -1,0 +1,105 @@
+//! Paths to peers: what to probe, and what follows from what probing found.
+//!
+//! The ledger says what has to pass if everybody on the way keeps the underlay's promise. Where probing found that less does,
+//! the routes to that peer are limited to it, and an issue says so; no other peer is concerned.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use super::Context;
+use super::local::route_key;
+use super::peers::Peer;
+use crate::issue::{Issue, IssueKind, Severity};
+use crate::kernel::{Desired, RouteTarget};
+use crate::mode::Mode;
+use crate::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
+use crate::name::NodeName;
+use crate::prefix::{Family, Prefix};
+use crate::probe::Target;
+
+/// MTU in bytes that all of the cluster's families work with; no route is limited further.
+pub(super) fn floor(context: &Context<'_>) -> u32 {
+    if context.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 }
+}
+
+/// What probing found for a peer, if that is less than promised. Nothing below the floor is believed.
+pub(super) fn probed(context: &Context<'_>, peer: &NodeName, promised: Option<u32>) -> Option<u32> {
+    let probed = floor(context).max(*context.facts.probed.get(peer)?);
+    promised.is_some_and(|promised| probed < promised).then_some(probed)
+}
+
+/// What to probe of the peers that packets can be sent to, and what is wrong with their paths.
+pub(super) fn render(
+    context: &Context<'_>,
+    peers: &mut BTreeMap<NodeName, Peer>,
+    desired: &Desired,
+    issues: &mut Vec<Issue>,
+) {
+    for peer in peers.values_mut() {
+        if peer.plan.refused.is_some() {
+            (peer.plan.probed, peer.plan.mtu) = (None, None);
+            continue;
+        }
+        let Some(promised) = peer.promised else { continue };
+        issues.extend(peer.plan.probed.map(|passes| issue(context, peer, passes, promised)));
+        let floor = floor(context);
+        if promised <= floor {
+            continue;
+        }
+        let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor });
+        let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
+            Mode::Direct => next_hops(context, peer, desired),
+            Mode::Vxlan | Mode::Wireguard | Mode::Ipsec | Mode::VxlanIpsec => routers(context, peer, desired),
+        };
+        peer.plan.probe = ends.into_iter().map(target).collect();
+    }
+}
+
+/// Own and peer's address inside the overlay, in every family in which there is a route to the peer.
+fn routers(context: &Context<'_>, peer: &Peer, desired: &Desired) -> Vec<(IpAddr, IpAddr)> {
+    let routed = |address: &IpAddr| {
+        let block = peer.record.blocks.iter().find(|block| block.contains(*address));
+        block.is_some_and(|block| desired.routes.contains_key(&route_key(*block)))
+    };
+    let ends = |family| Some((context.router.get(family)?, peer.record.router.get(family).filter(routed)?));
+    context.families().filter_map(ends).collect()
+}
+
+/// In mode `direct` router addresses are on no interface, but the underlay's packets are the pods' packets: what passes
+/// between the underlay addresses passes between pods.
+fn next_hops(context: &Context<'_>, peer: &Peer, desired: &Desired) -> Vec<(IpAddr, IpAddr)> {
+    let via = |block: &Prefix| match &desired.routes.get(&route_key(*block))?.target {
+        RouteTarget::Interface { via, .. } => *via,
+        RouteTarget::Unreachable => None,
+    };
+    let ends = |address: IpAddr| Some((context.facts.addresses.get(Family::of(address))?, address));
+    peer.record.blocks.iter().filter_map(via).filter_map(ends).collect()
+}
+
+fn issue(context: &Context<'_>, peer: &Peer, passes: u32, promised: u32) -> Issue {
+    let outside = |inside| underlay_needed(&context.config.stack(), context.config.underlay.family, inside);
+    let (carried, expected) = (outside(passes), peer.plan.ledger.underlay_mtu);
+    let to = peer.plan.address.map_or_else(|| "its address".to_owned(), |address| address.to_string());
+    let (severity, or_less) = if passes > floor(context) {
+        (Severity::Warning, "")
+    } else {
+        (Severity::Error, ", the least that the cluster works with, and perhaps not even those pass")
+    };
+    Issue {
+        severity,
+        kind: IssueKind::PathMtu,
+        subject: peer.record.name.to_string(),
+        message: format!(
+            "packets of more than {passes} bytes vanish on the way to the node, though the underlay promises room for \
+             {promised}: its path carries {carried} bytes instead of {expected}; the routes to it are limited to \
+             {passes}{or_less}"
+        ),
+        remedy: format!(
+            "let everything on the way to {to} carry {expected} bytes, or let its routers say what they carry \
+             (ICMP \"fragmentation needed\", ICMPv6 \"packet too big\"); or set underlay.mtu to {carried} on the node"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,321 @@
+//! Path probing against models of paths, over many simulated hours.
+
+#[path = "probing/world.rs"]
+mod world;
+
+use std::time::Duration;
+
+use husk_overlay::prefix::Family;
+use husk_overlay::probe::Standing;
+use husk_overlay::probe::wire::SMALL;
+use proptest::prelude::*;
+
+use world::{FLOOR, Model, SECOND, World};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Within which a path that swallows packets is found, to the byte.
+const FOUND: Duration = Duration::from_secs(30);
+
+/// Within which a path that has recovered is seen to have, if no packet is lost.
+const RECOVERED: Duration = Duration::from_secs(20);
+
+/// A world in which every path was verified.
+fn verified(peers: usize, families: &[Family], promised: u32, seed: u64) -> World {
+    let mut world = World::new(peers, families, promised, seed);
+    let took = world.run_until(FOUND, |world| world.all_stand(Standing::Verified));
+    assert!(took.is_some(), "not verified: {:?}", world.prober.reports());
+    world
+}
+
+/// A promise and what of it passes.
+fn hole() -> impl Strategy<Value = (u32, u32)> {
+    let promised = prop_oneof![Just(1281_u32), 1282_u32..1500, Just(1440), 1500_u32..9001, Just(65475)];
+    promised.prop_flat_map(|promised| (Just(promised), prop_oneof![Just(FLOOR), Just(promised - 1), FLOOR..promised]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_black_hole_is_found_to_the_byte_within_30_seconds_and_its_end_within_20(
+        (promised, passes) in hole(),
+        families in prop_oneof![Just(&Family::ALL[..1]), Just(&Family::ALL[1..]), Just(&Family::ALL[..])],
+        delay in 0_u64..300,
+        begin in 0_u64..20_000,
+        seed: u64,
+    ) {
+        let mut world = verified(3, families, promised, seed);
+        world.run(Duration::from_millis(begin));
+        world.peer(1, Model { delay: Duration::from_millis(delay), ..Model::passing(passes) });
+        world.run(FOUND);
+        prop_assert_eq!(world.limit(1), Some(passes), "{:?}", world.prober.reports());
+        prop_assert_eq!((world.limit(0), world.limit(2)), (None, None));
+        for family in families {
+            let report = world.report(1, *family);
+            prop_assert_eq!((report.standing, report.passes), (Standing::Limited { passes }, Some(passes)));
+        }
+        world.run(Duration::from_millis(begin));
+        prop_assert_eq!(world.limit(1), Some(passes));
+        world.peer(1, Model::good());
+        world.run(RECOVERED);
+        prop_assert_eq!(world.limit(1), None);
+        prop_assert!(world.all_stand(Standing::Verified));
+    }
+
+    #[test]
+    fn it_is_found_just_as_fast_where_packets_are_lost(
+        (promised, passes) in hole(),
+        lost in prop_oneof![Just((50_u64, 0_u64)), Just((0, 50)), Just((25, 25))],
+        begin in 0_u64..20_000,
+        seed: u64,
+    ) {
+        let mut world = verified(1, &[Family::Ipv4], promised, seed);
+        world.run(Duration::from_millis(begin));
+        world.peer(0, Model::passing(passes).losing(lost.0, lost.1));
+        world.run(FOUND);
+        prop_assert_eq!(world.limit(0), Some(passes), "{:?}", world.prober.reports());
+        // A lost probe may cost another try.
+        world.peer(0, Model::good().losing(lost.0, lost.1));
+        prop_assert!(world.run_until(RECOVERED * 3, |world| world.limit(0).is_none()).is_some());
+    }
+
+    #[test]
+    fn a_path_that_gets_worse_or_somewhat_better_is_followed_to_the_byte(
+        first in 1290_u32..8900,
+        second in 1290_u32..8900,
+        seed: u64,
+    ) {
+        let mut world = verified(1, &[Family::Ipv4], 8941, seed);
+        world.peer(0, Model::passing(first));
+        world.run(FOUND);
+        prop_assert_eq!(world.limit(0), Some(first));
+        world.peer(0, Model::passing(second));
+        world.run(FOUND + RECOVERED);
+        prop_assert_eq!(world.limit(0), Some(second));
+    }
+
+    #[test]
+    fn a_path_that_changes_while_it_is_measured_is_understood_in_the_end(
+        changes in proptest::collection::vec((FLOOR - 10..1460, 0_u64..5000), 1..12),
+        seed: u64,
+    ) {
+        let mut world = verified(1, &[Family::Ipv4, Family::Ipv6], 1440, seed);
+        for (passes, milliseconds) in &changes {
+            world.peer(0, Model::passing(*passes));
+            world.run(Duration::from_millis(*milliseconds));
+        }
+        world.run(FOUND * 2);
+        let passes = changes.last().map_or(1440, |(passes, _)| *passes);
+        prop_assert_eq!(world.limit(0), (passes < 1440).then_some(passes.max(FLOOR)));
+    }
+
+    #[test]
+    fn what_was_never_sent_or_comes_twice_or_late_does_no_harm(
+        forged in proptest::collection::vec(any::<u64>(), 0..50),
+        copies in 1_usize..4,
+        seed: u64,
+    ) {
+        let mut world = verified(2, &Family::ALL, 1440, seed);
+        world.peer(0, Model { copies, delay: Duration::from_millis(600), ..Model::passing(1399) });
+        for id in forged {
+            world.prober.answered(id, world.now);
+            world.run(SECOND);
+        }
+        world.run(FOUND);
+        prop_assert_eq!(world.limit(0), Some(1399));
+        // Whoever answers after more than a second might as well be silent; what is known of the path stays.
+        world.peer(0, Model { delay: Duration::from_millis(1500), copies: 1, ..Model::good() });
+        world.run(FOUND * 4);
+        prop_assert_eq!(world.limit(0), Some(1399));
+        prop_assert_eq!(world.report(0, Family::Ipv4).standing, Standing::Unreachable);
+        prop_assert_eq!(world.limit(1), None);
+    }
+}
+
+#[test]
+fn random_loss_is_never_taken_for_a_black_hole() {
+    for (index, lost) in [(50, 50), (100, 100), (100, 0), (0, 100), (190, 0)].into_iter().enumerate() {
+        let mut world = World::new(16, &Family::ALL, 1440, 7 + index as u64);
+        world.all(Model::good().losing(lost.0, lost.1));
+        let wrong = world.run_until(HOUR * 24, |world| !world.prober.limits().is_empty());
+        assert_eq!(wrong, None, "{lost:?}: {:?}", world.prober.reports());
+        let expected = 1000 - (1000 - lost.0) * (1000 - lost.1) / 1000;
+        let measured = world.report(0, Family::Ipv4).loss_per_mille.unwrap();
+        eprintln!("{lost:?} of 1000 lost: {expected} expected, {measured} measured, {} probes", world.sent);
+        assert!(u64::from(measured).abs_diff(expected) < 110, "{lost:?}: {measured}");
+    }
+}
+
+#[test]
+fn links_that_come_and_go_are_never_taken_for_a_black_hole() {
+    let mut world = World::new(8, &Family::ALL, 1440, 3);
+    for _ in 0..4000 {
+        let (up, down) = (world.random() % 8000, world.random() % 3000);
+        world.all(Model::good().losing(20, 20));
+        world.run(Duration::from_millis(up));
+        world.all(Model::dead());
+        world.run(Duration::from_millis(down));
+        assert!(world.prober.limits().is_empty(), "{:?}", world.prober.reports());
+    }
+    world.all(Model::good());
+    world.run(FOUND);
+    assert!(world.all_stand(Standing::Verified));
+}
+
+#[test]
+fn a_path_that_passes_less_than_the_floor_is_limited_to_the_floor() {
+    let mut world = verified(1, &Family::ALL, 1440, 5);
+    world.peer(0, Model::passing(FLOOR - 1));
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(FLOOR));
+    assert_eq!(world.report(0, Family::Ipv6).standing, Standing::Limited { passes: SMALL });
+    world.run(HOUR);
+    assert_eq!(world.limit(0), Some(FLOOR));
+    world.peer(0, Model::passing(FLOOR));
+    world.run(FOUND + RECOVERED);
+    assert_eq!(world.report(0, Family::Ipv6).standing, Standing::Limited { passes: FLOOR });
+    world.peer(0, Model::good());
+    world.run(RECOVERED);
+    assert_eq!(world.limit(0), None);
+}
+
+#[test]
+fn a_peer_out_of_reach_keeps_its_limit_or_none() {
+    let mut world = verified(2, &Family::ALL, 1440, 11);
+    world.peer(0, Model::passing(1300));
+    world.run(FOUND);
+    world.all(Model::dead());
+    world.run(FOUND);
+    assert!(world.all_stand(Standing::Unreachable));
+    assert_eq!((world.limit(0), world.limit(1)), (Some(1300), None));
+    assert_eq!(world.report(1, Family::Ipv4).loss_per_mille.map(|loss| loss > 300), Some(true));
+    let since = world.report(1, Family::Ipv4).since;
+    let sent = world.sent;
+    world.run(HOUR);
+    assert_eq!(world.report(1, Family::Ipv4).since, since, "nothing has changed");
+    assert!(world.sent - sent < 4 * 3600, "{} probes to the dead", world.sent - sent);
+    world.all(Model::good());
+    world.run(RECOVERED);
+    assert!(world.all_stand(Standing::Verified));
+}
+
+#[test]
+fn a_new_promise_is_verified_anew_and_limits_above_it_go() {
+    let mut world = verified(1, &[Family::Ipv4], 8941, 13);
+    world.peer(0, Model::passing(1440));
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(1440));
+    world.promise(1440);
+    assert_eq!((world.limit(0), world.report(0, Family::Ipv4).standing), (None, Standing::Unknown));
+    world.run(SECOND * 2);
+    assert!(world.all_stand(Standing::Verified));
+    world.promise(8941);
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(1440));
+    world.promise(4000);
+    assert_eq!(world.limit(0), Some(1440), "what passes is still known");
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(1440));
+    world.peer(0, Model::good());
+    world.promise(9001);
+    world.run(SECOND * 3);
+    assert!(world.all_stand(Standing::Verified) && world.limit(0).is_none());
+    world.targets.clear();
+    world.prober.set_targets(&world.targets, world.now);
+    world.run(HOUR);
+    assert!(world.prober.reports().is_empty() && world.prober.limits().is_empty());
+}
+
+#[test]
+fn what_somebody_asks_for_is_begun_at_once() {
+    let mut world = verified(40, &Family::ALL, 1440, 17);
+    world.peer(0, Model::passing(1350));
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(1350));
+    world.peer(0, Model::passing(1390));
+    let ask = |world: &mut World, index, patience| {
+        let asked = world.now;
+        world.prober.demand(&world::peer(index), world.now);
+        let concluded = |family: &Family, world: &World| world.report(index, *family).concluded > Some(asked);
+        world.run_until(patience, |world| Family::ALL.iter().all(|family| concluded(family, world)))
+    };
+    assert!(ask(&mut world, 0, SECOND * 12).is_some());
+    assert_eq!(world.limit(0), Some(1390));
+    assert!(ask(&mut world, 1, SECOND).is_some());
+    world.peer(2, Model::dead());
+    assert!(ask(&mut world, 2, SECOND * 6).is_some());
+    assert_eq!(world.report(2, Family::Ipv4).standing, Standing::Unreachable);
+}
+
+#[test]
+fn what_the_own_kernel_refuses_says_nothing_of_the_path() {
+    let mut world = verified(2, &Family::ALL, 1440, 19);
+    world.device = 1400;
+    let sent = world.sent;
+    world.run(HOUR);
+    assert!(world.prober.limits().is_empty() && world.all_stand(Standing::Verified));
+    assert!(world.sent - sent < 4 * 3600 / 7, "{} tries", world.sent - sent);
+    world.device = u32::MAX;
+    world.peer(0, Model::passing(1350));
+    world.run(FOUND);
+    assert_eq!(world.limit(0), Some(1350));
+}
+
+#[test]
+fn in_a_large_cluster_nobody_is_forgotten_and_the_budget_is_kept() {
+    let mut world = World::new(5000, &Family::ALL, 8941, 23);
+    world.run(Duration::from_secs(400));
+    assert!(world.all_stand(Standing::Verified));
+    let before = world.sent_to.clone();
+    let sent = world.sent;
+    world.run(Duration::from_secs(400));
+    eprintln!("{} probes per second for 10,000 paths", (world.sent - sent) / 400);
+    assert!(world.sent_to.iter().all(|(path, sent)| *sent > before[path]), "somebody was left out");
+    // One peer of them is lost in both families soon after it is in one.
+    world.peer(77, Model::passing(1400));
+    let one = |world: &World| Family::ALL.iter().filter(|it| world.report_limit(77, **it).is_some()).count();
+    assert!(world.run_until(Duration::from_secs(400), |world| one(world) == 1).is_some());
+    let other = world.run_until(FOUND, |world| one(world) == 2);
+    assert!(other.is_some());
+    // A thousand are out of reach: the others are still probed.
+    (1000..2000).for_each(|index| world.peer(index, Model::dead()));
+    world.run(Duration::from_secs(800));
+    let before = world.sent_to.clone();
+    world.run(Duration::from_secs(800));
+    let forgotten = world.sent_to.iter().filter(|(path, sent)| **sent == before[path]).count();
+    assert_eq!(forgotten, 0);
+    world.peer(3000, Model::passing(2000));
+    assert!(world.run_until(Duration::from_secs(1200), |world| world.limit(3000) == Some(2000)).is_some());
+}
+
+#[test]
+fn when_every_path_is_limited_all_are_found_and_recover() {
+    let mut world = verified(100, &Family::ALL, 8941, 29);
+    world.all(Model::passing(1440));
+    let found = world.run_until(HOUR, |world| world.all_stand(Standing::Limited { passes: 1440 })).unwrap();
+    world.all(Model::good());
+    let recovered = world.run_until(HOUR, |world| world.all_stand(Standing::Verified)).unwrap();
+    eprintln!("200 paths: limited in {found:?}, recovered in {recovered:?}");
+    assert!(found < Duration::from_secs(400) && recovered < Duration::from_secs(120));
+}
+
+#[test]
+fn memory_does_not_grow() {
+    let mut world = World::new(10, &Family::ALL, 1440, 31);
+    let mut most = Vec::new();
+    for round in 0..40 {
+        let size = format!("{:?}", world.prober).len();
+        most.push(size);
+        match round % 4 {
+            0 => world.all(Model::good().losing(100, 100)),
+            1 => world.all(Model { copies: 3, ..Model::passing(1333) }),
+            2 => world.all(Model::dead()),
+            _ => world.all(Model { delay: Duration::from_millis(1200), ..Model::good() }),
+        }
+        world.run(HOUR / 4);
+    }
+    let early = most[..20].iter().max();
+    let late = most[20..].iter().max();
+    assert!(late.unwrap() < &(early.unwrap() * 3 / 2), "{most:?}");
+}
