@@ -20,6 +20,7 @@ mod pod_names;
 mod pods;
 mod policy;
 mod policy_reports;
+mod probes;
 mod quiet;
 mod reports;
 mod rotation;
@@ -296,6 +297,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             self.turn_keys(&facts, &plan, &outcome, &mut issues);
         }
         self.probe_changed(&plan);
+        self.probe_paths(&plan);
         self.passes += 1;
         let took = started.elapsed();
         let repeated = self.pace.ended(failures::digest(&outcome), !outcome.is_clean());

@@ -23,10 +23,10 @@ use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
-use husk_overlay::marks;
-use husk_overlay::name::InterfaceName;
+use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
+use husk_overlay::{marks, probe};
 
 use self::paths::Paths;
 use self::support::Support;
@@ -35,6 +35,7 @@ use crate::engine::Node;
 use crate::files;
 use crate::identity::Identity;
 use crate::keys::KeyStore;
+use crate::probing::{Probing, uptime};
 use crate::report::Counter;
 
 /// The UDP port of the discard service (RFC 863): what matters is that a packet goes there, not what becomes of it.
@@ -61,6 +62,8 @@ pub struct Host {
     chosen: DualStack,
     /// Configured addresses that no interface has.
     missing: BTreeSet<IpAddr>,
+    /// Who probes the paths to the peers, if anybody does.
+    probing: Option<Probing>,
 }
 
 impl Host {
@@ -83,7 +86,13 @@ impl Host {
             paths: Paths::new(config),
             chosen: DualStack::default(),
             missing: BTreeSet::new(),
+            probing: None,
         })
+    }
+
+    /// Has the paths to the peers probed.
+    pub fn probe_with(&mut self, probing: Probing) {
+        self.probing = Some(probing);
     }
 
     /// A userspace device that ended takes its key with it. The kernel's device could not go on with it for half a minute:
@@ -159,13 +168,6 @@ impl Host {
     }
 }
 
-/// Time since boot, suspended time included.
-fn uptime() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map(Duration::from)
-        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39")
-}
-
 impl Node for Host {
     fn facts(&mut self, snapshot: &Snapshot, created: jiff::Timestamp) -> Result<Facts> {
         let interfaces = underlay::interfaces(&mut self.socket).context("cannot list interfaces")?;
@@ -198,7 +200,7 @@ impl Node for Host {
             foreign_prefixes: foreign_prefixes(&all, &interfaces),
             routes,
             wireguard,
-            probed: BTreeMap::new(),
+            probed: self.probing.as_ref().map(Probing::limits).unwrap_or_default(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,
@@ -339,6 +341,20 @@ impl Node for Host {
         if let Err(error) = std::thread::Builder::new().name("greeting".into()).spawn(later) {
             tracing::debug!(%error, "sessions with some peers start with their first packets");
         }
+    }
+
+    fn probe(&mut self, targets: &BTreeMap<probe::Path, probe::Target>) {
+        if let Some(probing) = &self.probing {
+            probing.set_targets(targets);
+        }
+    }
+
+    fn probes(&mut self) -> BTreeMap<probe::Path, probe::Report> {
+        self.probing.as_ref().map(Probing::reports).unwrap_or_default()
+    }
+
+    fn demand_probe(&mut self, peer: &NodeName) -> Option<Duration> {
+        self.probing.as_ref().map(|probing| probing.demand(peer))
     }
 
     fn remember(&mut self, desired: &Desired) {

@@ -56,7 +56,7 @@ enum Output {
 enum Command {
     /// Is this node ready, and what is wrong
     Status,
-    /// How every peer is reached: endpoint, handshake age, bytes, MTU
+    /// How every peer is reached: endpoint, handshake age, bytes, MTU, and what probing found of the path
     Peers,
     /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from; exit status 1 if something
     /// is too small, or a path swallows what it should carry

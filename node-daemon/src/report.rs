@@ -3,6 +3,7 @@
 mod ipam;
 mod keys;
 mod mtu;
+mod paths;
 mod peers;
 mod policy;
 mod status;
@@ -12,6 +13,7 @@ pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};
+pub use paths::{PathReport, ProbeStarted};
 pub use peers::{DiffReport, PeerReport, PeerState};
 pub use policy::{
     PodPolicyReport, PodPolicyState, PolicyKind, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,

@@ -6,12 +6,13 @@
 mod canned;
 
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use husk_node_daemon::keys::Technology;
 use husk_node_daemon::report::{
     AssociationReport, BlockReport, Counter, DiffReport, Direction, EpochReport, IpamReport, KeysReport, KeysSummary,
-    LastPass, MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, PeerKeysReport, PeerReport, PeerState,
-    PoolReport, RotationDue, RotationReport, Status, WhatIfReport,
+    LastPass, MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, PathReport, PeerKeysReport, PeerReport,
+    PeerState, PoolReport, ProbeStarted, RotationDue, RotationReport, Status, WhatIfReport,
 };
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
 use husk_overlay::esp::Aead;
@@ -22,6 +23,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::mtu::{Stack, ledger};
 use husk_overlay::name::{ContainerId, InterfaceName, NetworkName, NodeName};
 use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::probe::{Path, Report, Standing};
 use husk_overlay::record::{DualStack, Pool};
 use serde::Serialize;
 
@@ -90,6 +92,7 @@ fn peer(name: &str, state: PeerState) -> PeerReport {
         received: Some(1536),
         sent: Some(10),
         mtu: Some(1440),
+        paths: [].into(),
         blocks: [prefix("10.42.0.64/26")].into(),
     }
 }
@@ -240,9 +243,9 @@ fn peers_are_a_row_each() {
     assert_eq!(
         words(&ran.text),
         [
-            "PEER STATE ENDPOINT HANDSHAKE RECEIVED SENT MTU BLOCKS REASON",
-            "beta connected 192.0.2.2:51820 75 s 1.5 KiB 10 B 1440 10.42.0.64/26",
-            "gamma REFUSED - - - - - - the node publishes no WireGuard key",
+            "PEER STATE ENDPOINT HANDSHAKE RECEIVED SENT MTU RTT LOSS PATH BLOCKS REASON",
+            "beta connected 192.0.2.2:51820 75 s 1.5 KiB 10 B 1440 - - - 10.42.0.64/26",
+            "gamma REFUSED - - - - - - - - - the node publishes no WireGuard key",
         ]
     );
     assert_eq!(run(&vec![peer("beta", PeerState::Idle)], &["peers"]).status, 0);
@@ -324,6 +327,89 @@ fn what_if_needs_no_daemon_and_says_what_is_wrong_with_the_question() {
     assert_eq!(wrong.status.code(), Some(2));
     let told = String::from_utf8(wrong.stderr).unwrap();
     assert!(told.contains("\"mtu\" is not known: mode, underlay, family and udp are"), "{told}");
+}
+
+fn path(family: Family, standing: Standing, concluded: u64) -> PathReport {
+    let passes = match standing {
+        Standing::Verified => Some(1440),
+        Standing::Limited { passes } => Some(passes),
+        _ => None,
+    };
+    PathReport {
+        path: Path { peer: NodeName::new("beta").unwrap(), family },
+        report: Report {
+            standing,
+            promised: 1440,
+            passes,
+            rtt: Some(Duration::from_micros(1234)),
+            loss_per_mille: Some(15),
+            sent: 9,
+            answered: 8,
+            since: Duration::from_secs(1),
+            concluded: Some(Duration::from_secs(concluded)),
+        },
+    }
+}
+
+#[test]
+fn peers_tell_what_probing_found() {
+    let both = |four: Standing, six: Standing| PeerReport {
+        paths: [(Family::Ipv4, path(Family::Ipv4, four, 1).report), (Family::Ipv6, path(Family::Ipv6, six, 1).report)]
+            .into(),
+        ..peer("beta", PeerState::Connected)
+    };
+    let limited = Standing::Limited { passes: 1372 };
+    for (report, expected) in [
+        (peer("beta", PeerState::Connected), "1440 - - - 10.42.0.64/26"),
+        (both(Standing::Verified, Standing::Verified), "1440 1.2 ms 1.5 % ok 10.42.0.64/26"),
+        (both(limited, limited), "1440 1.2 ms 1.5 % ONLY 1372 of 1440 10.42.0.64/26"),
+        (
+            both(Standing::Searching { passes: 1280, fails: 1441 }, Standing::Unreachable),
+            "1440 1.2 ms 1.5 % IPv4 SEARCHING 1280 to 1440, IPv6 NO ANSWER 10.42.0.64/26",
+        ),
+    ] {
+        let ran = run(&vec![report], &["peers"]);
+        let line = words(&ran.text)[1].clone();
+        assert!(line.ends_with(expected), "{line}");
+    }
+}
+
+#[test]
+fn a_probe_is_followed_until_it_is_known_what_passes() {
+    let begun = ProbeStarted { peer: NodeName::new("beta").unwrap(), begun: Duration::from_secs(100) };
+    let answers = |states: &[[PathReport; 2]]| {
+        let begun = serde_json::to_value(&begun).unwrap();
+        let other = PathReport {
+            path: Path { peer: NodeName::new("gamma").unwrap(), family: Family::Ipv4 },
+            ..path(Family::Ipv4, Standing::Unreachable, 1)
+        };
+        let state =
+            |paths: &[PathReport; 2]| serde_json::to_value(paths.iter().chain([&other]).collect::<Vec<_>>()).unwrap();
+        [begun].into_iter().chain(states.iter().map(state)).collect::<Vec<_>>()
+    };
+    let both = |standing, concluded| Family::ALL.map(|family| path(family, standing, concluded));
+    let (well, searching) = (Standing::Verified, Standing::Searching { passes: 1280, fails: 1441 });
+    // What was known before somebody asked is no answer.
+    let ran = run_along(answers(&[both(well, 99), both(well, 101)]), &["mtu", "probe", "beta"]);
+    assert_eq!((ran.status, words(&ran.text)[1].as_str()), (0, "IPv4 1440 1440 1.2 ms 1.5 % ok"), "{}", ran.errors);
+    assert_eq!(ran.errors, "IPv4: trying 1440 bytes; IPv6: trying 1440 bytes\n");
+
+    let limited = Standing::Limited { passes: 1372 };
+    let ran =
+        run_along(answers(&[both(searching, 99), both(limited, 130)]), &["--output", "json", "mtu", "probe", "beta"]);
+    assert_eq!(ran.status, 1);
+    assert!(ran.errors.starts_with("IPv4: 1280 bytes pass, 1441 do not, 160 sizes are open; IPv6:"), "{}", ran.errors);
+    let printed: serde_json::Value = serde_json::from_str(&ran.text).unwrap();
+    assert_eq!((&printed["finished"], &printed["peer"]), (&true.into(), &"beta".into()));
+    assert_eq!(printed["paths"].as_array().unwrap().len(), 2, "other peers are not asked for");
+    assert_eq!(printed["paths"][0]["standing"]["passes"], 1372);
+
+    let ran = run_along(answers(&[both(Standing::Unreachable, 101)]), &["mtu", "probe", "beta"]);
+    assert_eq!((ran.status, ran.text.contains("is huskd running on beta")), (1, true), "{}", ran.text);
+    let ran = run_along(answers(&[both(searching, 99)]), &["mtu", "probe", "beta", "--timeout", "1"]);
+    assert_eq!((ran.status, ran.text.contains("Not finished within 1 s")), (1, true), "{}", ran.text);
+    let refused = run_against(Response::Refused { reason: "no such node".into() }, &["mtu", "probe", "delta"]);
+    assert_eq!((refused.status, refused.request), (3, Request::ProbePeer { peer: "delta".into() }));
 }
 
 #[test]

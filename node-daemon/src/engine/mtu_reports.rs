@@ -32,7 +32,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 route,
                 published: self.snapshot.nodes.get(name).map(|record| record.underlay_mtu),
                 promised: peer.ledger.inner,
-                probed: None,
+                probed: peer.probed,
             };
             MtuReport {
                 node: name.clone(),
@@ -41,7 +41,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 ledger: peer.ledger.clone(),
                 sources: underlay.sources(&towards),
                 probed: towards.probed,
-                mtu: peer.ledger.inner.filter(|_| peer.refused.is_none()),
+                mtu: peer.mtu.filter(|_| peer.refused.is_none()),
                 mismatches: underlay.mismatches(&towards),
             }
         });

@@ -12,7 +12,8 @@ use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{Facts, SpentAssociation};
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
-use husk_overlay::name::InterfaceName;
+use husk_overlay::name::{InterfaceName, NodeName};
+use husk_overlay::probe::{Path, Report, Target};
 use husk_overlay::record::Snapshot;
 
 use crate::report::Counter;
@@ -130,4 +131,17 @@ pub trait Node {
     /// Sends a packet to each of these addresses of other nodes, through the tunnels, after some time; nobody waits for it, nor
     /// for an answer.
     fn greet(&mut self, _routers: &[IpAddr], _after: Duration) {}
+
+    /// What there is to be probed from now on; what is found out of it comes with the facts.
+    fn probe(&mut self, _targets: &BTreeMap<Path, Target>) {}
+
+    /// What probing found so far.
+    fn probes(&mut self) -> BTreeMap<Path, Report> {
+        BTreeMap::new()
+    }
+
+    /// Probes the paths to a peer at once. When that began, as time since boot; none where nothing is probed.
+    fn demand_probe(&mut self, _peer: &NodeName) -> Option<Duration> {
+        None
+    }
 }

@@ -11,7 +11,6 @@ use husk_overlay::ipc::{Request, Response};
 use husk_overlay::kernel::Desired;
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Prefix;
-use husk_overlay::probe::{Path, Report};
 use serde::Serialize;
 
 use super::trace::Question;
@@ -34,6 +33,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Status => self.report(Self::status),
             Request::Peers => self.report(Self::peers),
             Request::Mtu => self.report(Self::mtu),
+            Request::Probes => self.report(|engine, _| engine.paths()),
+            Request::ProbePeer { peer } => self.probe_peer(peer),
             Request::Diff => self.difference(),
             Request::Ipam => self.report(Self::ipam),
             Request::Keys => self.keys(),
@@ -44,8 +45,6 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 self.trace(&Question { source, destination, protocol: *protocol, port: *port })
             }
             Request::Quarantine { pod, on } => self.quarantine(pod, *on),
-            Request::Probes => self.report(|_, _| Vec::<(Path, Report)>::new()),
-            Request::ProbePeer { peer } => Response::Refused { reason: format!("{peer} is not probed") },
             Request::Admit { .. }
             | Request::Detach { .. }
             | Request::Released
@@ -119,6 +118,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     fn peers(&mut self, last: &Pass) -> Vec<PeerReport> {
         let traffic = self.traffic(last);
+        let mut paths = self.paths_by_peer();
         let rows = last.plan.peers.iter().map(|(name, peer)| {
             let traffic = traffic.get(name).copied().unwrap_or_default();
             let recent = |age: Option<Duration>| age.is_some_and(|age| age < SESSION);
@@ -148,7 +148,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 received_age: traffic.received_age.map(|age| age.as_secs()),
                 received: traffic.received,
                 sent: traffic.sent,
-                mtu: peer.ledger.inner.filter(|_| peer.refused.is_none()),
+                mtu: peer.mtu.filter(|_| peer.refused.is_none()),
+                paths: paths.remove(name).unwrap_or_default(),
                 blocks: peer.blocks.clone(),
             }
         });

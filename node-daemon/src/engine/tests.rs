@@ -11,6 +11,7 @@ mod peers;
 mod pods;
 mod policy;
 mod policy_reports;
+mod probes;
 mod readiness;
 mod secrets;
 mod wireguard;

@@ -2,6 +2,7 @@
 
 mod keys;
 mod mtu;
+mod paths;
 mod policy;
 
 use std::fmt::Write as _;
@@ -12,6 +13,7 @@ use husk_overlay::issue::{Issue, Severity};
 
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
+pub(super) use self::paths::paths;
 pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
@@ -157,7 +159,9 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
     }
     // IPsec has no handshakes; what is known there is when something came.
     let heard = if peers.iter().any(|peer| peer.received_age.is_some()) { "LAST PACKET" } else { "HANDSHAKE" };
-    let mut rows = table(&["PEER", "STATE", "ENDPOINT", heard, "RECEIVED", "SENT", "MTU", "BLOCKS", "REASON"]);
+    let mut rows = table(&[
+        "PEER", "STATE", "ENDPOINT", heard, "RECEIVED", "SENT", "MTU", "RTT", "LOSS", "PATH", "BLOCKS", "REASON",
+    ]);
     for peer in peers {
         let state = match peer.state {
             PeerState::Connected => "connected",
@@ -166,6 +170,7 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
             PeerState::Configured => "configured",
             PeerState::Refused => "REFUSED",
         };
+        let [rtt, loss, path] = paths::columns(&peer.paths);
         rows.add_row(vec![
             peer.node.to_string(),
             state.to_owned(),
@@ -174,6 +179,9 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
             peer.received.map_or_else(|| "-".into(), bytes),
             peer.sent.map_or_else(|| "-".into(), bytes),
             or_dash(peer.mtu),
+            rtt,
+            loss,
+            path,
             list(&peer.blocks),
             peer.reason.clone().unwrap_or_default(),
         ]);

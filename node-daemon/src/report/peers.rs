@@ -1,10 +1,11 @@
 //! `huskctl peers` and `huskctl diff`
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use husk_overlay::keys::PublicKey;
 use husk_overlay::name::NodeName;
-use husk_overlay::prefix::Prefix;
+use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::probe::Report;
 use serde::{Deserialize, Serialize};
 
 /// How a peer is doing.
@@ -48,6 +49,9 @@ pub struct PeerReport {
     pub sent: Option<u64>,
     /// MTU in bytes of the routes to it.
     pub mtu: Option<u32>,
+    /// What probing found of the paths to it, by family of the packets inside the tunnel.
+    #[serde(default)]
+    pub paths: BTreeMap<Family, Report>,
     /// Blocks routed to it.
     pub blocks: BTreeSet<Prefix>,
 }

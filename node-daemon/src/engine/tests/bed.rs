@@ -30,6 +30,7 @@ use husk_overlay::name::{ContainerId, InstanceId, InterfaceName, NetworkName, No
 use husk_overlay::plan::{router_addresses, vxlan_mac};
 use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
 use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::probe::{Path, Report, Target};
 use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
 use husk_policy::object::Objects;
 
@@ -266,6 +267,13 @@ pub(super) struct NodeState {
     pub(super) udp_port: Option<u16>,
     /// Why that process does not start.
     pub(super) udp_fails: Option<&'static str>,
+    /// What there is to be probed.
+    pub(super) targets: BTreeMap<Path, Target>,
+    /// What was found.
+    pub(super) probes: BTreeMap<Path, Report>,
+    pub(super) probed: BTreeMap<NodeName, u32>,
+    /// Peers that somebody wants to be probed at once.
+    pub(super) demanded: Vec<NodeName>,
 }
 
 impl NodeState {
@@ -332,7 +340,7 @@ impl Node for FakeNode {
             foreign_prefixes: BTreeSet::new(),
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
-            probed: BTreeMap::new(),
+            probed: state.probed.clone(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,
@@ -490,6 +498,20 @@ impl Node for FakeNode {
     }
 
     fn remember(&mut self, _: &Desired) {}
+
+    fn probe(&mut self, targets: &BTreeMap<Path, Target>) {
+        self.state().targets.clone_from(targets);
+    }
+
+    fn probes(&mut self) -> BTreeMap<Path, Report> {
+        self.state().probes.clone()
+    }
+
+    fn demand_probe(&mut self, peer: &NodeName) -> Option<Duration> {
+        let mut state = self.state();
+        state.demanded.push(peer.clone());
+        Some(state.uptime)
+    }
 }
 
 pub(super) struct Bed {
@@ -548,6 +570,10 @@ impl Bed {
             xfrm_errors: BTreeMap::new(),
             udp_port: None,
             udp_fails: None,
+            targets: BTreeMap::new(),
+            probes: BTreeMap::new(),
+            probed: BTreeMap::new(),
+            demanded: Vec::new(),
         };
         let node = FakeNode { state: Arc::new(Mutex::new(state)), kernel: kernel.clone() };
         let mut config = config;

@@ -1,0 +1,66 @@
+//! Paths to peers: what there is to be probed follows from the plan, what was found comes back with the facts.
+
+use std::collections::BTreeMap;
+
+use husk_dataplane::kernel::Kernel;
+use husk_overlay::ipc::Response;
+use husk_overlay::name::NodeName;
+use husk_overlay::plan::Plan;
+use husk_overlay::prefix::Family;
+use husk_overlay::probe::{Path, Report, Target};
+
+use super::{Engine, Node, Pass};
+use crate::report::{PathReport, ProbeStarted};
+use crate::source::ClusterSource;
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    /// After a pass: the kernel has the routes that probes go by.
+    pub(super) fn probe_paths(&mut self, plan: &Plan) {
+        self.parts.node.probe(&targets(plan));
+    }
+
+    /// All paths that are probed.
+    pub(super) fn paths(&mut self) -> Vec<PathReport> {
+        self.parts.node.probes().into_iter().map(|(path, report)| PathReport { path, report }).collect()
+    }
+
+    /// What was found of each peer's paths, by family.
+    pub(super) fn paths_by_peer(&mut self) -> BTreeMap<NodeName, BTreeMap<Family, Report>> {
+        let mut peers: BTreeMap<NodeName, BTreeMap<Family, Report>> = BTreeMap::new();
+        for (path, report) in self.parts.node.probes() {
+            peers.entry(path.peer).or_default().insert(path.family, report);
+        }
+        peers
+    }
+
+    /// Probes the paths to a peer now.
+    pub(super) fn probe_peer(&mut self, peer: &str) -> Response {
+        let refused = |reason: String| Response::Refused { reason };
+        let Some(last) = &self.last else { return self.report(|_, _| ()) };
+        let found = last.plan.peers.iter().find(|(name, _)| name.as_str() == peer);
+        let Some((name, plan)) = found.map(|(name, plan)| (name.clone(), plan)) else {
+            return refused(format!("{peer:?} is no other node of the cluster; huskctl peers lists them"));
+        };
+        if let Some(reason) = &plan.refused {
+            return refused(format!("nothing is sent to {name}: {reason}"));
+        }
+        if plan.probe.is_empty() {
+            return refused(format!("{name} has no address that could be probed yet; see huskctl peers"));
+        }
+        match self.parts.node.demand_probe(&name) {
+            Some(begun) => self.report(|_, _: &Pass| ProbeStarted { peer: name, begun }),
+            None => refused("this daemon does not probe paths".into()),
+        }
+    }
+}
+
+/// What there is to be probed.
+fn targets(plan: &Plan) -> BTreeMap<Path, Target> {
+    let peers = plan.peers.iter().filter(|(_, peer)| peer.refused.is_none());
+    peers
+        .flat_map(|(name, peer)| {
+            let path = |family: &Family| Path { peer: name.clone(), family: *family };
+            peer.probe.iter().map(move |(family, target)| (path(family), target.clone()))
+        })
+        .collect()
+}

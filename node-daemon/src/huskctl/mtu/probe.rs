@@ -1,0 +1,104 @@
+//! `huskctl mtu probe`: has the paths to a peer probed now, and looks on until it is known what passes.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use husk_overlay::ipc::Request;
+use husk_overlay::name::NodeName;
+use husk_overlay::probe::Standing;
+use serde::Serialize;
+
+use super::super::{Show, ask, tables};
+use crate::report::{PathReport, ProbeStarted};
+
+/// Pause between two questions.
+const POLL: Duration = Duration::from_millis(250);
+
+/// Whom to probe.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Options {
+    /// Name of the node, as in huskctl peers
+    peer: String,
+    /// Seconds to wait at most; a search takes up to 30
+    #[arg(long, default_value_t = 60)]
+    timeout: u64,
+}
+
+/// What became of it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Outcome {
+    peer: NodeName,
+    /// It is known what passes.
+    finished: bool,
+    paths: Vec<PathReport>,
+}
+
+/// The text to print, and whether less passes than is promised, or that is not known.
+pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
+    let started: ProbeStarted = ask(socket, &Request::ProbePeer { peer: options.peer.clone() })?;
+    let limit = Duration::from_secs(options.timeout);
+    let asked = Instant::now();
+    let mut told = String::new();
+    loop {
+        let mut paths: Vec<PathReport> = ask(socket, &Request::Probes)?;
+        paths.retain(|it| it.path.peer == started.peer);
+        anyhow::ensure!(!paths.is_empty(), "{} is not probed any more; see huskctl peers", started.peer);
+        let finished = paths.iter().all(|it| is_done(it, &started));
+        if finished || asked.elapsed() >= limit {
+            let wrong = !finished || paths.iter().any(|it| it.report.standing != Standing::Verified);
+            let outcome = Outcome { peer: started.peer, finished, paths };
+            return Ok((show.text(&outcome, |outcome| ending(outcome, limit))?, wrong));
+        }
+        let line = progress(&paths, &started);
+        if line != told {
+            // Who does not read this has the result.
+            let _ = writeln!(std::io::stderr(), "{line}");
+            told = line;
+        }
+        std::thread::sleep(POLL.min(limit.saturating_sub(asked.elapsed())));
+    }
+}
+
+fn is_done(it: &PathReport, started: &ProbeStarted) -> bool {
+    it.report.concluded.is_some_and(|concluded| concluded > started.begun)
+}
+
+/// How far it is, in one line.
+fn progress(paths: &[PathReport], started: &ProbeStarted) -> String {
+    let words = paths.iter().map(|it| {
+        let (family, promised) = (it.path.family, it.report.promised);
+        match it.report.standing {
+            Standing::Searching { passes, fails } => {
+                let open = fails.saturating_sub(passes).saturating_sub(1);
+                format!("{family}: {passes} bytes pass, {fails} do not, {open} sizes are open")
+            }
+            Standing::Verified if is_done(it, started) => format!("{family}: {promised} bytes pass"),
+            Standing::Limited { passes } if is_done(it, started) => format!("{family}: {passes} bytes pass, no more"),
+            Standing::Unreachable if is_done(it, started) => format!("{family}: no answer"),
+            _ => format!("{family}: trying {promised} bytes"),
+        }
+    });
+    words.collect::<Vec<_>>().join("; ")
+}
+
+fn ending(outcome: &Outcome, limit: Duration) -> String {
+    let mut text = tables::paths(&outcome.paths);
+    let peer = &outcome.peer;
+    let stands = |wanted: fn(&Standing) -> bool| outcome.paths.iter().any(|it| wanted(&it.report.standing));
+    if !outcome.finished {
+        text += &format!("Not finished within {} s; the search goes on by itself.\n", limit.as_secs());
+    }
+    if stands(|standing| matches!(standing, Standing::Limited { .. })) {
+        text += "Larger packets vanish on the way, and the routes were lowered to what passes.\n  \
+                 -> raise the MTU of what lies between the two nodes, or set underlay.mtu to what it carries\n";
+    }
+    if stands(|standing| *standing == Standing::Unreachable) {
+        text += &format!(
+            "Small packets are not answered either, which says nothing about sizes.\n  -> is huskd running on {peer}, and can \
+             it be reached? See huskctl peers there and here\n"
+        );
+    }
+    text
+}

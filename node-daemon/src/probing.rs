@@ -1,0 +1,287 @@
+//! Probing as it is done: a thread that sends what [`Prober`] says, tells it what came back, and answers the probes of others.
+//!
+//! The loop hands over what there is to be probed after each pass, and takes what was found for a fact of the next one. It is
+//! woken only when that has changed. Nothing here is kept: a daemon that starts knows no limits, and finds them again within
+//! seconds.
+//!
+//! Sockets are bound to the own addresses that targets name. An address that is not there yet, or a port that an earlier daemon
+//! still has, is tried again every second.
+
+mod responder;
+mod sockets;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use husk_dataplane::probe::Sent;
+use husk_overlay::marks;
+use husk_overlay::name::NodeName;
+use husk_overlay::prefix::Family;
+use husk_overlay::probe::wire::{self, Kind};
+use husk_overlay::probe::{Path, Prober, Report, Shot, Target};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use self::responder::Responder;
+use self::sockets::Sockets;
+
+/// Pause before an own address that could not be bound is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Most packets that are taken from a socket before the others, and what is to be sent, have their turn.
+const AT_ONCE: usize = 256;
+
+/// Bytes of the largest UDP payload.
+const LARGEST: usize = 1 << 16;
+
+/// Time since boot, suspended time included.
+pub(crate) fn uptime() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(Duration::from)
+        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39")
+}
+
+/// The thread, as the others see it. It ends with the last of these.
+#[derive(Debug, Clone)]
+pub struct Probing {
+    shared: Arc<Mutex<Shared>>,
+    /// A byte wakes the thread; the end of it ends the thread.
+    nudge: Arc<UnixStream>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    prober: Prober,
+    targets: BTreeMap<Path, Target>,
+    /// The sockets may have to be others.
+    moved: bool,
+}
+
+impl Probing {
+    /// Starts the thread, in the network namespace of the caller. `changed` is called when [`Self::limits`] has changed.
+    ///
+    /// # Errors
+    /// When there is no thread, no socket or no randomness to be had.
+    pub fn start(changed: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).map_err(io::Error::other)?;
+        let prober = Prober::new(u64::from_ne_bytes(seed));
+        let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false }));
+        let (nudge, nudged) = UnixStream::pair()?;
+        nudge.set_nonblocking(true)?;
+        nudged.set_nonblocking(true)?;
+        let thread = Thread {
+            shared: Arc::clone(&shared),
+            nudged,
+            sockets: Sockets::default(),
+            responder: Responder::default(),
+            limits: BTreeMap::new(),
+        };
+        thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
+        Ok(Self { shared, nudge: Arc::new(nudge) })
+    }
+
+    /// What there is to be probed from now on, and who is answered.
+    pub fn set_targets(&self, targets: &BTreeMap<Path, Target>) {
+        let mut shared = lock(&self.shared);
+        if shared.targets == *targets {
+            return;
+        }
+        shared.prober.set_targets(targets, uptime());
+        shared.targets.clone_from(targets);
+        shared.moved = true;
+        drop(shared);
+        self.nudge();
+    }
+
+    /// Verifies the paths to a peer at once, and looks for what passes anew. When that began, as time since boot.
+    #[must_use]
+    pub fn demand(&self, peer: &NodeName) -> Duration {
+        let now = uptime();
+        lock(&self.shared).prober.demand(peer, now);
+        self.nudge();
+        now
+    }
+
+    /// Peers to which less passes than is promised, with the bytes of the largest packet that passes.
+    #[must_use]
+    pub fn limits(&self) -> BTreeMap<NodeName, u32> {
+        lock(&self.shared).prober.limits()
+    }
+
+    /// All paths.
+    #[must_use]
+    pub fn reports(&self) -> BTreeMap<Path, Report> {
+        lock(&self.shared).prober.reports()
+    }
+
+    fn nudge(&self) {
+        // Where there is no room, enough nudges wait already.
+        let _ = (&*self.nudge).write(&[0]);
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Thread {
+    shared: Arc<Mutex<Shared>>,
+    nudged: UnixStream,
+    sockets: Sockets,
+    responder: Responder,
+    /// As the loop was told of last.
+    limits: BTreeMap<NodeName, u32>,
+}
+
+impl Thread {
+    fn run(mut self, changed: &impl Fn()) {
+        let mut buffer = vec![0; LARGEST];
+        loop {
+            self.follow_targets();
+            let next = self.send();
+            if self.limits_changed() {
+                changed();
+            }
+            if let Err(error) = self.wait(next) {
+                // A wait that fails at once would make a busy loop.
+                tracing::debug!(%error, "waiting for the answers to probes");
+                thread::sleep(RETRY);
+            }
+            if !self.drain_nudges() {
+                return;
+            }
+            self.receive(&mut buffer);
+        }
+    }
+
+    /// Brings sockets and guest list to what there is to be probed.
+    fn follow_targets(&mut self) {
+        let mut shared = lock(&self.shared);
+        if std::mem::take(&mut shared.moved) {
+            let own: BTreeSet<IpAddr> = shared.targets.values().map(|target| target.own).collect();
+            self.responder.answer_only(shared.targets.values().map(|target| target.address).collect());
+            self.sockets.want(own);
+        }
+        drop(shared);
+        self.sockets.bind_missing(uptime());
+    }
+
+    /// Sends what is due; when more will be.
+    fn send(&self) -> Option<Duration> {
+        let now = uptime();
+        let (shots, next) = {
+            let mut shared = lock(&self.shared);
+            (shared.prober.due(now), shared.prober.next())
+        };
+        let refused: Vec<u64> = shots.iter().filter(|shot| !self.fire(shot)).map(|shot| shot.id).collect();
+        if refused.is_empty() {
+            return next;
+        }
+        let mut shared = lock(&self.shared);
+        for id in refused {
+            shared.prober.refused(id, now);
+        }
+        shared.prober.next()
+    }
+
+    /// Sends a probe. False if it never left this host for a reason that has nothing to do with the path; one for which there
+    /// is no way has not passed.
+    fn fire(&self, shot: &Shot) -> bool {
+        let Some(socket) = self.sockets.at(shot.own) else { return false };
+        let payload = wire::probe(shot.path.family, shot.size, shot.id);
+        match socket.send(shot.target, &payload) {
+            Sent::Sent => true,
+            Sent::NoWay(errno) => {
+                tracing::debug!(peer = %shot.path.peer, to = %shot.target, %errno, "there is no way for a probe");
+                true
+            }
+            Sent::TooBig | Sent::Busy => false,
+        }
+    }
+
+    fn limits_changed(&mut self) -> bool {
+        let limits = lock(&self.shared).prober.limits();
+        let changed = limits != self.limits;
+        self.limits = limits;
+        changed
+    }
+
+    /// Waits until something came, there is something to do, or somebody says so.
+    fn wait(&self, next: Option<Duration>) -> io::Result<()> {
+        let now = uptime();
+        let due = [next, self.sockets.next_try()].into_iter().flatten().min();
+        let timeout = due.map_or(PollTimeout::NONE, |at| {
+            // Rounded up: a wait of less than a millisecond must not become a busy loop.
+            let left = at.saturating_sub(now) + Duration::from_micros(999);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let sockets = self.sockets.all().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+        let nudged = PollFd::new(self.nudged.as_fd(), PollFlags::POLLIN);
+        let mut waiting: Vec<PollFd<'_>> = sockets.chain([nudged]).collect();
+        match poll(&mut waiting, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// False when nobody is left to nudge.
+    fn drain_nudges(&mut self) -> bool {
+        let mut bytes = [0; 64];
+        loop {
+            match self.nudged.read(&mut bytes) {
+                Ok(0) => return false,
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == ErrorKind::WouldBlock,
+            }
+        }
+    }
+
+    /// Takes what came: answers for the prober, probes of others to be answered.
+    fn receive(&mut self, buffer: &mut [u8]) {
+        let mut answered = Vec::new();
+        let mut broken = Vec::new();
+        for socket in self.sockets.all() {
+            for _ in 0..AT_ONCE {
+                let received = match socket.receive(buffer) {
+                    Ok(Some(received)) => received,
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!(%error, "the socket of probes is made anew");
+                        broken.push(socket.own().ip());
+                        break;
+                    }
+                };
+                // Both ends have the same port: nobody but a node's own daemon is meant.
+                if received.from.port() != marks::PROBE_PORT || !self.responder.knows(received.from.ip()) {
+                    continue;
+                }
+                let family = Family::of(received.from.ip());
+                let Some(message) = wire::read(family, &buffer[..received.length]) else { continue };
+                match message.kind {
+                    Kind::Answer => answered.push(message.id),
+                    Kind::Probe if self.responder.may_answer(received.from.ip(), uptime()) => {
+                        let _ = socket.send(received.from, &wire::answer(message));
+                    }
+                    Kind::Probe => {}
+                }
+            }
+        }
+        for own in broken {
+            self.sockets.give_up(own);
+        }
+        if !answered.is_empty() {
+            let now = uptime();
+            let mut shared = lock(&self.shared);
+            for id in answered {
+                shared.prober.answered(id, now);
+            }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! A path that swallows big packets without a word is found, and is left alone when it does not: what is between two hosts is
+//! what the receiving one does with packets of the sender before anything else sees them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use husk_dataplane::probe::{ProbeSocket, Sent};
+use husk_overlay::marks::PROBE_PORT;
+use husk_overlay::probe::wire;
+use husk_tests::netns::Netns;
+use husk_tests::pod::{Served, await_answers_among};
+use husk_tests::probe::{Echo, Reach, path_mtu, payload, tcp};
+use husk_tests::{Cluster, Family, Host, Mode, Pod, eventually, patience};
+use serde_json::Value;
+
+/// How long a path that swallows may go unnoticed.
+const FOUND: Duration = Duration::from_secs(30);
+
+/// How long it may be limited after it has recovered: a limited path is looked at every 18 seconds, after a doubt.
+const RECOVERED: Duration = Duration::from_secs(60);
+
+/// How long what a daemon does by itself may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long losses are looked at.
+const LOSSY: Duration = Duration::from_secs(25);
+
+/// Bytes of the connection that stalls.
+const BYTES: usize = 100_000;
+
+/// Name of the table that stands for the path.
+const TABLE: &str = "inet path";
+
+#[test]
+fn a_vxlan_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
+    // 50 bytes of overhead.
+    black_hole(Mode::Vxlan, 1450, Hole { underlay: 1401, passes: 1351 })
+}
+
+#[test]
+fn a_wireguard_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
+    // 60 bytes of overhead. Senders pad to a multiple of 16, which 1328 is: it costs no more there.
+    black_hole(Mode::Wireguard, 1440, Hole { underlay: 1388, passes: 1328 })
+}
+
+/// A path that carries less than its ends.
+#[derive(Debug, Clone, Copy)]
+struct Hole {
+    /// Bytes of the largest underlay packet that passes.
+    underlay: usize,
+    /// Bytes of the largest packet of a pod that does.
+    passes: usize,
+}
+
+/// Makes something happen to packets of the first host as they arrive at the second.
+fn disturb(cluster: &Cluster, what: &str) -> Result<()> {
+    let from = cluster.host(1).address(Family::Ipv4)?;
+    let table = format!(
+        "table {TABLE} {{ chain arriving {{ type filter hook prerouting priority -400; iifname eth0 ip saddr {from} {what}; }}; }}"
+    );
+    cluster.host(2).netns().command("nft", [table.as_str()]).map(drop)
+}
+
+fn calm(cluster: &Cluster) -> Result<()> {
+    cluster.host(2).netns().command("nft", ["delete", "table", "inet", "path"]).map(drop)
+}
+
+/// What probing says of the paths to a host, by family.
+fn paths(host: &Host, peer: &str) -> Result<Value> {
+    let peers = host.huskctl_json(["peers"])?;
+    let row = peers.as_array().into_iter().flatten().find(|row| row["node"] == peer);
+    Ok(row.with_context(|| format!("{} does not know {peer}: {peers}", host.name()))?["paths"].clone())
+}
+
+fn await_verified(host: &Host, peer: &str, limit: Duration) -> Result<()> {
+    let mut last = Value::Null;
+    let awaited = eventually("paths to be verified", limit, || {
+        last = paths(host, peer)?;
+        Ok(["ipv4", "ipv6"].iter().all(|family| last[family]["standing"]["state"] == "verified"))
+    });
+    awaited.with_context(|| format!("{} to {peer}: {last}", host.name()))
+}
+
+/// Issues about paths.
+fn path_issues(host: &Host) -> Result<Vec<Value>> {
+    let status = host.huskctl_json(["status"])?;
+    let issues = status["issues"].as_array().cloned().unwrap_or_default();
+    Ok(issues.into_iter().filter(|issue| issue["kind"] == "PathMtu").collect())
+}
+
+/// The host's routes to a pod have this MTU, in both families.
+fn routes_have(host: &Host, to: &Pod, mtu: usize) -> Result<bool> {
+    for family in Family::ALL {
+        if path_mtu(host.netns(), to.address(family)?)? != mtu {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Sends over a connection and waits until all has come back; how long that took.
+fn send_and_wait(mut stream: &std::net::TcpStream) -> Result<Duration> {
+    let limit = Some(patience(Duration::from_secs(120)));
+    stream.set_read_timeout(limit)?;
+    stream.set_write_timeout(limit)?;
+    let started = Instant::now();
+    stream.write_all(&payload::of_length(BYTES)).context("sending")?;
+    let mut back = vec![0; BYTES];
+    stream.read_exact(&mut back).context("waiting for what was sent to come back")?;
+    payload::verify(0, &back)?;
+    Ok(started.elapsed())
+}
+
+fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
+    let cluster = Cluster::builder().mode(mode).hosts(3).start()?;
+    let (one, two, three) = (cluster.host(1), cluster.host(2), cluster.host(3));
+    let a = one.add_pod("a")?;
+    let (b, c) = (Served::start(two, "b")?, Served::start(three, "c")?);
+    await_answers_among(&[&a, &b.pod, &c.pod], PATIENCE)?;
+    for (host, peer) in [(one, "host2"), (one, "host3"), (two, "host1")] {
+        await_verified(host, peer, PATIENCE)?;
+    }
+    ensure!(path_issues(one)?.is_empty() && routes_have(one, &b.pod, promised)?);
+    let connections = Family::ALL.map(|family| tcp::connect(a.netns(), b.server.at(b.pod.address(family)?), PATIENCE));
+
+    disturb(&cluster, &format!("ip length > {} drop", hole.underlay))?;
+    let started = Instant::now();
+    let stalled =
+        connections.into_iter().map(|connection| connection.map(|it| thread::spawn(move || send_and_wait(&it))));
+    let stalled = stalled.collect::<Result<Vec<_>>>()?;
+    let found = eventually("the routes to the host to be limited", FOUND, || routes_have(one, &b.pod, hole.passes));
+    found.with_context(|| format!("{mode}: {}", paths(one, "host2").unwrap_or_default()))?;
+    eprintln!("{mode}: found {} of {promised} bytes after {:?}", hole.passes, started.elapsed());
+    for (family, connection) in Family::ALL.into_iter().zip(stalled) {
+        let took = connection.join().map_err(|_| anyhow!("the connection's thread panicked"))?;
+        let took = took.with_context(|| format!("{mode}: the connection over {family} that stalled"))?;
+        eprintln!("{mode}: {BYTES} bytes of TCP over {family} were there and back after {took:?}");
+    }
+    limited(&cluster, &a, [&b.pod, &c.pod], promised, hole)?;
+
+    calm(&cluster)?;
+    let started = Instant::now();
+    eventually("the routes to climb back", RECOVERED, || routes_have(one, &b.pod, promised))
+        .with_context(|| format!("{mode}: {}", paths(one, "host2").unwrap_or_default()))?;
+    eprintln!("{mode}: back at {promised} bytes after {:?}", started.elapsed());
+    eventually("the issue to go", PATIENCE, || Ok(path_issues(one)?.is_empty()))?;
+    let probe = one.huskctl(["mtu", "probe", "host2"])?;
+    ensure!(probe.status.code() == Some(0), "{probe:?}");
+    ensure!(one.huskctl(["mtu"])?.status.code() == Some(0));
+    cluster.ensure_settled()
+}
+
+/// The path from the first host to the second is limited, to the byte, and no other; people are told.
+fn limited(cluster: &Cluster, a: &Pod, [b, c]: [&Pod; 2], promised: usize, hole: Hole) -> Result<()> {
+    let (one, mode) = (cluster.host(1), cluster.mode());
+    for family in Family::ALL {
+        let what = format!("{mode}, {family}");
+        let exact = Echo::to(b.address(family)?).packet_size(hole.passes);
+        // The first packet that is too big teaches the pod.
+        let _ = Echo::to(b.address(family)?).packet_size(hole.passes + 1).run(a.netns())?;
+        let reach = exact.run(a.netns())?;
+        ensure!(reach.arrived(), "{what}: {reach:?}");
+        let reach = Echo::to(b.address(family)?).packet_size(hole.passes + 1).run(a.netns())?;
+        ensure!(reach == Reach::TooBig { path_mtu: hole.passes, local: true }, "{what}: {reach:?}");
+        let elsewhere = Echo::to(c.address(family)?).packet_size(promised).run(a.netns())?;
+        ensure!(elsewhere.arrived(), "{what}: to another host: {elsewhere:?}");
+        let back = Echo::to(c.address(family)?).packet_size(promised).run(b.netns())?;
+        ensure!(back.arrived(), "{what}: from the second host to the third: {back:?}");
+    }
+    let issues = path_issues(one)?;
+    ensure!(issues.len() == 1 && issues[0]["subject"] == "host2", "{issues:?}");
+    let message = issues[0]["message"].as_str().unwrap_or_default();
+    let told = [hole.passes, promised].iter().all(|bytes| message.contains(&bytes.to_string()));
+    ensure!(told && message.contains("1500"), "{message}");
+    for host in [cluster.host(2), cluster.host(3)] {
+        ensure!(path_issues(host)?.is_empty(), "{}: {:?}", host.name(), path_issues(host)?);
+    }
+
+    let table = one.huskctl(["mtu"])?;
+    ensure!(table.status.code() == Some(1) && table.stdout.contains("!! "), "{table:?}");
+    let probe = one.huskctl_json(["mtu", "probe", "host2"])?;
+    ensure!(probe["finished"] == true, "{probe}");
+    for path in probe["paths"].as_array().into_iter().flatten() {
+        ensure!(path["standing"]["state"] == "limited" && path["passes"] == hole.passes, "{path}");
+    }
+    ensure!(one.huskctl(["mtu", "probe", "host2"])?.status.code() == Some(1));
+    let unknown = one.huskctl(["mtu", "probe", "host9"])?;
+    ensure!(unknown.status.code() == Some(3) && unknown.stderr.contains("huskctl peers"), "{unknown:?}");
+    Ok(())
+}
+
+#[test]
+fn random_losses_are_no_black_hole() -> Result<()> {
+    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
+    let (one, b) = (cluster.host(1), cluster.host(2).add_pod("b")?);
+    await_verified(one, "host2", PATIENCE)?;
+    disturb(&cluster, "numgen random mod 1000 < 50 drop")?;
+    let started = Instant::now();
+    let mut looks = 0;
+    while started.elapsed() < LOSSY {
+        // Every answer that is asked for is one more chance to be misled.
+        let probe = one.huskctl(["mtu", "probe", "host2"])?;
+        ensure!(probe.status.code() == Some(0), "{probe:?}");
+        ensure!(path_issues(one)?.is_empty() && routes_have(one, &b, 1450)?, "{:?}", path_issues(one)?);
+        looks += 1;
+    }
+    eprintln!("5 % loss for {LOSSY:?}: nothing limited in {looks} looks, {}", paths(one, "host2")?["ipv4"]);
+    Ok(())
+}
+
+/// Whether somebody who sends a probe from an address and a port gets an answer.
+fn is_answered(netns: &Netns, own: SocketAddr, to: IpAddr) -> Result<bool> {
+    let socket = netns.run(|| ProbeSocket::bind(own.ip(), own.port()))??;
+    let question = wire::probe(Family::of(to), 200, 7);
+    let mut buffer = [0; 256];
+    for _ in 0..10 {
+        let sent = socket.send(SocketAddr::new(to, PROBE_PORT), &question);
+        ensure!(sent == Sent::Sent, "{own} to {to}: {sent:?}");
+        thread::sleep(Duration::from_millis(20));
+        if socket.receive(&mut buffer)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[test]
+fn nobody_but_nodes_gets_an_answer() -> Result<()> {
+    for mode in [Mode::Vxlan, Mode::Wireguard] {
+        let cluster = Cluster::builder().mode(mode).hosts(2).start()?;
+        let (one, two) = (cluster.host(1), cluster.host(2));
+        let (a, b) = (one.add_pod("a")?, two.add_pod("b")?);
+        await_answers_among(&[&a, &b], PATIENCE)?;
+        await_verified(one, "host2", PATIENCE)?;
+        for family in Family::ALL {
+            let router = one.router(family)?;
+            for (pod, what) in [(&a, "a pod of the host"), (&b, "a pod of another host")] {
+                let own = SocketAddr::new(pod.address(family)?, PROBE_PORT);
+                ensure!(!is_answered(pod.netns(), own, router)?, "{mode}, {family}: {what}");
+            }
+        }
+        // Somebody outside pretends to be the other node.
+        let outside = cluster.outside();
+        let (own, router) = (two.router(Family::Ipv4)?, one.router(Family::Ipv4)?);
+        outside.command("ip", ["addr", "add", &format!("{own}/32"), "dev", "lo"])?;
+        let (to, via) = (router.to_string(), one.address(Family::Ipv4)?.to_string());
+        outside.command("ip", ["route", "add", &to, "via", &via])?;
+        ensure!(!is_answered(outside, SocketAddr::new(own, PROBE_PORT), router)?, "{mode}: from outside");
+        let counters = one.huskctl_json(["status"])?["counters"].clone();
+        let dropped = ["plaintext_in", "probe_outside"].map(|name| counters[name]["packets"].as_u64().unwrap_or(0));
+        ensure!(dropped.iter().sum::<u64>() >= 10, "{mode}: {counters}");
+        // The other node itself goes on being answered.
+        let probe = two.huskctl(["mtu", "probe", "host1"])?;
+        ensure!(probe.status.code() == Some(0), "{mode}: {probe:?}");
+    }
+    Ok(())
+}
