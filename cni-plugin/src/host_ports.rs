@@ -6,8 +6,8 @@ use husk_dataplane::nft::{self, NftChange};
 use husk_dataplane::sysctl;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::ipc::NodeFile;
-use husk_overlay::plan::{HostPorts, host_ports, loopback_parameter};
-use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
+use husk_overlay::plan::{HostPorts, host_ports, is_of_tunnel, loopback_parameter};
+use husk_overlay::port_mapping::PortMapping;
 use husk_overlay::prefix::Family;
 
 use crate::error::{Code, Failure};
@@ -16,9 +16,8 @@ use crate::netconf::port_mappings::require_families;
 /// Refuses what cannot be on this node: addresses of a family that pods do not have, and ports of the node's tunnels.
 pub(crate) fn refuse_impossible(mappings: &[PortMapping], node: &NodeFile) -> Result<(), Failure> {
     require_families(mappings, &node.families)?;
-    let of_tunnel = |mapping: &&PortMapping| {
-        mapping.protocol == TransportProtocol::Udp && node.tunnel_ports.contains(&mapping.host_port.get())
-    };
+    let of_tunnel =
+        |mapping: &&PortMapping| is_of_tunnel(mapping.protocol, mapping.host_port.get(), &node.tunnel_ports);
     mappings.iter().find(of_tunnel).map_or(Ok(()), |mapping| {
         let message = format!(
             "the host port {mapping} cannot be had: a tunnel of this node listens there; choose another host port, or \

@@ -128,6 +128,10 @@ impl Kernel for FakeKernel {
             Table::Nft => actual.nft.clone_from(&own.nft),
             Table::Policy => actual.policy.clone_from(&own.policy),
             Table::Links => actual.links.clone_from(&own.links),
+            Table::Offload => {
+                let desired = own.offload.iter().filter(|(interface, _)| desired.offload.contains_key(*interface));
+                actual.offload = desired.map(|(interface, on)| (interface.clone(), *on)).collect();
+            }
             Table::Wireguard => actual.wireguard = state.wireguard_devices(desired),
             Table::XfrmStates => actual.xfrm_states.clone_from(&own.xfrm_states),
             Table::XfrmPolicies => actual.xfrm_policies.clone_from(&own.xfrm_policies),
@@ -216,6 +220,10 @@ impl FakeState {
             Change::Nft(it) => it.apply_to(&mut self.own.nft),
             Change::Policy(it) => it.apply_to(&mut self.own.policy),
             Change::Link(it) => self.change_link(change, it)?,
+            Change::Offload(it) => {
+                self.need(change, &it.interface)?;
+                self.own.offload.insert(it.interface.clone(), it.on);
+            }
             Change::Wireguard(it) => {
                 if let WireguardAction::SetPrivateKey { public_key } = &it.action
                     && keys.get(public_key).is_none()
@@ -302,6 +310,7 @@ impl FakeState {
         };
         self.own.links.insert(interface.clone(), found);
         self.own.napi.insert(interface.clone(), false);
+        self.own.offload.insert(interface.clone(), true);
     }
 
     /// Deletes an interface and, as the kernel does, all that it carries.
@@ -309,6 +318,7 @@ impl FakeState {
         self.interfaces.remove(interface);
         self.own.links.remove(interface);
         self.own.napi.remove(interface);
+        self.own.offload.remove(interface);
         self.own.wireguard.remove(interface);
         self.own.addresses.retain(|address| address.interface != *interface);
         self.own.neighbours.retain(|key, _| key.interface != *interface);
@@ -351,6 +361,7 @@ impl FakeState {
             Table::Wireguard => self.own.wireguard.clear(),
             Table::XfrmStates => self.own.xfrm_states.clear(),
             Table::XfrmPolicies => self.own.xfrm_policies.clear(),
+            Table::Offload => self.own.offload.values_mut().for_each(|on| *on = true),
             Table::Napi => self.own.napi.values_mut().for_each(|threaded| *threaded = false),
             Table::Addresses => self.own.addresses.clear(),
             Table::Neighbours => self.own.neighbours.clear(),

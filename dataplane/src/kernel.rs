@@ -20,6 +20,7 @@ use crate::links::{self, ActualLink, LinkChange};
 use crate::napi::{self, NapiChange};
 use crate::neighbours::{self, NeighbourChange};
 use crate::nft::{self, NftChange, NftState};
+use crate::offload::{self, OffloadChange};
 use crate::policy::{self, ActualPolicy, PolicyChange};
 use crate::routes::{self, ActualRoute, RouteChange};
 use crate::sweep::Sweep;
@@ -38,6 +39,8 @@ pub enum Table {
     Policy,
     /// Tunnel devices.
     Links,
+    /// Offload of tunnel devices.
+    Offload,
     /// Kernel parameters. They turn forwarding on, so that what protects is in place before; and a parameter of a device
     /// needs the device.
     Sysctls,
@@ -61,10 +64,11 @@ pub enum Table {
 
 impl Table {
     /// All tables in the order in which changes are made.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Nft,
         Self::Policy,
         Self::Links,
+        Self::Offload,
         Self::Sysctls,
         Self::Wireguard,
         Self::XfrmStates,
@@ -84,6 +88,7 @@ impl fmt::Display for Table {
             Self::Nft => "nft",
             Self::Policy => "policy",
             Self::Links => "links",
+            Self::Offload => "offload",
             Self::Wireguard => "wireguard",
             Self::XfrmStates => "xfrm states",
             Self::XfrmPolicies => "xfrm policies",
@@ -109,6 +114,8 @@ pub struct Actual {
     pub policy: Option<Arc<ActualPolicy>>,
     /// Tunnel devices.
     pub links: BTreeMap<InterfaceName, ActualLink>,
+    /// Offload of the devices of which it is desired to be on or off, where it is known.
+    pub offload: BTreeMap<InterfaceName, bool>,
     /// The desired WireGuard devices.
     pub wireguard: BTreeMap<InterfaceName, WireguardState>,
     /// IPsec security associations with our request id.
@@ -139,6 +146,8 @@ pub enum Change {
     Policy(PolicyChange),
     /// A tunnel device.
     Link(LinkChange),
+    /// Offload of a tunnel device.
+    Offload(OffloadChange),
     /// A WireGuard key or peer.
     Wireguard(WireguardChange),
     /// An IPsec security association.
@@ -166,6 +175,7 @@ impl Change {
             Self::Nft(_) => Table::Nft,
             Self::Policy(_) => Table::Policy,
             Self::Link(_) => Table::Links,
+            Self::Offload(_) => Table::Offload,
             Self::Wireguard(_) => Table::Wireguard,
             Self::XfrmState(_) => Table::XfrmStates,
             Self::XfrmPolicy(_) => Table::XfrmPolicies,
@@ -182,7 +192,7 @@ impl Change {
     #[must_use]
     pub fn is_removal(&self) -> bool {
         match self {
-            Self::Sysctl(_) | Self::Napi(_) => false,
+            Self::Sysctl(_) | Self::Offload(_) | Self::Napi(_) => false,
             // Changes within an nftables table belong together in one transaction.
             Self::Nft(change) => matches!(change, NftChange::DeleteTable),
             Self::Policy(change) => matches!(change, PolicyChange::DeleteTable),
@@ -252,6 +262,7 @@ impl fmt::Display for Change {
             Self::Nft(change) => change.fmt(f),
             Self::Policy(change) => change.fmt(f),
             Self::Link(change) => change.fmt(f),
+            Self::Offload(change) => change.fmt(f),
             Self::Wireguard(change) => change.fmt(f),
             Self::XfrmState(change) => change.fmt(f),
             Self::XfrmPolicy(change) => change.fmt(f),
@@ -318,6 +329,7 @@ pub fn diff_table(table: Table, desired: &Desired, actual: &Actual, sweep: Sweep
             wrap(changes, Change::Policy)
         }
         Table::Links => wrap(links::diff(&desired.links, &actual.links, sweep), Change::Link),
+        Table::Offload => wrap(offload::diff(&desired.offload, &actual.offload), Change::Offload),
         Table::Wireguard => {
             let devices = desired.wireguard.iter();
             let mut changes: Vec<_> = devices

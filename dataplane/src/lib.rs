@@ -23,6 +23,7 @@ pub mod netlink;
 pub mod netns;
 pub mod nflog;
 pub mod nft;
+pub mod offload;
 pub mod pod;
 pub mod policy;
 pub mod probe;

@@ -20,7 +20,7 @@ use crate::sweep::Sweep;
 use crate::sysfs::Sysfs;
 use crate::wireguard::{KeyRing, Wireguard, WireguardChange};
 use crate::xfrm::{self, Xfrm};
-use crate::{addresses, fdb, links, napi, neighbours, nft, policy, routes, sysctl};
+use crate::{addresses, fdb, links, napi, neighbours, nft, offload, policy, routes, sysctl};
 
 /// The kernel's tables in one network namespace.
 ///
@@ -31,6 +31,7 @@ pub struct Linux {
     interfaces: Option<Interfaces>,
     wireguard: Option<Wireguard>,
     xfrm: Option<Xfrm>,
+    offloads: Option<offload::Offloads>,
     control_sockets: PathBuf,
     sysfs: Option<Sysfs>,
     nft: nft::Reader,
@@ -57,6 +58,7 @@ impl Linux {
             interfaces: None,
             wireguard: None,
             xfrm: None,
+            offloads: None,
             control_sockets: control_sockets.to_owned(),
             sysfs,
             nft: nft::Reader::default(),
@@ -101,6 +103,24 @@ impl Linux {
         let messages = dump_links(&mut self.route)?;
         self.interfaces = Some(Interfaces::of(&messages));
         actual.links = links::tunnels(&messages);
+        Ok(())
+    }
+
+    fn offloads(&mut self) -> Result<&mut offload::Offloads, Error> {
+        match &mut self.offloads {
+            Some(offloads) => Ok(offloads),
+            none => Ok(none.insert(offload::Offloads::open()?)),
+        }
+    }
+
+    fn read_offload(&mut self, desired: &Desired, actual: &mut Actual) -> Result<(), Error> {
+        let mut devices = BTreeMap::new();
+        for interface in desired.offload.keys() {
+            if let Some(on) = self.offloads()?.read(interface)? {
+                devices.insert(interface.clone(), on);
+            }
+        }
+        actual.offload = devices;
         Ok(())
     }
 
@@ -201,9 +221,10 @@ impl Linux {
         }
     }
 
-    fn apply_one_by_one(&self, change: &Change) -> Result<(), Error> {
+    fn apply_one_by_one(&mut self, change: &Change) -> Result<(), Error> {
         match (change, &self.sysfs) {
             (Change::Sysctl(change), _) => sysctl::apply(change),
+            (Change::Offload(change), _) => self.offloads()?.apply(change),
             (Change::Napi(change), Some(sysfs)) => napi::apply(sysfs, change),
             _ => Ok(()),
         }
@@ -220,6 +241,7 @@ impl Kernel for Linux {
                 actual.policy = self.policy.read()?;
             }
             Table::Links => self.read_links(actual)?,
+            Table::Offload => self.read_offload(desired, actual)?,
             Table::Wireguard => self.read_wireguard(desired, actual)?,
             Table::XfrmStates => {
                 let wanted = !desired.xfrm_states.is_empty();
@@ -256,7 +278,7 @@ impl Kernel for Linux {
         let mut results = Vec::with_capacity(changes.len());
         for group in changes.chunk_by(|one, next| one.table() == next.table()) {
             match group[0].table() {
-                Table::Sysctls | Table::Napi => {
+                Table::Sysctls | Table::Offload | Table::Napi => {
                     results.extend(group.iter().map(|change| self.apply_one_by_one(change)));
                 }
                 Table::XfrmStates | Table::XfrmPolicies => results.extend(self.apply_xfrm(group, keys)),
@@ -293,6 +315,7 @@ fn steps(change: &Change, interfaces: &Interfaces) -> Result<Vec<Step>, Error> {
         Change::Fdb(change) => fdb::steps(change, interfaces),
         Change::Route(change) => routes::steps(change, interfaces),
         Change::Sysctl(_)
+        | Change::Offload(_)
         | Change::Nft(_)
         | Change::Policy(_)
         | Change::Wireguard(_)

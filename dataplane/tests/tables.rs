@@ -31,7 +31,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The rtnetlink tables, and what a change to a link needs.
-const TABLES: [Table; 6] = [Table::Links, Table::Napi, Table::Addresses, Table::Neighbours, Table::Fdb, Table::Routes];
+const TABLES: [Table; 7] =
+    [Table::Links, Table::Offload, Table::Napi, Table::Addresses, Table::Neighbours, Table::Fdb, Table::Routes];
 
 fn in_a_namespace(body: impl FnOnce() + Send) {
     let namespace = Netns::new_unnamed().unwrap();
@@ -166,6 +167,61 @@ fn links_round_trip_over_both_families() {
         let outcome = settle(&mut linux, &Desired::default());
         assert_eq!(outcome.applied, [(Table::Links, 1)].into());
         assert_eq!(ip("-d link show dev stranger"), stranger);
+    });
+}
+
+/// What a device is said to do itself, of what it leaves to the device below.
+fn offloads(interface: &str) -> Vec<(String, bool)> {
+    let output = Command::new("ethtool").args(["-k", interface]).output().expect("ethtool is installed");
+    assert!(output.status.success(), "ethtool -k {interface}: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let state = |feature: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{feature}: ")));
+        (feature.to_owned(), line.unwrap().starts_with("on"))
+    };
+    let features = ["tx-checksum-ip-generic", "tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-udp-segmentation"];
+    features.into_iter().map(state).collect()
+}
+
+#[test]
+fn offload_is_turned_off_and_on_and_kept_so_where_that_is_wanted() {
+    in_a_namespace(|| {
+        underlay_interface();
+        let mut linux = linux();
+        let mut desired = with_vxlan();
+        settle(&mut linux, &desired);
+        let all = |on: bool| offloads("husk-vx").into_iter().all(|(_, is)| is == on);
+        assert!(all(true), "{:?}", offloads("husk-vx"));
+
+        desired.offload.insert(name("husk-vx"), false);
+        assert_eq!(settle(&mut linux, &desired).applied, [(Table::Offload, 1)].into());
+        assert!(all(false), "{:?}", offloads("husk-vx"));
+        assert!(offloads("eth0").iter().all(|(_, on)| *on), "{:?}", offloads("eth0"));
+
+        // An outsider turns it on again, or half of it, or makes the device anew.
+        for feature in ["tx-checksum-ip-generic", "tx-udp-segmentation"] {
+            let set = Command::new("ethtool").args(["-K", "husk-vx", feature, "on"]).status().unwrap();
+            assert!(set.success());
+            settle(&mut linux, &desired);
+            assert!(all(false), "{feature}: {:?}", offloads("husk-vx"));
+        }
+        ip("link del husk-vx");
+        settle(&mut linux, &desired);
+        assert!(all(false), "{:?}", offloads("husk-vx"));
+
+        // Without an opinion it stays as it is, whatever that is.
+        desired.offload.clear();
+        settle(&mut linux, &desired);
+        assert!(all(false), "{:?}", offloads("husk-vx"));
+        desired.offload.insert(name("husk-vx"), true);
+        assert_eq!(settle(&mut linux, &desired).applied, [(Table::Offload, 1)].into());
+        assert!(all(true), "{:?}", offloads("husk-vx"));
+
+        // A device that is not there is no reason to fail.
+        let mut actual = Actual::default();
+        ip("link del husk-vx");
+        linux.read(Table::Offload, &desired, &mut actual).unwrap();
+        assert_eq!(actual.offload, [].into());
     });
 }
 

@@ -27,6 +27,7 @@ use crate::follow::{self, Chosen, Follower};
 use crate::host::Host;
 use crate::identity::Identity;
 use crate::kubernetes::{self, Reporter};
+use crate::offload::OffloadTesting;
 use crate::probing::Probing;
 use crate::source::bounded::Limits;
 use crate::source::directory::DirectorySource;
@@ -227,11 +228,14 @@ pub async fn run(options: RunOptions) -> Result<End> {
     };
     let companions = Companions { run_directory: options.run_directory.clone(), runtime: runtime.clone(), tunnels };
     let found = waker.clone();
+    let offload = OffloadTesting::start(&options.run_directory, &boot_id, move || found.wake()).context(THREAD)?;
+    let found = waker.clone();
     let probing = Probing::start(move || found.wake()).context(THREAD)?;
     // Waits for an answer of the source, whose thread waits for the runtime.
     let open = |config: &Config| {
         let mut host = Host::new(config, identity.clone(), companions.clone(), options.sysctl_file())?;
         host.probe_with(probing.clone());
+        host.test_offload_with(offload.clone());
         let source = tokio::task::block_in_place(|| source::open(config, &opening))?;
         Ok((host, source))
     };

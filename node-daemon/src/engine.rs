@@ -15,6 +15,7 @@ mod keys;
 mod mismatch;
 mod mtu_reports;
 mod node;
+mod offload;
 mod pace;
 mod pod_names;
 mod pods;
@@ -298,6 +299,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         self.probe_changed(&plan);
         self.probe_paths(&plan);
+        self.test_offload(&facts, &plan);
         self.passes += 1;
         let took = started.elapsed();
         let repeated = self.pace.ended(failures::digest(&outcome), !outcome.is_clean());

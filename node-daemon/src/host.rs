@@ -24,6 +24,7 @@ use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
+use husk_overlay::offload::Candidate;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
 use husk_overlay::{marks, probe};
@@ -35,6 +36,7 @@ use crate::engine::Node;
 use crate::files;
 use crate::identity::Identity;
 use crate::keys::KeyStore;
+use crate::offload::OffloadTesting;
 use crate::probing::{Probing, uptime};
 use crate::report::Counter;
 
@@ -64,6 +66,8 @@ pub struct Host {
     missing: BTreeSet<IpAddr>,
     /// Who probes the paths to the peers, if anybody does.
     probing: Option<Probing>,
+    /// Who tests the offload of the VXLAN device, if anybody does.
+    offload: Option<OffloadTesting>,
 }
 
 impl Host {
@@ -87,12 +91,18 @@ impl Host {
             chosen: DualStack::default(),
             missing: BTreeSet::new(),
             probing: None,
+            offload: None,
         })
     }
 
     /// Has the paths to the peers probed.
     pub fn probe_with(&mut self, probing: Probing) {
         self.probing = Some(probing);
+    }
+
+    /// Has the offload of the VXLAN device tested.
+    pub fn test_offload_with(&mut self, offload: OffloadTesting) {
+        self.offload = Some(offload);
     }
 
     /// A userspace device that ended takes its key with it. The kernel's device could not go on with it for half a minute:
@@ -201,6 +211,7 @@ impl Node for Host {
             routes,
             wireguard,
             probed: self.probing.as_ref().map(Probing::limits).unwrap_or_default(),
+            offload: self.offload.as_ref().map(OffloadTesting::offload).unwrap_or_default(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,
@@ -340,6 +351,12 @@ impl Node for Host {
         };
         if let Err(error) = std::thread::Builder::new().name("greeting".into()).spawn(later) {
             tracing::debug!(%error, "sessions with some peers start with their first packets");
+        }
+    }
+
+    fn test_offload(&mut self, candidates: BTreeMap<NodeName, Candidate>) {
+        if let Some(offload) = &self.offload {
+            offload.set_candidates(candidates);
         }
     }
 

@@ -10,6 +10,7 @@ use crate::esp::AssociationId;
 use crate::kernel::XfrmStateKey;
 use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName, NodeName};
+use crate::offload::Offload;
 use crate::prefix::Prefix;
 use crate::record::DualStack;
 
@@ -170,6 +171,8 @@ pub struct Facts {
     /// What probing found: peers to which less passes than the plan says, with the bytes of the largest packet inside the
     /// tunnel that does ([`crate::probe::Prober::limits`]).
     pub probed: BTreeMap<NodeName, u32>,
+    /// What is to be done with the offload of the VXLAN device, and why ([`crate::offload::Tester::offload`]).
+    pub offload: Offload,
     /// Keys of the own WireGuard devices by generation, at most two; the parity of a generation is the slot of its device.
     pub wireguard_epochs: BTreeMap<u64, OwnEpoch>,
     /// What the own WireGuard devices say of peers, by the peers' public keys.

@@ -50,6 +50,8 @@ pub enum IssueKind {
     MtuTooLarge,
     /// The path to a peer passes less than the underlay promises.
     PathMtu,
+    /// The VXLAN device does without offload, which is broken.
+    BrokenOffload,
     /// No address block could be had.
     PoolExhausted,
     /// Kubernetes has given the node no CIDR.

@@ -178,6 +178,8 @@ pub struct Desired {
     pub policy_is_unknown: bool,
     /// Tunnel devices by name.
     pub links: BTreeMap<InterfaceName, Link>,
+    /// Tunnel devices whose offload of checksums and segmentation has to be on or off. That of others is left as it is.
+    pub offload: BTreeMap<InterfaceName, bool>,
     /// WireGuard configuration by device name.
     pub wireguard: BTreeMap<InterfaceName, WireguardDevice>,
     /// IPsec security associations. One that was installed and is gone is never desired again: its sequence numbers would

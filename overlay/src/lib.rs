@@ -3,7 +3,7 @@
 //! Reading order: [`name`], [`prefix`], [`mac`], [`keys`] and [`esp`] are the vocabulary; [`config`] what people say;
 //! [`record`] what nodes tell each other, [`manifest`] its text form; [`facts`], [`endpoint`], [`port_mapping`] and [`bandwidth`] what a node
 //! finds on itself; [`kernel`] what its kernel should hold; [`mtu`] the byte ledger, [`rotation`] how keys are replaced; [`probe`]
-//! what really passes; [`plan`] puts it all together.
+//! what really passes, [`offload`] whether the VXLAN device may leave work to others; [`plan`] puts it all together.
 
 pub mod bandwidth;
 pub mod config;
@@ -21,6 +21,7 @@ pub mod marks;
 pub mod mode;
 pub mod mtu;
 pub mod name;
+pub mod offload;
 pub mod plan;
 pub mod port_mapping;
 pub mod prefix;

@@ -54,7 +54,8 @@ pub const NFT_POLICY_TABLE: &str = "husk-policy";
 /// NFLOG group in which the kernel tells of packets that policy denied: 72 as [`ROUTE_PROTOCOL`].
 pub const NFLOG_GROUP: u16 = 72;
 
-/// UDP port at which nodes probe each other through the tunnel: "HUSK" on the keys of a telephone. No service is known to
+/// Port at which nodes probe each other through the tunnel (UDP), and make transfers that test the offload of the VXLAN device
+/// (TCP): "HUSK" on the keys of a telephone. No service is known to
 /// Debian's `/etc/services` there, and it is below the ports that Kubernetes gives to services (30000) and that Linux gives to
 /// whoever asks for none in particular (32768, `ip_local_port_range`).
 pub const PROBE_PORT: u16 = 4875;

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 pub use esp::PROTECT_PRIORITY;
-pub use firewall::port_mappings::{HostPorts, are_mapped, host_ports, loopback_parameter};
+pub use firewall::port_mappings::{HostPorts, are_mapped, host_ports, is_of_tunnel, loopback_parameter};
 pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, PROBE_OUTSIDE, SPOOFED, UNKNOWN_VTEP};
 pub use peers::PeerPlan;
 

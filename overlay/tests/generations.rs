@@ -219,6 +219,7 @@ impl World {
                 .collect(),
             wireguard: Some(if userspace { WireguardSupport::Userspace } else { WireguardSupport::Kernel }),
             probed: BTreeMap::new(),
+            offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs: node.keys.clone(),
             sessions,
             esp: None,

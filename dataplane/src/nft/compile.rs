@@ -354,6 +354,7 @@ fn left(it: &Match) -> Value {
         MatchKey::DestinationKind => json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
         MatchKey::Protocol => meta("l4proto"),
         MatchKey::UdpDestinationPort => payload("udp", "dport"),
+        MatchKey::TcpDestinationPort => payload("tcp", "dport"),
         MatchKey::IcmpType(Family::Ipv4) => payload("icmp", "type"),
         MatchKey::IcmpType(Family::Ipv6) => payload("icmpv6", "type"),
         MatchKey::IcmpCode => raw(1, 1),

@@ -102,6 +102,7 @@ fn interface(failure: &Failure) -> Option<&InterfaceName> {
         Change::Link(change) => Some(change.interface()),
         Change::Wireguard(change) => Some(&change.interface),
         Change::Napi(change) => Some(&change.interface),
+        Change::Offload(change) => Some(&change.interface),
         Change::Address(change) => Some(&change.address().interface),
         Change::Neighbour(change) => Some(&change.key().interface),
         Change::Fdb(change) => Some(&change.key().interface),
@@ -117,7 +118,7 @@ fn interface(failure: &Failure) -> Option<&InterfaceName> {
 fn severity(failure: &Failure) -> Severity {
     let essential = match failure.table {
         Table::Sysctls | Table::Nft | Table::Policy | Table::Links | Table::Wireguard | Table::Addresses => true,
-        Table::Napi | Table::Neighbours | Table::Fdb => false,
+        Table::Offload | Table::Napi | Table::Neighbours | Table::Fdb => false,
         Table::Routes => failure.change.as_ref().is_none_or(Change::makes_unreachable),
         // One peer's associations are one peer's business.
         Table::XfrmStates => failure.change.is_none(),

@@ -13,6 +13,7 @@ use husk_overlay::facts::{Facts, SpentAssociation};
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
+use husk_overlay::offload::Candidate;
 use husk_overlay::probe::{Path, Report, Target};
 use husk_overlay::record::Snapshot;
 
@@ -131,6 +132,9 @@ pub trait Node {
     /// Sends a packet to each of these addresses of other nodes, through the tunnels, after some time; nobody waits for it, nor
     /// for an answer.
     fn greet(&mut self, _routers: &[IpAddr], _after: Duration) {}
+
+    /// With whom the offload of the VXLAN device can be tried from now on; what is found out of it comes with the facts.
+    fn test_offload(&mut self, _candidates: BTreeMap<NodeName, Candidate>) {}
 
     /// What there is to be probed from now on; what is found out of it comes with the facts.
     fn probe(&mut self, _targets: &BTreeMap<Path, Target>) {}

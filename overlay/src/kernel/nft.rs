@@ -232,6 +232,8 @@ pub enum MatchKey {
     Protocol,
     /// UDP destination port.
     UdpDestinationPort,
+    /// TCP destination port.
+    TcpDestinationPort,
     /// Type of an ICMP message of the family, by nft's name; implies the family and the protocol.
     IcmpType(Family),
     /// Code of an ICMP message (RFC 792, RFC 4443 section 2.1). Only behind [`MatchKey::IcmpType`].

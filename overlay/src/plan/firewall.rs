@@ -11,7 +11,7 @@
 //! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
 //!                   VXLAN from an address that is no node      drop, counter unknown_vtep
 //! input       -150  a path MTU to a node below the floor       drop, counter path_mtu_below_floor
-//! input       -150  a probe that came by no tunnel             drop, counter probe_outside
+//! input       -150  a probe or transfer that came by no tunnel drop, counter probe_outside
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
 //! postrouting  100  into the tunnel from a foreign address     source NAT: the peer drops what is not this node's
 //!                   pod to an address outside the cluster      masquerade random,fully-random
@@ -74,6 +74,7 @@ pub const PROBE_OUTSIDE: &str = "probe_outside";
 
 /// IANA protocol numbers.
 const UDP: u32 = 17;
+const TCP: u32 = 6;
 
 pub(super) fn render(
     context: &Context<'_>,
@@ -338,16 +339,22 @@ fn vtep(context: &Context<'_>, table: &mut NftTable) {
     insert(table, "input-vtep", ChainKind::Filter, Hook::Input, -150, rules);
 }
 
-/// Probes are answered to whom the tunnel has let in, and to nobody else.
+/// Probes, and the transfers of the offload's test, are answered to whom the tunnel has let in, and to nobody else.
 fn probe_guard() -> Vec<Rule> {
-    let statements = vec![
-        unequal(MatchKey::InputInterface, MatchValue::Text("husk-*".to_owned())),
-        equal(MatchKey::Protocol, MatchValue::Number(UDP)),
-        equal(MatchKey::UdpDestinationPort, MatchValue::Number(marks::PROBE_PORT.into())),
-        Statement::Counter(PROBE_OUTSIDE.into()),
-        Statement::Drop,
-    ];
-    vec![rule(PROBE_OUTSIDE, statements)]
+    let guard = |name: String, protocol, port| {
+        let statements = vec![
+            unequal(MatchKey::InputInterface, MatchValue::Text("husk-*".to_owned())),
+            equal(MatchKey::Protocol, MatchValue::Number(protocol)),
+            equal(port, MatchValue::Number(marks::PROBE_PORT.into())),
+            Statement::Counter(PROBE_OUTSIDE.into()),
+            Statement::Drop,
+        ];
+        rule(name, statements)
+    };
+    vec![
+        guard(PROBE_OUTSIDE.to_owned(), UDP, MatchKey::UdpDestinationPort),
+        guard(format!("{PROBE_OUTSIDE}-transfer"), TCP, MatchKey::TcpDestinationPort),
+    ]
 }
 
 fn clamping() -> Vec<Rule> {

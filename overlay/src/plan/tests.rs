@@ -12,6 +12,7 @@ use crate::facts::{OwnEpoch, UnderlayRoute, WireguardSupport};
 use crate::kernel::{LinkKind, MatchValue, Route, RouteKey, RouteTarget, SetElement, Statement};
 use crate::keys::PrivateKey;
 use crate::name::{ContainerId, InstanceId, InterfaceName, NetworkName};
+use crate::offload::{Finding, Offload, Setting, candidates};
 
 pub(super) fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -96,6 +97,7 @@ pub(super) fn facts(count: u8) -> Facts {
             .collect(),
         wireguard: Some(WireguardSupport::Kernel),
         probed: BTreeMap::new(),
+        offload: crate::offload::Offload::default(),
         wireguard_epochs: BTreeMap::from([(0, OwnEpoch { public_key: key(0), spi_salt: 0, created: Duration::ZERO })]),
         sessions: BTreeMap::new(),
         esp: None,
@@ -188,6 +190,44 @@ fn vxlan_has_three_static_entries_per_peer_and_family() {
     let nodes = &plan.desired.nft.unwrap().sets["nodes"];
     let known = ["192.0.2.2", "192.0.2.3"].map(|text| SetElement::Address(address(text)));
     assert_eq!(nodes.elements, BTreeSet::from(known));
+}
+
+#[test]
+fn offload_follows_the_self_test_and_a_finding_is_told() {
+    let interface = interface("eth0");
+    let of = |setting, finding| {
+        let offload = Offload { setting, finding };
+        let plan = plan_of(&config(Mode::Vxlan), &snapshot(3), &Facts { offload, ..facts(3) });
+        (plan.desired.offload.values().copied().next(), plan.issues)
+    };
+    assert_eq!(of(Setting::Untouched, None), (None, vec![]));
+    assert_eq!(of(Setting::On, None), (Some(true), vec![]));
+    assert_eq!(of(Setting::Off, None), (Some(false), vec![]), "a test proves nothing as long as it goes on");
+    let finding = Finding { peer: node("host1"), interface, at: Duration::from_secs(5) };
+    let (offload, issues) = of(Setting::Off, Some(finding.clone()));
+    assert_eq!(offload, Some(false));
+    let [issue] = issues.as_slice() else { panic!("{issues:?}") };
+    assert_eq!(
+        (issue.severity, issue.kind, issue.subject.as_str()),
+        (Severity::Warning, IssueKind::BrokenOffload, "husk-vx")
+    );
+    assert!(["host1", "eth0", "ethtool -k eth0"].iter().all(|it| issue.to_string().contains(it)), "{issue}");
+    let offload = Offload { setting: Setting::Off, finding: Some(finding) };
+    let plan = plan_of(&config(Mode::Wireguard), &snapshot(3), &Facts { offload, ..facts(3) });
+    assert_eq!((plan.desired.offload.len(), plan.issues), (0, vec![]), "there is no such device");
+}
+
+#[test]
+fn offload_is_tried_with_peers_that_the_vxlan_device_leads_to() {
+    let facts = facts(3);
+    let plan = plan_of(&config(Mode::Vxlan), &snapshot(3), &facts);
+    let candidates = candidates(&plan, &facts);
+    assert_eq!(candidates.keys().map(NodeName::as_str).collect::<Vec<_>>(), ["host1", "host2"]);
+    let first = &candidates[&node("host1")];
+    assert_eq!((first.own, first.address), (address("10.42.0.0"), address("10.42.0.64")));
+    assert_eq!((first.mtu, &first.interface), (Some(1450), &facts.routes[&address("192.0.2.2")].interface));
+    let plan = plan_of(&config(Mode::Wireguard), &snapshot(3), &facts);
+    assert_eq!(crate::offload::candidates(&plan, &facts), BTreeMap::new());
 }
 
 #[test]

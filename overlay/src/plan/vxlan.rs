@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use super::local::{route_key, router_on};
 use super::peers::{Peer, router_of};
 use super::{Context, vxlan_mac};
-use crate::issue::{Issue, IssueKind};
+use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, FdbKey, Link, LinkKind, NeighbourKey, Route, RouteTarget};
 use crate::marks;
 use crate::name::{InterfaceName, NodeName};
+use crate::offload::Setting;
 
 /// Device, entries and routes. Peers that cannot be sent to yet get no entries and no routes; what they claim counts.
 pub(super) fn render(
@@ -34,6 +35,7 @@ pub(super) fn render(
         threaded_napi: false,
     };
     desired.links.insert(interface.clone(), link);
+    offload(context, &interface, desired, issues);
     router_on(context, &interface, desired);
     let mut macs = BTreeMap::from([(own_mac, context.facts.node.clone())]);
     for peer in peers.values_mut().filter(|peer| peer.plan.refused.is_none()) {
@@ -65,4 +67,30 @@ pub(super) fn render(
             desired.routes.insert(route_key(block), Route { target, source, mtu: peer.mtu() });
         }
     }
+}
+
+/// Offload as the self-test ([`crate::offload`]) wants it.
+fn offload(context: &Context<'_>, device: &InterfaceName, desired: &mut Desired, issues: &mut Vec<Issue>) {
+    let on = match context.facts.offload.setting {
+        Setting::Untouched => None,
+        Setting::Off => Some(false),
+        Setting::On => Some(true),
+    };
+    desired.offload.extend(on.map(|on| (device.clone(), on)));
+    issues.extend(context.facts.offload.finding.as_ref().map(|finding| Issue {
+        severity: Severity::Warning,
+        kind: IssueKind::BrokenOffload,
+        subject: device.to_string(),
+        message: format!(
+            "packets whose checksum and segmentation are left to {} do not arrive: TCP to {} stood still, and passed at once \
+             with both done by the kernel; checksum and segmentation offload of {device} is off, which costs processor time",
+            finding.interface, finding.peer
+        ),
+        remedy: format!(
+            "update the kernel or the driver of {0} here and on {1}, or turn off what it gets wrong of tunnels (ethtool -k {0}: \
+             tx-udp_tnl-segmentation, tx-udp_tnl-csum-segmentation, tx-checksum-ip-generic); it is tested again once a day \
+             and after a reboot",
+            finding.interface, finding.peer
+        ),
+    }));
 }

@@ -173,6 +173,7 @@ impl Node {
             routes: addresses.map(|address| (address, route.clone())).collect(),
             wireguard: None,
             probed: BTreeMap::new(),
+            offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs: BTreeMap::new(),
             sessions: BTreeMap::new(),
             esp: Some(EspFacts {

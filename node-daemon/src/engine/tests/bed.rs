@@ -341,6 +341,7 @@ impl Node for FakeNode {
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
             probed: state.probed.clone(),
+            offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
             esp,

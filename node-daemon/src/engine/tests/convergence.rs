@@ -236,6 +236,7 @@ fn used(actual: &husk_dataplane::kernel::Actual, table: Table) -> bool {
         Table::Wireguard => !actual.wireguard.is_empty(),
         Table::XfrmStates => !actual.xfrm_states.is_empty(),
         Table::XfrmPolicies => !actual.xfrm_policies.is_empty(),
+        Table::Offload => actual.offload.values().any(|on| !*on),
         Table::Napi => actual.napi.values().any(|threaded| *threaded),
         Table::Addresses => !actual.addresses.is_empty(),
         Table::Neighbours => !actual.neighbours.is_empty(),

@@ -26,6 +26,7 @@ use crate::kernel::{
     Addressee, ChainKind, ElementType, Hook, Map, MapKeyType, MapValue, MapValueType, MatchKey, MatchValue, NftTable,
     Rule, Set, SetElement, Statement,
 };
+use crate::marks;
 use crate::port_mapping::TransportProtocol;
 use crate::prefix::{Family, Prefix};
 use crate::record::DualStack;
@@ -55,6 +56,17 @@ pub struct HostPorts {
     pub tunnel_ports: BTreeSet<u16>,
 }
 
+/// Whether a port of the host is one at which the node's own tunnels, or what travels in them, arrive: the UDP ports of tunnels,
+/// and that of probes and transfers between nodes in either protocol.
+#[must_use]
+pub fn is_of_tunnel(protocol: TransportProtocol, port: u16, tunnel_ports: &BTreeSet<u16>) -> bool {
+    match protocol {
+        TransportProtocol::Udp => tunnel_ports.contains(&port),
+        TransportProtocol::Tcp => port == marks::PROBE_PORT && tunnel_ports.contains(&port),
+        TransportProtocol::Sctp => false,
+    }
+}
+
 /// What the node's table holds for port mappings: the chains, sets and maps that are there in any case, and the elements of
 /// the endpoints.
 ///
@@ -78,7 +90,7 @@ pub fn host_ports<'a>(
     let mut issues = Vec::new();
     for endpoint in endpoints {
         for claim in claims(endpoint).filter(|claim| families.contains(&claim.family())) {
-            let taken = if claim.from.protocol == TransportProtocol::Udp && tunnel_ports.contains(&claim.from.port) {
+            let taken = if is_of_tunnel(claim.from.protocol, claim.from.port, tunnel_ports) {
                 Some("belongs to a tunnel of this node".to_owned())
             } else {
                 claim.enter(&mut table).err().map(|holder| format!("leads to the pod with the address {holder}"))

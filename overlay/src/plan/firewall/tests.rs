@@ -107,6 +107,8 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
         MatchKey::Source(family) => within(address(family, packet.source)),
         MatchKey::Destination(family) => within(address(family, packet.destination)),
         MatchKey::Protocol => packet.port.is_some() && it.value == MatchValue::Number(UDP),
+        // The packets of these tests that have ports are UDP.
+        MatchKey::TcpDestinationPort => false,
         MatchKey::UdpDestinationPort => packet.port.is_some_and(|port| it.value == MatchValue::Number(port.into())),
         MatchKey::IcmpType(family) => packet.error.is_some_and(|(name, _)| {
             let MatchValue::AnyOf(names) = &it.value else { panic!("a type is compared with {:?}", it.value) };
@@ -192,6 +194,7 @@ fn table_over(mode: Mode, family: Family) -> NftTable {
         routes: BTreeMap::new(),
         wireguard: None,
         probed: BTreeMap::new(),
+        offload: crate::offload::Offload::default(),
         wireguard_epochs: BTreeMap::new(),
         sessions: BTreeMap::new(),
         esp: None,
