@@ -9,7 +9,7 @@
 //! - Before a watch goes on, the API server is asked what its version is. Where it is lower the watch fails.
 //! - Now and then the own record is read. Where it is another than the watch told, and stays so, the watches are deaf.
 //!
-//! Each time everything is listed anew, out of the API server's cache. An API server that was merely started anew makes clients list
+//! Each time everything is listed anew. An API server that was merely started anew makes clients list
 //! anyway: it remembers nothing of what was before its start (`too old resource version`).
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::header::ACCEPT;
-use http::{Request, Uri};
+use http::{Method, Request, Uri};
 use kube::client::Body;
 use kube::core::ListMeta;
 use kube::{Api, Client};
@@ -52,7 +52,7 @@ const PUNCTUAL: Duration = Duration::from_secs(15);
 /// What a request means to the watches of a client.
 #[derive(Debug, PartialEq, Eq)]
 enum Step<'a> {
-    /// A list, after which a watch begins.
+    /// A list, after which a watch begins; or a single object, which nobody watches.
     List { path: &'a str },
     /// A watch from this version on, for so long.
     Watch { path: &'a str, version: u64, time: Duration },
@@ -81,7 +81,7 @@ pub(super) async fn check(
     begun: Arc<Begun>,
     request: Request<Body>,
 ) -> Result<Request<Body>, BoxError> {
-    let Some(step) = step(request.uri()) else { return Ok(request) };
+    let Some(step) = step(request.method(), request.uri()) else { return Ok(request) };
     if begun.is_cut_off(&step, Instant::now()) {
         return Err("the connection was cut off; everything is listed anew".into());
     }
@@ -99,17 +99,18 @@ pub(super) async fn check(
     Ok(request)
 }
 
-/// What the watches of a client have to do with a request; nothing with most.
-fn step(uri: &Uri) -> Option<Step<'_>> {
-    let (path, query) = (uri.path(), uri.query()?);
+/// What the watches of a client may have to do with a request; nothing with one that changes something.
+fn step<'a>(method: &Method, uri: &'a Uri) -> Option<Step<'a>> {
+    let (path, query) = (uri.path(), uri.query().unwrap_or_default());
     let value = |key: &str| query.split('&').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='));
-    let version = value("resourceVersion")?.parse().ok();
-    if value("watch") != Some("true") {
-        // As watches ask for it, whatever the version.
-        return (version == Some(0)).then_some(Step::List { path });
+    if *method != Method::GET {
+        return None;
     }
-    let time = Duration::from_secs(value("timeoutSeconds")?.parse().ok()?);
-    Some(Step::Watch { path, version: version.filter(|version| *version > 0)?, time })
+    if value("watch") != Some("true") {
+        return Some(Step::List { path });
+    }
+    let version = value("resourceVersion")?.parse().ok().filter(|version| *version > 0)?;
+    Some(Step::Watch { path, version, time: Duration::from_secs(value("timeoutSeconds")?.parse().ok()?) })
 }
 
 /// Looks for ever whether the watches hear what happens to the own record.
@@ -143,14 +144,14 @@ mod tests {
 
     #[test]
     fn lists_and_watches_from_some_version_are_told_from_everything_else() {
-        let of = |text: &str| step(&text.parse().unwrap()).map(|step| format!("{step:?}"));
+        let of = |method: Method, text: &str| step(&method, &text.parse().unwrap()).map(|step| format!("{step:?}"));
         let watch = format!("{PATH}?&watch=true&timeoutSeconds=290&allowWatchBookmarks=true&resourceVersion=12");
         let expected = Step::Watch { path: PATH, version: 12, time: Duration::from_secs(290) };
-        assert_eq!(of(&watch), Some(format!("{expected:?}")));
-        let list = format!("{PATH}?&resourceVersion=0&limit=500");
-        assert_eq!(of(&list), Some(format!("{:?}", Step::List { path: PATH })));
-        for other in [watch.replace("=12", "=0"), format!("{PATH}?limit=1"), PATH.to_owned(), format!("{PATH}/a?x=y")] {
-            assert_eq!(of(&other), None, "{other}");
+        assert_eq!(of(Method::GET, &watch), Some(format!("{expected:?}")));
+        assert_eq!(of(Method::GET, &watch.replace("=12", "=0")), None);
+        for list in [format!("{PATH}?&limit=500"), format!("{PATH}?&resourceVersion=0"), PATH.to_owned()] {
+            assert_eq!(of(Method::GET, &list), Some(format!("{:?}", Step::List { path: PATH })), "{list}");
+            assert_eq!(of(Method::POST, &list), None, "{list}");
         }
     }
 
