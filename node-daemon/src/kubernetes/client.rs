@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -83,7 +84,8 @@ fn client(config: Config) -> kube::Result<Client> {
         .service(http);
     let namespace = config.default_namespace;
     let asking = Client::new(service.clone(), namespace.clone());
-    let check = AsyncFilterLayer::new(move |request| resume::check(asking.clone(), request));
+    let begun = Arc::new(resume::Begun::default());
+    let check = AsyncFilterLayer::new(move |request| resume::check(asking.clone(), Arc::clone(&begun), request));
     Ok(Client::new(ServiceBuilder::new().layer(check).service(service), namespace))
 }
 

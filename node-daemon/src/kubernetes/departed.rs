@@ -173,7 +173,7 @@ mod tests {
     const GRACE: Duration = Duration::from_secs(300);
 
     fn has(version: &str) -> BTreeMap<String, Vec<Belonging>> {
-        let kept = Kept { uid: "u".into(), version: version.into(), read: Err(Vec::new()) };
+        let kept = Kept { uid: "u".into(), version: version.into(), generation: 1, read: Err(Vec::new()) };
         let block = Belonging { watched: Watched::Blocks, name: "10.42.0.0-26".into(), kept };
         BTreeMap::from([("a".to_owned(), vec![block])])
     }

@@ -236,6 +236,8 @@ pub struct Kept {
     pub uid: String,
     /// `metadata.resourceVersion`
     pub version: String,
+    /// `metadata.generation`: grows with the content, not with the status; starts anew with another uid.
+    pub generation: i64,
     /// What it says, or what is wrong with it.
     pub read: Result<Manifest, Vec<husk_overlay::issue::Issue>>,
 }
@@ -247,6 +249,7 @@ impl Kept {
         let name = object.metadata.name.clone()?;
         let uid = object.metadata.uid.clone().unwrap_or_default();
         let version = object.metadata.resource_version.clone().unwrap_or_default();
+        let generation = object.metadata.generation.unwrap_or_default();
         let kind = object.types.as_ref().map(|types| types.kind.clone()).unwrap_or_default();
         let subject = format!("{kind} {name}");
         let read = match serde_json::to_value(&object) {
@@ -255,7 +258,13 @@ impl Kept {
         };
         let read =
             read.and_then(|manifest| manifest.ok_or_else(|| vec![unreadable(&subject, "it is of another group")]));
-        Some((name, Self { uid, version, read }))
+        Some((name, Self { uid, version, generation, read }))
+    }
+
+    /// True if it is the same object with the same content, whatever its status is by now.
+    #[must_use]
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        self.uid == other.uid && self.read == other.read
     }
 }
 

@@ -188,8 +188,15 @@ impl Store {
     /// Takes an event about objects of Husk's kinds.
     pub fn object(&self, watched: Watched, event: Event<(String, Kept)>) {
         let mut tables = self.tables();
-        if let (Some(past), Event::Apply((name, kept)) | Event::Delete((name, kept))) = (&mut tables.past, &event) {
-            past.heard(watched, name, kept);
+        let Tables { past, records, .. } = &mut *tables;
+        // The status of a record changes too, and says nothing of what the node claims.
+        let repeats = |name: &String, kept: &Kept| {
+            watched == Watched::Records && records.items.get(name).is_some_and(|known| known.says_the_same(kept))
+        };
+        match (past, &event) {
+            (Some(past), Event::Apply((name, kept))) if !repeats(name, kept) => past.heard(watched, name, kept),
+            (Some(past), Event::Delete((name, kept))) => past.heard(watched, name, kept),
+            _ => {}
         }
         let table = match watched {
             Watched::Records => &mut tables.records,

@@ -55,7 +55,7 @@ fn note(store: Arc<Store>, watched: Watched) -> impl Fn(Failure) {
 }
 
 /// Lists and watches for ever. The watcher goes on by itself where a watch came to its regular end; after a failure everything
-/// is listed anew, out of the API server's cache as the clients of Kubernetes itself do.
+/// is listed anew, in pages, which the API server reads from etcd and not from its cache.
 pub(super) async fn follow<K>(
     api: Api<K>,
     config: Config,
@@ -85,7 +85,7 @@ pub(super) async fn session<K>(
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let mut events = watcher(api, config.any_semantic()).boxed();
+    let mut events = watcher(api, config).boxed();
     distrusted.mark_unchanged();
     loop {
         let event = tokio::select! {

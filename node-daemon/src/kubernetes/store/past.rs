@@ -49,7 +49,7 @@ impl Past {
         now >= *self.until.get_or_insert(now + GRACE)
     }
 
-    /// What a watch tells, other than a list, is news.
+    /// What a watch tells, other than a list, is news where it is not what was told before.
     pub(super) fn heard(&mut self, watched: Watched, name: &str, kept: &Kept) {
         match (watched, &kept.read) {
             (Watched::Records, _) => drop(self.records.remove(name)),
@@ -60,7 +60,10 @@ impl Past {
 
     /// Records that a list lacks, or has in an older state.
     fn forgotten_in(&self, listed: &BTreeMap<String, Kept>) -> impl Iterator<Item = (&String, &Kept)> {
-        let is_forgotten = |name: &str, past: &Kept| listed.get(name).is_none_or(|it| version(it) < version(past));
+        let is_forgotten = |name: &str, past: &Kept| {
+            // The version would not do: it grows with the status, also of a record in an older state.
+            listed.get(name).is_none_or(|it| it.uid == past.uid && it.generation < past.generation)
+        };
         self.records.iter().filter(move |(name, past)| is_forgotten(name, past))
     }
 
@@ -87,9 +90,4 @@ impl Past {
             }
         }
     }
-}
-
-/// Versions are numbers that only grow, unless the whole of the API goes back in time.
-fn version(kept: &Kept) -> Option<u64> {
-    kept.version.parse().ok()
 }

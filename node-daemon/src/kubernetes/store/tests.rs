@@ -15,7 +15,7 @@ fn store(origin: BlockOrigin) -> (Store, Arc<AtomicUsize>) {
 fn block(cidr: &str, node: &str, version: &str) -> (String, Kept) {
     let cidr = cidr.parse().unwrap();
     let read = Ok(manifest::block(cidr, &NodeName::new(node).unwrap()));
-    (manifest::block_name(cidr), Kept { uid: "u".into(), version: version.into(), read })
+    (manifest::block_name(cidr), Kept { uid: "u".into(), version: version.into(), generation: 1, read })
 }
 
 fn list(store: &Store, watched: Watched, objects: Vec<(String, Kept)>) {
@@ -135,6 +135,7 @@ fn what_nodes_own_is_told_by_owner_and_never_the_own() {
     assert_eq!(told, [("b", "10.42.0.64-26")]);
 }
 
+/// A record of which nothing but the content ever changed, so that its generation is its version.
 fn record(name: &str, blocks: &[&str], version: &str) -> (String, Kept) {
     let json = serde_json::json!({
         "apiVersion": "husk.dev/v1alpha1", "kind": "OverlayNode",
@@ -145,7 +146,7 @@ fn record(name: &str, blocks: &[&str], version: &str) -> (String, Kept) {
         },
     });
     let read = manifest::from_json(name, &json).map(|manifest| manifest.expect("it is of our group"));
-    (name.to_owned(), Kept { uid: "u".into(), version: version.into(), read })
+    (name.to_owned(), Kept { uid: "u".into(), version: version.into(), generation: version.parse().unwrap(), read })
 }
 
 fn told(store: &Store, now: Instant) -> Vec<String> {
@@ -186,6 +187,29 @@ fn what_a_restored_server_has_forgotten_of_others_counts_until_they_could_say_it
     assert_eq!(told(&store, again + LATER), ["10.42.0.0/26 a", "a [10.42.0.0/26]"]);
 }
 
+/// The node that hears the API again tells of itself at once, as that it is ready, and of its blocks a moment later.
+#[test]
+fn a_status_is_no_news_of_a_record_in_an_older_state() {
+    let start = Instant::now();
+    let store = failing(start);
+    let before = told(&store, start);
+    let others = |told: &[String]| told.iter().filter(|it| !it.contains("own")).cloned().collect::<Vec<_>>();
+    let stale = |version: &str| {
+        let (name, mut kept) = record("a", &["10.42.0.0/26"], "2");
+        kept.version = version.to_owned();
+        (name, kept)
+    };
+    list(&store, Watched::Blocks, vec![block("10.42.0.0/26", "a", "1")]);
+    list(&store, Watched::Records, vec![stale("2")]);
+    store.object(Watched::Records, Event::Apply(stale("9")));
+    assert_eq!(told(&store, start), others(&before));
+    // Neither is it in a list that comes later.
+    list(&store, Watched::Records, vec![stale("10")]);
+    assert_eq!(told(&store, start), others(&before));
+    store.object(Watched::Records, Event::Apply(record("a", &["10.42.0.64/26"], "3")));
+    assert_eq!(told(&store, start), ["10.42.0.0/26 a", "10.42.0.64/26 a", "a [10.42.0.64/26]"]);
+}
+
 #[test]
 fn a_node_whose_address_another_one_has_by_now_is_no_past() {
     let start = Instant::now();
@@ -221,7 +245,7 @@ fn a_node_without_its_object_keeps_its_cidrs_unless_another_has_them() {
             "spec": { "instance": "0123456789abcdef", "underlayMtu": 1500, "blocks": [block] },
         });
         let read = manifest::from_json(name, &record).map(|manifest| manifest.expect("a record"));
-        (name.to_owned(), Kept { uid: "u".into(), version: "1".into(), read })
+        (name.to_owned(), Kept { uid: "u".into(), version: "1".into(), generation: 1, read })
     };
     list(&store, Watched::Records, vec![record("b", "10.244.1.0/24"), record("c", "10.244.2.0/24")]);
     list_nodes(&store, &[("own", &["10.244.0.0/24"]), ("b", &["10.244.1.0/24"]), ("c", &["10.244.2.0/24"])]);
