@@ -76,7 +76,8 @@ fn kinds_of(mode: Mode) -> &'static [Kind] {
     match mode {
         Mode::Vxlan => &[Kind::Vxlan],
         Mode::Wireguard => &[Kind::Wireguard],
-        _ => &[Kind::Tcp, Kind::Icmp],
+        // UDP: nodes probe each other at their underlay addresses.
+        _ => &[Kind::Tcp, Kind::Icmp, Kind::Udp],
     }
 }
 

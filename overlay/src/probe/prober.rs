@@ -30,6 +30,10 @@ const SHARE: Duration = Duration::from_nanos(1_000_000_000 / 32 * 10 / 9);
 /// Probes to settle doubts for each one that is a matter of course, where both sorts are due.
 const URGENT_TURNS: u8 = 3;
 
+/// Time before the first check of a new path: nodes learn of each other at about the same time, and one that does not know the other
+/// yet takes its probes for those of a stranger. In mode wireguard the session is also made by then, and not by both at once.
+const COURTESY: Duration = Duration::from_secs(2);
+
 /// Time over which first checks are spread, at least.
 const SPREAD: Duration = Duration::from_secs(1);
 
@@ -88,7 +92,7 @@ impl Prober {
             let target = Target { promised: target.promised.min(wire::LARGEST), ..target.clone() };
             let first = now + self.shared.chance.up_to(all.max(SPREAD));
             if !self.tracks.contains_key(path) {
-                self.tracks.insert(path.clone(), Track::new(target, now, first));
+                self.tracks.insert(path.clone(), Track::new(target, now, first + COURTESY));
                 self.schedule(path);
             } else if self.tracks.get(path).is_some_and(|track| *track.target() != target) {
                 self.with(path, now, |track, _| track.retarget(target, now, first));
