@@ -138,3 +138,23 @@ impl Suspicion {
         self.pairs.iter().filter(|pair| kind(**pair)).count()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pairs_whose_small_probe_was_answered_are_evidence() {
+        let mut suspicion = Suspicion::new(1440, Duration::ZERO);
+        for round in 1..=NEEDED {
+            for small_answered in [false, false, true] {
+                assert_eq!(suspicion.judgement(), Judgement::Open, "round {round}");
+                let (pair, _) = suspicion.fire(Duration::ZERO);
+                assert_eq!(suspicion.fire(Duration::ZERO), (pair, true));
+                suspicion.outcome(pair, false, false);
+                suspicion.outcome(pair, true, small_answered);
+            }
+        }
+        assert_eq!(suspicion.judgement(), Judgement::Swallowed);
+    }
+}
