@@ -13,6 +13,7 @@
 //! the same, the gateway's is the router's, and the outside is behind it.
 
 mod builder;
+mod card;
 mod router;
 
 use std::fs;
@@ -30,6 +31,7 @@ use serde_json::{Value, json};
 
 pub use self::builder::ClusterBuilder;
 use self::builder::MANIFESTS;
+pub use self::card::{Card, Fault};
 pub use self::router::Router;
 use crate::capture::Capture;
 use crate::eventually;
