@@ -113,6 +113,8 @@ pub struct Engine<K, S, N> {
     told: endpoints::Told,
     /// Pods whose MTU could not be set, or only at one end.
     untuned: BTreeSet<InterfaceName>,
+    /// The smaller underlay MTU in bytes that the source did not take before the own devices were touched.
+    untold: Option<u32>,
     pace: Pace,
     /// What use was made of keys.
     counted: usage::Counted,
@@ -163,6 +165,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             held,
             told: endpoints::Told::new(),
             untuned: BTreeSet::new(),
+            untold: None,
             pace: Pace::default(),
             counted: usage::Counted::default(),
             keeping: rotation::Keeping::default(),

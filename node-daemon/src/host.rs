@@ -195,7 +195,7 @@ impl Node for Host {
         let destinations: BTreeSet<IpAddr> = peers.flat_map(|record| record.addresses.iter()).collect();
         let mut routes =
             underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
-        self.paths.lower(&mut self.socket, &mut routes).context("cannot read path MTUs")?;
+        self.paths.lower(&mut self.socket, &mut routes);
         let mode = self.config.mode;
         let uptime = uptime();
         let wireguard = if mode.uses_wireguard() { Some(self.support.wireguard(&self.config)?) } else { None };
@@ -361,6 +361,7 @@ impl Node for Host {
     }
 
     fn probe(&mut self, targets: &BTreeMap<probe::Path, probe::Target>) {
+        self.paths.carried_out();
         if let Some(probing) = &self.probing {
             probing.set_targets(targets);
         }

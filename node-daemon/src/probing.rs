@@ -52,6 +52,7 @@ pub struct Probing {
     shared: Arc<Mutex<Shared>>,
     /// A byte wakes the thread; the end of it ends the thread.
     nudge: Arc<UnixStream>,
+    thread: Arc<thread::JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -82,8 +83,8 @@ impl Probing {
             responder: Responder::default(),
             limits: BTreeMap::new(),
         };
-        thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge: Arc::new(nudge) })
+        let thread = thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
+        Ok(Self { shared, nudge: Arc::new(nudge), thread: Arc::new(thread) })
     }
 
     /// What there is to be probed from now on, and who is answered.
@@ -111,6 +112,10 @@ impl Probing {
     /// Peers to which less passes than is promised, with the bytes of the largest packet that passes.
     #[must_use]
     pub fn limits(&self) -> BTreeMap<NodeName, u32> {
+        if self.thread.is_finished() {
+            // Only a panic, which the log tells of, ends it. Nobody would ever find that a path is whole again.
+            return BTreeMap::new();
+        }
         lock(&self.shared).prober.limits()
     }
 

@@ -293,8 +293,9 @@ impl Tester {
             (Step::First | Step::Again, Outcome::Stalled) => (Step::WithoutOffload, Setting::Off),
             (Step::WithoutOffload, Outcome::Passed) if !known => (Step::Confirmation, Setting::On),
             (Step::WithoutOffload, Outcome::Stalled) => {
-                // A finding stays as long as nothing speaks against it, and is not put to the test on a broken path.
-                self.not_before = if known { now + LATER } else { now };
+                // A finding stays as long as nothing speaks against it, and is not put to the test on a broken path. Nor does the
+                // offload go off and on for each of many peers in turn that let nothing through.
+                self.not_before = now + LATER;
                 return self.put_off(&test.peer, LATER, now);
             }
             (Step::WithoutOffload, Outcome::Passed) | (Step::Confirmation, Outcome::Stalled) => {
@@ -321,6 +322,10 @@ impl Tester {
 
     fn declined(&mut self, peer: &NodeName, now: Duration) {
         let before = self.waiting.get(peer).map_or(0, |wait| wait.declined);
+        if self.offload.finding.is_some() {
+            // Each attempt turns the offload on for a moment.
+            self.not_before = self.not_before.max(now + LATER);
+        }
         self.put_off(peer, LATER.min(RETRY * 2_u32.saturating_pow(before)), now);
         if let Some(wait) = self.waiting.get_mut(peer) {
             wait.declined = before.saturating_add(1);

@@ -136,7 +136,7 @@ pub trait Node {
     /// With whom the offload of the VXLAN device can be tried from now on; what is found out of it comes with the facts.
     fn test_offload(&mut self, _candidates: BTreeMap<NodeName, Candidate>) {}
 
-    /// What there is to be probed from now on; what is found out of it comes with the facts.
+    /// A plan was carried out, and this is what there is to be probed from now on; what is found out of it comes with the facts.
     fn probe(&mut self, _targets: &BTreeMap<Path, Target>) {}
 
     /// What probing found so far.

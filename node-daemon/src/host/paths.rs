@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use husk_dataplane::Error;
 use husk_dataplane::netlink::Socket;
 use husk_dataplane::underlay;
 use husk_overlay::config::Config;
@@ -23,7 +22,9 @@ pub(super) struct Paths {
     /// Least MTU in bytes that is believed.
     floor: u32,
     /// What was last found, by underlay address of a peer; none for one of which nothing was learned.
-    peers: BTreeMap<IpAddr, Option<u32>>,
+    found: BTreeMap<IpAddr, Option<u32>>,
+    /// The same, of the last pass that was carried out.
+    applied: BTreeMap<IpAddr, Option<u32>>,
 }
 
 impl Paths {
@@ -33,37 +34,43 @@ impl Paths {
         Self {
             family: Some(family).filter(|_| config.mode != Mode::Direct),
             floor: underlay_needed(&config.stack(), family, inner),
-            peers: BTreeMap::new(),
+            found: BTreeMap::new(),
+            applied: BTreeMap::new(),
         }
     }
 
     /// Lowers the MTU of routes to what is known of the paths. What would leave less than the overlay can work with is not
-    /// believed: anybody can send such an error, and who sends a true one has made the overlay useless anyway.
-    pub(super) fn lower(
-        &mut self,
-        socket: &mut Socket,
-        routes: &mut BTreeMap<IpAddr, UnderlayRoute>,
-    ) -> Result<(), Error> {
-        let Some(family) = self.family else { return Ok(()) };
-        let learned = underlay::path_mtus(socket, family)?;
-        let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
-        self.peers = routes.keys().map(|address| (*address, known(address))).collect();
+    /// believed: anybody can send such an error, and who sends a true one has made the overlay useless anyway. Where the kernel
+    /// does not answer, what it said last counts.
+    pub(super) fn lower(&mut self, socket: &mut Socket, routes: &mut BTreeMap<IpAddr, UnderlayRoute>) {
+        let Some(family) = self.family else { return };
+        match underlay::path_mtus(socket, family) {
+            Ok(learned) => {
+                let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
+                self.found = routes.keys().map(|address| (*address, known(address))).collect();
+            }
+            Err(error) => tracing::warn!(%error, "what routers said of the paths to peers cannot be read"),
+        }
         for (address, route) in routes {
-            if let Some(Some(mtu)) = self.peers.get(address)
+            if let Some(Some(mtu)) = self.found.get(address)
                 && *mtu < route.mtu
             {
                 tracing::debug!(%address, mtu, "a router on the way to a peer takes less than the link");
                 route.mtu = *mtu;
             }
         }
-        Ok(())
     }
 
-    /// Whether the kernel knows something else by now. One that does not answer fails the next pass, too.
+    /// What was found is in force.
+    pub(super) fn carried_out(&mut self) {
+        self.applied.clone_from(&self.found);
+    }
+
+    /// Whether the kernel knows something else than what is in force. Where it does not answer, the next pass asks again.
     pub(super) fn changed(&self, socket: &mut Socket) -> bool {
-        let Some(family) = self.family.filter(|_| !self.peers.is_empty()) else { return false };
-        let Ok(learned) = underlay::path_mtus(socket, family) else { return true };
+        let Some(family) = self.family.filter(|_| !self.applied.is_empty()) else { return false };
+        let Ok(learned) = underlay::path_mtus(socket, family) else { return false };
         let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
-        self.peers.iter().any(|(address, before)| known(address) != *before)
+        self.applied.iter().any(|(address, before)| known(address) != *before)
     }
 }

@@ -42,10 +42,9 @@ pub(super) fn render(
         }
         let Some(promised) = peer.promised else { continue };
         issues.extend(peer.plan.probed.map(|passes| issue(context, peer, passes, promised)));
-        let floor = floor(context);
-        if promised <= floor {
-            continue;
-        }
+        // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are answered
+        // only by who probes it.
+        let floor = floor(context).min(promised);
         let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor });
         let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
             Mode::Direct => next_hops(context, peer, desired),
