@@ -300,15 +300,7 @@ impl FakeState {
     }
 
     fn add_link(&mut self, interface: &InterfaceName, link: &husk_overlay::kernel::Link) {
-        let found = ActualLink {
-            kind: ActualKind::Known(link.kind.clone()),
-            mtu: link.mtu,
-            mac: link.mac,
-            up: true,
-            link_local: false,
-            fragmentable: false,
-        };
-        self.own.links.insert(interface.clone(), found);
+        self.own.links.insert(interface.clone(), ActualLink::made_of(link));
         self.own.napi.insert(interface.clone(), false);
         self.own.offload.insert(interface.clone(), true);
     }

@@ -45,6 +45,21 @@ pub struct ActualLink {
     pub fragmentable: bool,
 }
 
+impl ActualLink {
+    /// What a device is like that was just made as desired.
+    #[must_use]
+    pub fn made_of(link: &Link) -> Self {
+        Self {
+            kind: ActualKind::Known(link.kind.clone()),
+            mtu: link.mtu,
+            mac: link.mac,
+            up: true,
+            link_local: false,
+            fragmentable: false,
+        }
+    }
+}
+
 /// Kind of a device that has a name of ours.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]

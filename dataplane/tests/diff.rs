@@ -38,17 +38,6 @@ fn wanted(kind: LinkKind) -> Link {
     Link { kind, mtu: 1420, mac, threaded_napi: true }
 }
 
-fn found(link: &Link) -> ActualLink {
-    ActualLink {
-        kind: ActualKind::Known(link.kind.clone()),
-        mtu: link.mtu,
-        mac: link.mac,
-        up: true,
-        link_local: false,
-        fragmentable: false,
-    }
-}
-
 fn link_changes(link: Option<&Link>, found: Option<ActualLink>, sweep: Sweep) -> Vec<LinkChange> {
     let interface = name("husk-vx");
     let desired: BTreeMap<_, _> = link.into_iter().map(|link| (interface.clone(), link.clone())).collect();
@@ -60,7 +49,7 @@ fn link_changes(link: Option<&Link>, found: Option<ActualLink>, sweep: Sweep) ->
 fn each_property_of_a_link_is_tuned_by_itself() {
     let link = wanted(vxlan(1));
     let tuned = |change: fn(&mut ActualLink)| {
-        let mut found = found(&link);
+        let mut found = ActualLink::made_of(&link);
         change(&mut found);
         match link_changes(Some(&link), Some(found), Sweep::Withheld).as_slice() {
             [] => None,
@@ -81,24 +70,27 @@ fn each_property_of_a_link_is_tuned_by_itself() {
 fn a_link_of_another_kind_is_made_anew_unless_a_process_holds_it() {
     let (one, two, kernel, process) =
         (wanted(vxlan(1)), wanted(vxlan(2)), wanted(LinkKind::Wireguard), wanted(LinkKind::WireguardUserspace));
-    let other = ActualLink { kind: ActualKind::Other("bridge".to_owned()), ..found(&one) };
+    let other = ActualLink { kind: ActualKind::Other("bridge".to_owned()), ..ActualLink::made_of(&one) };
     let changes = |link: &Link, actual: Option<ActualLink>| link_changes(Some(link), actual, Sweep::Allowed);
     assert!(matches!(changes(&one, None)[..], [LinkChange::Create { .. }]));
-    assert!(matches!(changes(&one, Some(found(&two)))[..], [LinkChange::Recreate { .. }]));
+    assert!(matches!(changes(&one, Some(ActualLink::made_of(&two)))[..], [LinkChange::Recreate { .. }]));
     assert!(matches!(changes(&one, Some(other.clone()))[..], [LinkChange::Recreate { .. }]));
-    assert!(matches!(changes(&kernel, Some(found(&one)))[..], [LinkChange::Recreate { .. }]));
-    assert!(matches!(changes(&kernel, Some(found(&process)))[..], [LinkChange::Create { .. }]));
+    assert!(matches!(changes(&kernel, Some(ActualLink::made_of(&one)))[..], [LinkChange::Recreate { .. }]));
+    assert!(matches!(changes(&kernel, Some(ActualLink::made_of(&process)))[..], [LinkChange::Create { .. }]));
     assert!(matches!(changes(&process, None)[..], [LinkChange::Await { .. }]));
-    assert!(matches!(changes(&process, Some(found(&kernel)))[..], [LinkChange::Remove { .. }]));
-    assert_eq!(changes(&process, Some(found(&process))), []);
+    assert!(matches!(changes(&process, Some(ActualLink::made_of(&kernel)))[..], [LinkChange::Remove { .. }]));
+    assert_eq!(changes(&process, Some(ActualLink::made_of(&process))), []);
 }
 
 #[test]
 fn links_are_swept_when_allowed_but_never_those_of_a_process() {
     let (kernel, process) = (wanted(LinkKind::Wireguard), wanted(LinkKind::WireguardUserspace));
-    assert!(matches!(link_changes(None, Some(found(&kernel)), Sweep::Allowed)[..], [LinkChange::Remove { .. }]));
-    assert_eq!(link_changes(None, Some(found(&kernel)), Sweep::Withheld), []);
-    assert_eq!(link_changes(None, Some(found(&process)), Sweep::Allowed), []);
+    assert!(matches!(
+        link_changes(None, Some(ActualLink::made_of(&kernel)), Sweep::Allowed)[..],
+        [LinkChange::Remove { .. }]
+    ));
+    assert_eq!(link_changes(None, Some(ActualLink::made_of(&kernel)), Sweep::Withheld), []);
+    assert_eq!(link_changes(None, Some(ActualLink::made_of(&process)), Sweep::Allowed), []);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use husk_dataplane::pod::{self, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
 use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, napi, nft, policy, sysctl, xfrm};
+use husk_ipam::lease::since_boot;
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
@@ -37,7 +38,7 @@ use crate::files;
 use crate::identity::Identity;
 use crate::keys::KeyStore;
 use crate::offload::OffloadTesting;
-use crate::probing::{Probing, uptime};
+use crate::probing::Probing;
 use crate::report::Counter;
 
 /// The UDP port of the discard service (RFC 863): what matters is that a packet goes there, not what becomes of it.
@@ -109,7 +110,7 @@ impl Host {
     /// the two count handshake times from epochs that lie 27 s apart (TAI64 as gotatun has it, and `TAI64_EPOCH` in
     /// drivers/net/wireguard/noise.c), and peers refuse a handshake that is older than the last.
     fn retire_keys_of(&mut self, interface: &InterfaceName) -> Result<()> {
-        let now = uptime();
+        let now = since_boot();
         let held: Vec<u64> = self.keys.epochs(now)?.into_keys().collect();
         let theirs = held.into_iter().filter(|generation| marks::wireguard_interface(*generation) == *interface);
         theirs.filter(|_| self.config.mode.uses_wireguard()).try_for_each(|generation| self.keys.retire(generation))
@@ -197,7 +198,7 @@ impl Node for Host {
             underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
         self.paths.lower(&mut self.socket, &mut routes);
         let mode = self.config.mode;
-        let uptime = uptime();
+        let uptime = since_boot();
         let wireguard = if mode.uses_wireguard() { Some(self.support.wireguard(&self.config)?) } else { None };
         let wireguard_epochs = if mode.uses_wireguard() { self.keys.epochs(uptime)? } else { BTreeMap::new() };
         let esp = if mode.uses_esp() { Some(self.esp(uptime)?) } else { None };
@@ -294,15 +295,15 @@ impl Node for Host {
     }
 
     fn uptime(&mut self) -> Duration {
-        uptime()
+        since_boot()
     }
 
     fn key_ring(&mut self) -> Result<KeyRing> {
-        self.keys.ring(uptime())
+        self.keys.ring(since_boot())
     }
 
     fn begin_epoch(&mut self, epoch: u64) -> Result<()> {
-        self.keys.begin(epoch, uptime())
+        self.keys.begin(epoch, since_boot())
     }
 
     fn retire_epoch(&mut self, epoch: u64) -> Result<()> {
@@ -318,7 +319,7 @@ impl Node for Host {
     }
 
     fn note_published(&mut self, epochs: &BTreeSet<u64>) -> Result<()> {
-        self.keys.note_published(epochs, uptime())
+        self.keys.note_published(epochs, since_boot())
     }
 
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {

@@ -22,6 +22,7 @@ pub mod keys;
 pub mod kubernetes;
 pub mod logging;
 pub mod node_file;
+mod nudge;
 pub mod offload;
 pub mod probing;
 pub mod report;

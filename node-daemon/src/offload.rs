@@ -12,22 +12,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_dataplane::offload::Offloads;
+use husk_ipam::lease::since_boot;
 use husk_overlay::marks;
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::offload::{BYTES, Candidate, LIMIT, Offload, Outcome, Tester, Transfer};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
-use crate::probing::uptime;
+use crate::nudge::{self, Nudge, Nudged, WeakNudge};
 
 /// File in the run directory that keeps what was found.
 const FILE: &str = "offload.json";
@@ -51,8 +50,7 @@ const RECEIVED: u8 = b'!';
 #[derive(Debug, Clone)]
 pub struct OffloadTesting {
     shared: Arc<Mutex<Shared>>,
-    /// A byte wakes the thread; the end of it ends the thread.
-    nudge: Arc<UnixStream>,
+    nudge: Nudge,
 }
 
 #[derive(Debug)]
@@ -84,13 +82,12 @@ impl OffloadTesting {
         let tester = Tester::new(load(&file, boot), u64::from_ne_bytes(seed));
         let shared = Shared { tester, candidates: BTreeMap::new(), outcome: None, guests: 0 };
         let shared = Arc::new(Mutex::new(shared));
-        let (nudge, nudged) = UnixStream::pair()?;
-        nudge.set_nonblocking(true)?;
-        nudged.set_nonblocking(true)?;
-        let nudge = Arc::new(nudge);
+        let (nudge, nudged) = nudge::pair()?;
         let thread = Thread {
             shared: Arc::clone(&shared),
             nudged,
+            // Not the handle itself, which would keep the thread from ending.
+            waker: nudge.downgrade(),
             file,
             boot: boot.to_owned(),
             offloads: None,
@@ -98,14 +95,7 @@ impl OffloadTesting {
             tried: None,
             known: None,
         };
-        // Not the handle itself, which would keep the thread from ending.
-        let waker = Arc::downgrade(&nudge);
-        let wake = move || {
-            if let Some(nudge) = waker.upgrade() {
-                let _ = (&*nudge).write(&[0]);
-            }
-        };
-        thread::Builder::new().name("husk-offload".into()).spawn(move || thread.run(&changed, &wake))?;
+        thread::Builder::new().name("husk-offload".into()).spawn(move || thread.run(&changed))?;
         Ok(Self { shared, nudge })
     }
 
@@ -116,12 +106,11 @@ impl OffloadTesting {
             return;
         }
         if candidates != shared.candidates {
-            shared.tester.set_candidates(candidates.clone(), uptime());
+            shared.tester.set_candidates(candidates.clone(), since_boot());
             shared.candidates = candidates;
         }
         drop(shared);
-        // Where there is no room, enough nudges wait already.
-        let _ = (&*self.nudge).write(&[0]);
+        self.nudge.wake();
     }
 
     /// What is to be done with the device, and why.
@@ -144,7 +133,9 @@ fn load(file: &Path, boot: &str) -> Offload {
 
 struct Thread {
     shared: Arc<Mutex<Shared>>,
-    nudged: UnixStream,
+    nudged: Nudged,
+    /// For the threads of transfers, which end in their own time.
+    waker: WeakNudge,
     file: PathBuf,
     boot: String,
     offloads: Option<Offloads>,
@@ -156,19 +147,20 @@ struct Thread {
 }
 
 impl Thread {
-    fn run(mut self, changed: &impl Fn(), wake: &(impl Fn() + Clone + Send + 'static)) {
+    fn run(mut self, changed: &impl Fn()) {
         loop {
             let missing = self.listen();
-            let next = self.advance(wake);
+            let next = self.advance();
             if self.note() {
                 changed();
             }
             let retry = missing.then(|| self.tried.unwrap_or_default() + RETRY);
-            if let Err(error) = self.wait([next, retry].into_iter().flatten().min()) {
+            let listeners = self.listeners.values().map(|listener| listener.as_fd());
+            if let Err(error) = self.nudged.wait(listeners, [next, retry].into_iter().flatten().min()) {
                 tracing::debug!(%error, "waiting for transfers");
                 thread::sleep(RETRY);
             }
-            if !self.drain_nudges() {
+            if !self.nudged.drain() {
                 return;
             }
             self.accept();
@@ -179,7 +171,7 @@ impl Thread {
     fn listen(&mut self) -> bool {
         let own: BTreeSet<IpAddr> = lock(&self.shared).candidates.values().map(|candidate| candidate.own).collect();
         self.listeners.retain(|address, _| own.contains(address));
-        let now = uptime();
+        let now = since_boot();
         let missing: Vec<IpAddr> = own.into_iter().filter(|address| !self.listeners.contains_key(address)).collect();
         if missing.is_empty() || self.tried.is_some_and(|tried| now < tried + RETRY) {
             return !missing.is_empty();
@@ -198,10 +190,10 @@ impl Thread {
     }
 
     /// Carries the test on; when there will be something to do by itself.
-    fn advance(&mut self, wake: &(impl Fn() + Clone + Send + 'static)) -> Option<Duration> {
+    fn advance(&mut self) -> Option<Duration> {
         let watches = lock(&self.shared).tester.watches_device();
         let device = if watches { self.device() } else { None };
-        let now = uptime();
+        let now = since_boot();
         let mut shared = lock(&self.shared);
         shared.tester.set_device(device);
         if let Some(outcome) = shared.outcome.take() {
@@ -210,7 +202,7 @@ impl Thread {
         }
         if let Some(transfer) = shared.tester.due(now) {
             drop(shared);
-            self.begin(transfer, wake.clone());
+            self.begin(transfer);
             shared = lock(&self.shared);
         }
         shared.tester.next(now)
@@ -229,16 +221,16 @@ impl Thread {
     }
 
     /// Makes a transfer on a thread of its own: it may stand still.
-    fn begin(&self, transfer: Transfer, wake: impl Fn() + Send + 'static) {
-        let shared = Arc::clone(&self.shared);
+    fn begin(&self, transfer: Transfer) {
+        let (shared, waker) = (Arc::clone(&self.shared), self.waker.clone());
         let work = move || {
             let outcome = make(&transfer);
             lock(&shared).outcome = Some(outcome);
-            wake();
+            waker.wake();
         };
         if let Err(error) = thread::Builder::new().name("husk-transfer".into()).spawn(work) {
             tracing::debug!(%error, "no transfer could be made");
-            lock(&self.shared).tester.finished(Outcome::Declined, uptime());
+            lock(&self.shared).tester.finished(Outcome::Declined, since_boot());
         }
     }
 
@@ -265,35 +257,6 @@ impl Thread {
         before != kept.offload
     }
 
-    fn wait(&self, due: Option<Duration>) -> io::Result<()> {
-        let now = uptime();
-        let timeout = due.map_or(PollTimeout::NONE, |at| {
-            // Rounded up: a wait of less than a millisecond must not become a busy loop.
-            let left = at.saturating_sub(now) + Duration::from_micros(999);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
-        let listeners = self.listeners.values().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
-        let nudged = PollFd::new(self.nudged.as_fd(), PollFlags::POLLIN);
-        let mut waiting: Vec<PollFd<'_>> = listeners.chain([nudged]).collect();
-        match poll(&mut waiting, timeout) {
-            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    /// False when nobody is left to nudge.
-    fn drain_nudges(&mut self) -> bool {
-        let mut bytes = [0; 64];
-        loop {
-            match self.nudged.read(&mut bytes) {
-                Ok(0) => return false,
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return error.kind() == ErrorKind::WouldBlock,
-            }
-        }
-    }
-
     /// Takes transfers of known nodes; others are turned away at once.
     fn accept(&mut self) {
         let mut broken = Vec::new();
@@ -313,7 +276,7 @@ impl Thread {
             }
         }
         if !broken.is_empty() {
-            self.tried = Some(uptime());
+            self.tried = Some(since_boot());
             self.listeners.retain(|address, _| !broken.contains(address));
         }
     }

@@ -11,24 +11,24 @@ mod responder;
 mod sockets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use husk_dataplane::probe::Sent;
+use husk_ipam::lease::since_boot;
 use husk_overlay::marks;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::wire::{self, Kind};
 use husk_overlay::probe::{Path, Prober, Report, Shot, Target};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use self::responder::Responder;
 use self::sockets::Sockets;
+use crate::nudge::{self, Nudge, Nudged};
 
 /// Pause before an own address that could not be bound is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -39,19 +39,11 @@ const AT_ONCE: usize = 256;
 /// Bytes of the largest UDP payload.
 const LARGEST: usize = 1 << 16;
 
-/// Time since boot, suspended time included.
-pub(crate) fn uptime() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map(Duration::from)
-        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39")
-}
-
 /// The thread, as the others see it. It ends with the last of these.
 #[derive(Debug, Clone)]
 pub struct Probing {
     shared: Arc<Mutex<Shared>>,
-    /// A byte wakes the thread; the end of it ends the thread.
-    nudge: Arc<UnixStream>,
+    nudge: Nudge,
     thread: Arc<thread::JoinHandle<()>>,
 }
 
@@ -73,9 +65,7 @@ impl Probing {
         getrandom::fill(&mut seed).map_err(io::Error::other)?;
         let prober = Prober::new(u64::from_ne_bytes(seed));
         let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false }));
-        let (nudge, nudged) = UnixStream::pair()?;
-        nudge.set_nonblocking(true)?;
-        nudged.set_nonblocking(true)?;
+        let (nudge, nudged) = nudge::pair()?;
         let thread = Thread {
             shared: Arc::clone(&shared),
             nudged,
@@ -84,7 +74,7 @@ impl Probing {
             limits: BTreeMap::new(),
         };
         let thread = thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge: Arc::new(nudge), thread: Arc::new(thread) })
+        Ok(Self { shared, nudge, thread: Arc::new(thread) })
     }
 
     /// What there is to be probed from now on, and who is answered.
@@ -93,19 +83,19 @@ impl Probing {
         if shared.targets == *targets {
             return;
         }
-        shared.prober.set_targets(targets, uptime());
+        shared.prober.set_targets(targets, since_boot());
         shared.targets.clone_from(targets);
         shared.moved = true;
         drop(shared);
-        self.nudge();
+        self.nudge.wake();
     }
 
     /// Verifies the paths to a peer at once, and looks for what passes anew. When that began, as time since boot.
     #[must_use]
     pub fn demand(&self, peer: &NodeName) -> Duration {
-        let now = uptime();
+        let now = since_boot();
         lock(&self.shared).prober.demand(peer, now);
-        self.nudge();
+        self.nudge.wake();
         now
     }
 
@@ -124,11 +114,6 @@ impl Probing {
     pub fn reports(&self) -> BTreeMap<Path, Report> {
         lock(&self.shared).prober.reports()
     }
-
-    fn nudge(&self) {
-        // Where there is no room, enough nudges wait already.
-        let _ = (&*self.nudge).write(&[0]);
-    }
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
@@ -137,7 +122,7 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 
 struct Thread {
     shared: Arc<Mutex<Shared>>,
-    nudged: UnixStream,
+    nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
     /// As the loop was told of last.
@@ -153,12 +138,13 @@ impl Thread {
             if self.limits_changed() {
                 changed();
             }
-            if let Err(error) = self.wait(next) {
+            let due = [next, self.sockets.next_try()].into_iter().flatten().min();
+            if let Err(error) = self.nudged.wait(self.sockets.all().map(|socket| socket.as_fd()), due) {
                 // A wait that fails at once would make a busy loop.
                 tracing::debug!(%error, "waiting for the answers to probes");
                 thread::sleep(RETRY);
             }
-            if !self.drain_nudges() {
+            if !self.nudged.drain() {
                 return;
             }
             self.receive(&mut buffer);
@@ -174,12 +160,12 @@ impl Thread {
             self.sockets.want(own);
         }
         drop(shared);
-        self.sockets.bind_missing(uptime());
+        self.sockets.bind_missing(since_boot());
     }
 
     /// Sends what is due; when more will be.
     fn send(&self) -> Option<Duration> {
-        let now = uptime();
+        let now = since_boot();
         let (shots, next) = {
             let mut shared = lock(&self.shared);
             (shared.prober.due(now), shared.prober.next())
@@ -217,37 +203,6 @@ impl Thread {
         changed
     }
 
-    /// Waits until something came, there is something to do, or somebody says so.
-    fn wait(&self, next: Option<Duration>) -> io::Result<()> {
-        let now = uptime();
-        let due = [next, self.sockets.next_try()].into_iter().flatten().min();
-        let timeout = due.map_or(PollTimeout::NONE, |at| {
-            // Rounded up: a wait of less than a millisecond must not become a busy loop.
-            let left = at.saturating_sub(now) + Duration::from_micros(999);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
-        let sockets = self.sockets.all().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
-        let nudged = PollFd::new(self.nudged.as_fd(), PollFlags::POLLIN);
-        let mut waiting: Vec<PollFd<'_>> = sockets.chain([nudged]).collect();
-        match poll(&mut waiting, timeout) {
-            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    /// False when nobody is left to nudge.
-    fn drain_nudges(&mut self) -> bool {
-        let mut bytes = [0; 64];
-        loop {
-            match self.nudged.read(&mut bytes) {
-                Ok(0) => return false,
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return error.kind() == ErrorKind::WouldBlock,
-            }
-        }
-    }
-
     /// Takes what came: answers for the prober, probes of others to be answered.
     fn receive(&mut self, buffer: &mut [u8]) {
         let mut answered = Vec::new();
@@ -271,7 +226,7 @@ impl Thread {
                 let Some(message) = wire::read(family, &buffer[..received.length]) else { continue };
                 match message.kind {
                     Kind::Answer => answered.push(message.id),
-                    Kind::Probe if self.responder.may_answer(received.from.ip(), uptime()) => {
+                    Kind::Probe if self.responder.may_answer(received.from.ip(), since_boot()) => {
                         let _ = socket.send(received.from, &wire::answer(message));
                     }
                     Kind::Probe => {}
@@ -282,7 +237,7 @@ impl Thread {
             self.sockets.give_up(own);
         }
         if !answered.is_empty() {
-            let now = uptime();
+            let now = since_boot();
             let mut shared = lock(&self.shared);
             for id in answered {
                 shared.prober.answered(id, now);

@@ -17,7 +17,7 @@ pub use error::{ConfigError, ConfigErrors, Problem};
 use crate::esp::Aead;
 use crate::marks;
 use crate::mode::Mode;
-use crate::mtu::Stack;
+use crate::mtu::{self, Stack};
 use crate::name::{InterfaceName, NetworkName, NodeName};
 use crate::prefix::{Family, Prefix};
 use crate::record::DualStack;
@@ -380,6 +380,18 @@ impl Config {
     /// Families pods have addresses of, IPv4 first.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         self.cluster_cidrs.iter().map(Prefix::family)
+    }
+
+    /// Smallest MTU in bytes inside the overlay that all families of pods work with.
+    #[must_use]
+    pub fn least_inner_mtu(&self) -> u32 {
+        self.families().map(mtu::minimum).max().unwrap_or(mtu::MINIMUM_IPV4)
+    }
+
+    /// The least MTU in bytes of an underlay that leaves so much.
+    #[must_use]
+    pub fn least_underlay_mtu(&self) -> u32 {
+        mtu::underlay_needed(&self.stack(), self.underlay.family, self.least_inner_mtu())
     }
 
     /// UDP ports at which this node's tunnels and its probes' answers listen: no pod can have them on the host.

@@ -25,6 +25,15 @@ pub const MINIMUM_IPV6: u32 = 1280;
 /// senders that know nothing of the path rely on it.
 pub const MINIMUM_IPV4: u32 = 576;
 
+/// Smallest MTU in bytes that a family works with.
+#[must_use]
+pub const fn minimum(family: Family) -> u32 {
+    match family {
+        Family::Ipv4 => MINIMUM_IPV4,
+        Family::Ipv6 => MINIMUM_IPV6,
+    }
+}
+
 /// Largest packet IPv4 can describe (RFC 791, total length) and largest interface MTU Husk accepts.
 pub const MAXIMUM: u32 = 65535;
 

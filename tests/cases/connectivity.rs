@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::netns::Netns;
 use husk_tests::pod::Served;
-use husk_tests::probe::{Datagram, Echo, EchoServer, Reach, path_mtu, payload, tcp};
+use husk_tests::probe::{Datagram, Echo, EchoServer, Reach, assert_exact, path_mtu, payload, tcp};
 use husk_tests::{Cluster, ClusterBuilder, Family, Host, Kind, Mode, Pod, Trace, eventually};
 use serde_json::json;
 
@@ -59,16 +59,6 @@ fn seen(server: &EchoServer, client: &Netns, at: IpAddr) -> Result<IpAddr> {
     let new: Vec<_> = server.peers().into_iter().filter(|peer| !known.contains(peer)).collect();
     ensure!(new.len() == 1, "one transfer made the server at {at} see {new:?}");
     Ok(new[0].ip())
-}
-
-/// A packet of exactly the MTU passes; for one byte more the own kernel names the MTU.
-fn assert_exact(from: &Netns, to: IpAddr, mtu: usize) -> Result<()> {
-    let from_to = format!("{} to {to}", from.name());
-    let reach = Echo::to(to).packet_size(mtu).run(from)?;
-    assert!(matches!(reach, Reach::Answered { packet_size, .. } if packet_size == mtu), "{from_to}, {mtu}: {reach:?}");
-    let reach = Echo::to(to).packet_size(mtu + 1).run(from)?;
-    assert_eq!(reach, Reach::TooBig { path_mtu: mtu, local: true }, "{from_to}, {} bytes", mtu + 1);
-    Ok(())
 }
 
 /// What the mode's packets are on the wire.

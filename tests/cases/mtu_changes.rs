@@ -1,13 +1,11 @@
 //! The underlay's MTU changes while pods run: everything follows, and nothing is restarted.
 
-use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use husk_tests::netns::Netns;
 use husk_tests::pod::Served;
-use husk_tests::probe::{Datagram, Echo, Reach, Stream, path_mtu, tcp};
+use husk_tests::probe::{Datagram, Echo, Reach, Stream, assert_exact, path_mtu, tcp};
 use husk_tests::steady::Tunnel;
 use husk_tests::{Cluster, Family, Host, Mode, Pod, eventually, patience};
 use nix::unistd::Pid;
@@ -96,16 +94,6 @@ fn follows(cluster: &Cluster, pods: &[Pods<'_>; 2], underlay: usize, since: Inst
     });
     followed.with_context(|| wrong.unwrap_or_default())?;
     Ok(since.elapsed())
-}
-
-/// A packet of exactly the MTU passes; for one byte more the own kernel names the MTU.
-fn assert_exact(from: &Netns, to: IpAddr, mtu: usize) -> Result<()> {
-    let from_to = format!("{} to {to}", from.name());
-    let reach = Echo::to(to).packet_size(mtu).run(from)?;
-    assert!(matches!(reach, Reach::Answered { packet_size, .. } if packet_size == mtu), "{from_to}, {mtu}: {reach:?}");
-    let reach = Echo::to(to).packet_size(mtu + 1).run(from)?;
-    assert_eq!(reach, Reach::TooBig { path_mtu: mtu, local: true }, "{from_to}, {} bytes", mtu + 1);
-    Ok(())
 }
 
 #[test]
@@ -264,16 +252,19 @@ fn set_route_mtu(host: &Host, family: Family, mtu: Option<usize>) -> Result<()> 
     host.ip(command).map(drop)
 }
 
+/// Modes, and the family that carries them.
+const WAYS: [(Mode, Family); 5] = [
+    (Mode::Direct, Family::Ipv4),
+    (Mode::Vxlan, Family::Ipv4),
+    (Mode::Vxlan, Family::Ipv6),
+    (Mode::Wireguard, Family::Ipv4),
+    (Mode::Wireguard, Family::Ipv6),
+];
+
 #[test]
 fn every_pair_of_a_mixed_cluster_has_its_own_exact_mtu() -> Result<()> {
     let underlays = [9001, 1500, 1400];
-    for (mode, underlay) in [
-        (Mode::Direct, Family::Ipv4),
-        (Mode::Vxlan, Family::Ipv4),
-        (Mode::Vxlan, Family::Ipv6),
-        (Mode::Wireguard, Family::Ipv4),
-        (Mode::Wireguard, Family::Ipv6),
-    ] {
+    for (mode, underlay) in WAYS {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).hosts(3).mtu(9001).build()?;
         for (host, mtu) in cluster.hosts().iter().zip(underlays) {
             host.set_underlay_mtu(mtu)?;
@@ -303,13 +294,7 @@ fn every_pair_of_a_mixed_cluster_has_its_own_exact_mtu() -> Result<()> {
 
 #[test]
 fn jumbo_frames_are_used_to_the_byte() -> Result<()> {
-    for (mode, underlay) in [
-        (Mode::Direct, Family::Ipv4),
-        (Mode::Vxlan, Family::Ipv4),
-        (Mode::Vxlan, Family::Ipv6),
-        (Mode::Wireguard, Family::Ipv4),
-        (Mode::Wireguard, Family::Ipv6),
-    ] {
+    for (mode, underlay) in WAYS {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).mtu(9001).start()?;
         let (a, b) = (Served::start(cluster.host(1), "a")?, Served::start(cluster.host(2), "b")?);
         // The largest that an interface can have.

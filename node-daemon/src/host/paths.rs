@@ -12,7 +12,6 @@ use husk_dataplane::underlay;
 use husk_overlay::config::Config;
 use husk_overlay::facts::UnderlayRoute;
 use husk_overlay::mode::Mode;
-use husk_overlay::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
 use husk_overlay::prefix::Family;
 
 /// Path MTUs to peers.
@@ -29,11 +28,9 @@ pub(super) struct Paths {
 
 impl Paths {
     pub(super) fn new(config: &Config) -> Self {
-        let family = config.underlay.family;
-        let inner = if config.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 };
         Self {
-            family: Some(family).filter(|_| config.mode != Mode::Direct),
-            floor: underlay_needed(&config.stack(), family, inner),
+            family: Some(config.underlay.family).filter(|_| config.mode != Mode::Direct),
+            floor: config.least_underlay_mtu(),
             found: BTreeMap::new(),
             applied: BTreeMap::new(),
         }
@@ -46,8 +43,7 @@ impl Paths {
         let Some(family) = self.family else { return };
         match underlay::path_mtus(socket, family) {
             Ok(learned) => {
-                let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
-                self.found = routes.keys().map(|address| (*address, known(address))).collect();
+                self.found = routes.keys().map(|address| (*address, self.believed(&learned, *address))).collect();
             }
             Err(error) => tracing::warn!(%error, "what routers said of the paths to peers cannot be read"),
         }
@@ -70,7 +66,11 @@ impl Paths {
     pub(super) fn changed(&self, socket: &mut Socket) -> bool {
         let Some(family) = self.family.filter(|_| !self.applied.is_empty()) else { return false };
         let Ok(learned) = underlay::path_mtus(socket, family) else { return false };
-        let known = |address: &IpAddr| learned.get(address).copied().filter(|mtu| *mtu >= self.floor);
-        self.applied.iter().any(|(address, before)| known(address) != *before)
+        self.applied.iter().any(|(address, before)| self.believed(&learned, *address) != *before)
+    }
+
+    /// What the kernel has learned of the path to an address, unless it is too little to be true.
+    fn believed(&self, learned: &BTreeMap<IpAddr, u32>, address: IpAddr) -> Option<u32> {
+        learned.get(&address).copied().filter(|mtu| *mtu >= self.floor)
     }
 }

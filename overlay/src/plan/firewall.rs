@@ -43,7 +43,6 @@ use crate::kernel::{
 };
 use crate::marks;
 use crate::mode::Mode;
-use crate::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 
@@ -285,8 +284,7 @@ fn nodes(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut Nf
 /// the error as simply: its header may have options.
 fn path_mtu_floor(context: &Context<'_>) -> Vec<Rule> {
     let family = context.config.underlay.family;
-    let inner = if context.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 };
-    let floor = underlay_needed(&context.config.stack(), family, inner);
+    let floor = context.config.least_underlay_mtu();
     let too_small = || {
         let error = match family {
             Family::Ipv4 => "destination-unreachable",

@@ -12,19 +12,14 @@ use super::peers::Peer;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, RouteTarget};
 use crate::mode::Mode;
-use crate::mtu::{MINIMUM_IPV4, MINIMUM_IPV6, underlay_needed};
+use crate::mtu::underlay_needed;
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
 use crate::probe::Target;
 
-/// MTU in bytes that all of the cluster's families work with; no route is limited further.
-pub(super) fn floor(context: &Context<'_>) -> u32 {
-    if context.families().any(|family| family == Family::Ipv6) { MINIMUM_IPV6 } else { MINIMUM_IPV4 }
-}
-
 /// What probing found for a peer, if that is less than promised. Nothing below the floor is believed.
 pub(super) fn probed(context: &Context<'_>, peer: &NodeName, promised: Option<u32>) -> Option<u32> {
-    let probed = floor(context).max(*context.facts.probed.get(peer)?);
+    let probed = context.config.least_inner_mtu().max(*context.facts.probed.get(peer)?);
     promised.is_some_and(|promised| probed < promised).then_some(probed)
 }
 
@@ -44,7 +39,7 @@ pub(super) fn render(
         issues.extend(peer.plan.probed.map(|passes| issue(context, peer, passes, promised)));
         // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are answered
         // only by who probes it.
-        let floor = floor(context).min(promised);
+        let floor = context.config.least_inner_mtu().min(promised);
         let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor });
         let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
             Mode::Direct => next_hops(context, peer, desired),
@@ -79,7 +74,7 @@ fn issue(context: &Context<'_>, peer: &Peer, passes: u32, promised: u32) -> Issu
     let outside = |inside| underlay_needed(&context.config.stack(), context.config.underlay.family, inside);
     let (carried, expected) = (outside(passes), peer.plan.ledger.underlay_mtu);
     let to = peer.plan.address.map_or_else(|| "its address".to_owned(), |address| address.to_string());
-    let (severity, or_less) = if passes > floor(context) {
+    let (severity, or_less) = if passes > context.config.least_inner_mtu() {
         (Severity::Warning, "")
     } else {
         (Severity::Error, ", the least that the cluster works with, and perhaps not even those pass")

@@ -215,15 +215,11 @@ fn refuse_families(context: &Context<'_>, peer: &mut Peer, issues: &mut Vec<Issu
             Err(error) => refused.push((family, error)),
         }
     }
-    let least = |family| match family {
-        Family::Ipv4 => mtu::MINIMUM_IPV4,
-        Family::Ipv6 => mtu::MINIMUM_IPV6,
-    };
     let message = |family: Family, error: &mtu::MtuError| {
         format!("no {family} packets are sent to the node, since the underlay's MTU is too small: {error} ({ledger})")
     };
     let remedy = |family| {
-        let needed = mtu::underlay_needed(&ledger.stack, ledger.outer, least(family));
+        let needed = mtu::underlay_needed(&ledger.stack, ledger.outer, mtu::minimum(family));
         format!("see that the underlay carries {needed} bytes between the nodes, on both of them")
     };
     let told: Vec<(String, String)> =

@@ -18,9 +18,13 @@ pub use server::EchoServer;
 pub use socket::path_mtu;
 pub use stream::{Report, Stream};
 
+use std::net::IpAddr;
 use std::time::Duration;
 
+use anyhow::Result;
 use nix::errno::Errno;
+
+use crate::netns::Netns;
 
 /// How long a probe waits for its answer unless told otherwise.
 pub const TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -54,4 +58,20 @@ impl Reach {
     pub fn arrived(&self) -> bool {
         matches!(self, Self::Answered { .. })
     }
+}
+
+/// A packet of exactly the MTU passes; for one byte more the own kernel names the MTU.
+///
+/// # Errors
+/// When the harness fails.
+///
+/// # Panics
+/// When it is not so.
+pub fn assert_exact(from: &Netns, to: IpAddr, mtu: usize) -> Result<()> {
+    let from_to = format!("{} to {to}", from.name());
+    let reach = Echo::to(to).packet_size(mtu).run(from)?;
+    assert!(matches!(reach, Reach::Answered { packet_size, .. } if packet_size == mtu), "{from_to}, {mtu}: {reach:?}");
+    let reach = Echo::to(to).packet_size(mtu + 1).run(from)?;
+    assert_eq!(reach, Reach::TooBig { path_mtu: mtu, local: true }, "{from_to}, {} bytes", mtu + 1);
+    Ok(())
 }

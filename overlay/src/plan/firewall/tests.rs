@@ -6,6 +6,7 @@ use super::*;
 use crate::config::Config;
 use crate::endpoint::Endpoints;
 use crate::facts::Facts;
+use crate::mtu::{MINIMUM_IPV6, underlay_needed};
 use crate::plan::plan;
 use crate::record::Snapshot;
 
