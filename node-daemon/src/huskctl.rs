@@ -3,6 +3,7 @@
 //! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
+mod doctor;
 mod flows;
 mod mtu;
 mod policy;
@@ -85,6 +86,11 @@ enum Command {
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
+    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
+    /// exit status 1 if something was found
+    ///
+    /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
+    Doctor(doctor::Options),
 }
 
 #[derive(Subcommand)]
@@ -155,6 +161,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Policy(command) => policy::run(&socket, command, &show),
         Command::Trace(options) => policy::trace(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {

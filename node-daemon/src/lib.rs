@@ -3,13 +3,14 @@
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
 //! comes from, [`kubernetes`] one such place; [`follow`] a configuration that changes; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon ([`tunnels`]: and its container):
 //! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
-//! [`flows`] what policy denied; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot
+//! [`flows`] what policy denied; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client, [`doctor`] what it looks at beyond the daemon; [`boot`] what a reboot
 //! ends; [`cleanup`] the way out.
 
 pub mod boot;
 pub mod cleanup;
 pub mod companion;
 pub mod daemon;
+pub mod doctor;
 pub mod engine;
 pub mod files;
 pub mod flows;

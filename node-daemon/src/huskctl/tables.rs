@@ -1,5 +1,6 @@
 //! Tables for people.
 
+mod doctor;
 mod keys;
 mod mtu;
 mod paths;
@@ -11,6 +12,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 use husk_overlay::issue::{Issue, Severity};
 
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;
