@@ -343,6 +343,7 @@ fn path(family: Family, standing: Standing, concluded: u64) -> PathReport {
             passes,
             rtt: Some(Duration::from_micros(1234)),
             loss_per_mille: Some(15),
+            clock_skew: None,
             sent: 9,
             answered: 8,
             since: Duration::from_secs(1),
