@@ -8,6 +8,7 @@ mod flows;
 mod mtu;
 mod policy;
 mod rotate;
+mod style;
 mod tables;
 
 use std::io::Write as _;
@@ -23,6 +24,7 @@ use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::style::Colour;
 use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
@@ -38,6 +40,9 @@ pub struct Arguments {
     /// Form of the output
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Colours in tables
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
+    color: Colour,
     /// Directory of the daemon's socket
     #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
     run_directory: PathBuf,
@@ -123,8 +128,7 @@ enum IpamCommand {
 pub fn run(arguments: &Arguments) -> ExitCode {
     match answer(arguments) {
         Ok((text, found)) => {
-            // A reader that closed the pipe has read enough.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            style::print(&text);
             if found { ExitCode::from(1) } else { ExitCode::SUCCESS }
         }
         Err(error) => {
@@ -137,7 +141,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 /// The text to print, and whether something was found.
 fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
     let socket = arguments.run_directory.join(ipc::SOCKET_FILE);
-    let show = Show { output: arguments.output };
+    let show = Show { output: arguments.output, coloured: arguments.color.is_on() };
     match &arguments.command {
         Command::Status => {
             let status: Status = ask(&socket, &Request::Status)?;
@@ -178,14 +182,21 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
 
 struct Show {
     output: Output,
+    coloured: bool,
 }
 
 impl Show {
+    /// The report as a table or as JSON, ready to be written.
     fn text<T: Serialize>(&self, report: &T, table: impl Fn(&T) -> String) -> anyhow::Result<String> {
         match self.output {
-            Output::Table => Ok(table(report)),
+            Output::Table => Ok(self.finish(&table(report))),
             Output::Json => Ok(serde_json::to_string_pretty(report)? + "\n"),
         }
+    }
+
+    /// Makes what a table marked coloured, or not ([`style`]).
+    fn finish(&self, text: &str) -> String {
+        style::finish(text, self.coloured)
     }
 }
 

@@ -7,6 +7,7 @@ use husk_policy::object::Direction;
 use husk_policy::rules::Effect;
 use husk_policy::verdict::{Outcome, Verdict};
 
+use super::super::style::{Tone, paint};
 use super::{bytes, list, or_dash, table};
 use crate::flows::Flow;
 use crate::report::{
@@ -65,7 +66,8 @@ pub(in crate::huskctl) fn policy(report: &PolicyReport) -> String {
         let _ = writeln!(text, "\n{}", rows.trim_fmt());
     }
     for issue in &report.issues {
-        let _ = write!(text, "\n{:?} {}: {}\n  -> {}\n", issue.severity, issue.subject, issue.message, issue.remedy);
+        let severity = paint(issue.severity.into(), format!("{:?}", issue.severity));
+        let _ = write!(text, "\n{severity} {}: {}\n  -> {}\n", issue.subject, issue.message, issue.remedy);
     }
     text
 }
@@ -131,7 +133,7 @@ fn rules_table(rules: &[RuleReport]) -> String {
     for (index, rule) in rules.iter().enumerate() {
         rows.add_row(vec![
             format!("  {}", index + 1),
-            effect(rule.effect).to_owned(),
+            effect(rule.effect),
             rule.peers.join("; "),
             rule.ports.join("; "),
             rule.origin.to_string(),
@@ -140,18 +142,18 @@ fn rules_table(rules: &[RuleReport]) -> String {
     rows.trim_fmt()
 }
 
-fn effect(effect: Effect) -> &'static str {
+fn effect(effect: Effect) -> String {
     match effect {
-        Effect::Allow => "allow",
-        Effect::Deny => "DENY",
-        Effect::Pass => "next tier",
+        Effect::Allow => paint(Tone::Good, "allow"),
+        Effect::Deny => paint(Tone::Bad, "DENY"),
+        Effect::Pass => "next tier".into(),
     }
 }
 
 pub(in crate::huskctl) fn trace(report: &TraceReport) -> String {
     let verdict = match report.verdict {
-        Verdict::Allow => "ALLOWED",
-        Verdict::Deny => "DENIED",
+        Verdict::Allow => paint(Tone::Good, "ALLOWED"),
+        Verdict::Deny => paint(Tone::Bad, "DENIED"),
     };
     let mut text = format!(
         "{verdict}  {}\n  from {}\n  to   {}\n",
@@ -220,7 +222,7 @@ fn trace_side(it: &TraceSide) -> String {
             rows.add_row(vec![
                 format!("  {}", index + 1),
                 asked.origin.to_string(),
-                effect(asked.effect).to_owned(),
+                effect(asked.effect),
                 outcome.to_owned(),
             ]);
         }
