@@ -13,7 +13,16 @@
 mod daemon;
 mod evidence;
 mod host;
+mod issues;
+mod keys;
+mod leases;
+mod overlap;
+mod paths;
+mod peers;
+mod pools;
 mod repair;
+mod versions;
+mod words;
 
 use husk_overlay::issue::Severity;
 
@@ -23,7 +32,24 @@ pub use self::repair::{Answer, repair};
 pub use crate::report::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome};
 
 /// All checks, in the order in which they are made and told: the daemon, the host, its kernel, firewalls, peers, addresses.
-pub const CHECKS: &[Check] = &[daemon::CONFIGURATION, daemon::CHECK];
+pub const CHECKS: &[Check] = &[
+    daemon::CONFIGURATION,
+    daemon::CHECK,
+    versions::CHECK,
+    versions::NODE_FILE_CHECK,
+    peers::CHECK,
+    paths::PATHS,
+    paths::MTU,
+    paths::CLOCKS,
+    issues::OFFLOAD,
+    keys::CHECK,
+    keys::XFRM_ERRORS,
+    issues::DUPLICATES,
+    overlap::CHECK,
+    pools::CHECK,
+    leases::CHECK,
+    issues::REST,
+];
 
 /// Something that is looked at.
 #[derive(Debug, Clone, Copy)]
