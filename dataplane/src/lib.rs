@@ -13,6 +13,7 @@ pub mod error;
 pub mod events;
 pub mod fake;
 pub mod fdb;
+pub mod features;
 mod interfaces;
 pub mod kernel;
 pub mod links;

@@ -10,6 +10,8 @@ mod policy;
 mod rotate;
 mod tables;
 
+pub(crate) use self::tables::bytes;
+
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
