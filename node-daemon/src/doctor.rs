@@ -10,10 +10,29 @@
 //! To add a check: a module with a `pub(super) const CHECK: Check`, its place in [`CHECKS`], a section in `docs/doctor.md`, and a
 //! breakage of its name in `tests/cases/doctor`. Tests compare the three lists.
 
+mod cni_config;
+mod conntrack;
 mod daemon;
+mod drop_ins;
 mod evidence;
+mod firewall;
 mod host;
+mod issues;
+mod kernel_features;
+mod keys;
+mod leases;
+mod network_manager;
+mod other_cni;
+mod overlap;
+mod parameters;
+mod paths;
+mod peers;
+mod pools;
 mod repair;
+mod room;
+mod systemd;
+mod versions;
+mod words;
 
 use husk_overlay::issue::Severity;
 
@@ -23,7 +42,37 @@ pub use self::repair::{Answer, repair};
 pub use crate::report::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome};
 
 /// All checks, in the order in which they are made and told: the daemon, the host, its kernel, firewalls, peers, addresses.
-pub const CHECKS: &[Check] = &[daemon::CONFIGURATION, daemon::CHECK];
+pub const CHECKS: &[Check] = &[
+    daemon::CONFIGURATION,
+    daemon::CHECK,
+    kernel_features::CHECK,
+    parameters::FORWARDING,
+    parameters::REVERSE_PATH,
+    systemd::MAC_ADDRESSES,
+    systemd::NETWORKD,
+    network_manager::CHECK,
+    firewall::RULES,
+    firewall::BACKENDS,
+    conntrack::CHECK,
+    other_cni::CHECK,
+    cni_config::CHECK,
+    room::DISK,
+    room::MEMORY,
+    versions::CHECK,
+    versions::NODE_FILE_CHECK,
+    peers::CHECK,
+    paths::PATHS,
+    paths::MTU,
+    paths::CLOCKS,
+    issues::OFFLOAD,
+    keys::CHECK,
+    keys::XFRM_ERRORS,
+    issues::DUPLICATES,
+    overlap::CHECK,
+    pools::CHECK,
+    leases::CHECK,
+    issues::REST,
+];
 
 /// Something that is looked at.
 #[derive(Debug, Clone, Copy)]

@@ -11,6 +11,8 @@ mod rotate;
 mod style;
 mod tables;
 
+pub(crate) use self::tables::bytes;
+
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

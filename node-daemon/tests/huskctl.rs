@@ -93,6 +93,7 @@ fn peer(name: &str, state: PeerState) -> PeerReport {
         sent: Some(10),
         mtu: Some(1440),
         paths: [].into(),
+        router: DualStack::default(),
         blocks: [prefix("10.42.0.64/26")].into(),
     }
 }

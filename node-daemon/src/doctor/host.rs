@@ -43,6 +43,12 @@ impl HostFiles {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
+    /// Where a directory is found that the daemon's container has mounted at its place, too.
+    #[must_use]
+    pub fn shared(&self, path: &Path) -> PathBuf {
+        if self.hidden { path.to_owned() } else { self.path(path) }
+    }
+
     /// The host's files can be seen.
     ///
     /// # Errors

@@ -150,6 +150,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 sent: traffic.sent,
                 mtu: peer.mtu.filter(|_| peer.refused.is_none()),
                 paths: paths.remove(name).unwrap_or_default(),
+                router: peer.router,
                 blocks: peer.blocks.clone(),
             }
         });

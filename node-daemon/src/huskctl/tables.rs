@@ -41,7 +41,7 @@ fn or_dash<T: ToString>(value: Option<T>) -> String {
 }
 
 /// Bytes in the unit a person would choose, powers of 1024.
-fn bytes(value: u64) -> String {
+pub(crate) fn bytes(value: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     let mut whole = value;
