@@ -4,6 +4,7 @@ mod keys;
 mod mtu;
 mod paths;
 mod policy;
+mod trace;
 
 use std::fmt::Write as _;
 
@@ -14,7 +15,8 @@ use husk_overlay::issue::{Issue, Severity};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;
-pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
+pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
+pub(super) use self::trace::trace;
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
 fn table(header: &[&str]) -> Table {
