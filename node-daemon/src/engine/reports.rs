@@ -41,9 +41,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::RotateKeys => self.rotate_keys(),
             Request::Policy => self.report(|engine, _| engine.policy_report()),
             Request::PolicyOf { pod } => self.policy_of(pod),
-            Request::Trace { source, destination, protocol, port } => {
-                self.trace(&Question { source, destination, protocol: *protocol, port: *port })
+            Request::Trace { source, destination, protocol, port, size } => {
+                self.trace(&Question { source, destination, protocol: *protocol, port: *port, size: *size })
             }
+            Request::Capture { target } => self.capture_of(target),
             Request::Quarantine { pod, on } => self.quarantine(pod, *on),
             Request::Admit { .. }
             | Request::Detach { .. }

@@ -5,6 +5,7 @@ mod keys;
 mod mtu;
 mod paths;
 mod policy;
+mod trace;
 
 use std::fmt::Write as _;
 
@@ -18,7 +19,8 @@ pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;
-pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
+pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
+pub(super) use self::trace::trace;
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
 /// A table without lines.
