@@ -24,7 +24,7 @@ pub(super) const CLOCKS: Check =
     Check { id: "clocks", title: "this host's clock agrees with those of its peers", look: clocks };
 
 /// Lost exchanges of a thousand from which on people notice.
-const LOSS: u16 = 30;
+const LOSS: u16 = 50;
 
 /// Lost exchanges of a thousand from which on TCP hardly moves.
 const HEAVY_LOSS: u16 = 200;
@@ -125,7 +125,8 @@ fn paths(evidence: &Evidence) -> Looked {
     for ((passes, promised), names) in limited {
         let words = match needed(passes) {
             Some(underlay) => format!(
-                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: `underlay: {{mtu: {underlay}}}`, and \
+                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: \
+                 `underlay: {{mtu: {underlay}}}`, and \
                  restart huskd. Look again with `huskctl mtu probe NODE`"
             ),
             None => {
@@ -133,7 +134,10 @@ fn paths(evidence: &Evidence) -> Looked {
             }
         };
         findings.push(Finding::error(
-            format!("packets of more than {passes} bytes vanish on the way without a word, though the underlay promised {promised}; routes were lowered to what passes"),
+            format!(
+                "packets of more than {passes} bytes vanish on the way without a word, though the underlay \
+                     promised {promised}; routes were lowered to what passes"
+            ),
             vec![format!("probes to {}", several(&names))],
             Fix::words(words),
         ));
@@ -152,7 +156,8 @@ fn paths(evidence: &Evidence) -> Looked {
 
 fn loss_fix() -> Fix {
     Fix::by_hand(
-        "look for errors and drops of the network cards on both nodes, and for an overloaded link between them; `huskctl peers` shows how it goes on",
+        "look for errors and drops of the network cards on both nodes, and for an overloaded link between them; \
+         `huskctl peers` shows how it goes on",
         [Action::run("ip", ["-s", "-s", "link", "show"])],
         "what loses them is outside of this host, or its hardware",
     )
@@ -199,7 +204,8 @@ fn skewed(known: &[(String, ClockSkew)]) -> Vec<Finding> {
             "on that host: ",
         )
     };
-    let harm = "certificates and tokens made on one may not be valid on the other, leases expire early or late, and logs cannot be compared";
+    let harm = "certificates and tokens made on one may not be valid on the other, leases expire early or late, and \
+                logs cannot be compared";
     let fix = Fix::by_hand(
         format!(
             "{hosts}have a time service set the clock of {words}: systemd-timesyncd as below, or chrony (`chronyc makestep`)"

@@ -224,7 +224,8 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
                 told,
                 Fix::by_hand(
                     format!(
-                        "allow {what} from {own} to {first} and back, in the firewalls of both hosts (`huskctl doctor` on each names a rule that drops it), in \
+                        "allow {what} from {own} to {first} and back, in the firewalls of both hosts (`huskctl \
+                         doctor` on each names a rule that drops it), in \
                          those between, and in the cloud's security groups; on both hosts this shows what is sent and what arrives:"
                     ),
                     [watch(carrier.filter(first))],
@@ -235,11 +236,13 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
         Verdict::DaemonSilent => {
             let cause = if carrier.mode.tunnelled() {
                 format!(
-                    "the daemon of {names} does not answer, though its host does, through the tunnel too: its pods go on, and it does not follow what changes"
+                    "the daemon of {names} does not answer, though its host does, through the tunnel too: its pods \
+                     go on, and it does not follow what changes"
                 )
             } else {
                 format!(
-                    "{names} does not answer at UDP port {PROBE_PORT}, though its host does: its daemon does not run, or the port is blocked"
+                    "{names} does not answer at UDP port {PROBE_PORT}, though its host does: its daemon does not \
+                     run, or the port is blocked"
                 )
             };
             let fix = Fix::by_hand(
@@ -253,12 +256,14 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
             format!("{names} is down or unplugged: nobody on the link answers for its address"),
             told,
             Fix::words(
-                "start the host or plug it in; if it is gone for good, remove it from the cluster: its Node object, or its record in the source's directory",
+                "start the host or plug it in; if it is gone for good, remove it from the cluster: its Node object, \
+                 or its record in the source's directory",
             ),
         ),
         Verdict::HostSilent => Finding::error(
             format!(
-                "{names} does not answer at all, not even a ping: it is down, its address is another now, or a firewall drops everything"
+                "{names} does not answer at all, not even a ping: it is down, its address is another now, or a \
+                 firewall drops everything"
             ),
             told,
             Fix::by_hand(
@@ -300,7 +305,8 @@ fn without_keys(peers: &[PeerReport]) -> Option<Finding> {
         ),
         vec!["huskctl peers: waiting".into()],
         Fix::words(format!(
-            "it takes some seconds after a node has joined; if it stays, look at `huskctl keys status` here and on {first}, whose daemon may not run"
+            "it takes some seconds after a node has joined; if it stays, look at `huskctl keys status` here and on \
+             {first}, whose daemon may not run"
         )),
     ))
 }
@@ -319,7 +325,8 @@ fn half_silent(peers: &[PeerReport]) -> Option<Finding> {
         "some peers answer in one family of addresses and not in the other, through one tunnel",
         vec![format!("probes not answered by {}", several(&half))],
         Fix::words(
-            "run `huskctl doctor` on that peer: a rule of its firewall may drop this family, or its kernel parameter disable_ipv6 is set",
+            "run `huskctl doctor` on that peer: a rule of its firewall may drop this family, or its kernel parameter \
+             disable_ipv6 is set",
         ),
     ))
 }

@@ -104,7 +104,8 @@ fn enlarge(config: &Config, pools: &[PoolReport], full: &Pool) -> Fix {
     let pool = if defined { ", and add an AddressPool of the new half" } else { "" };
     Fix::by_hand(
         format!(
-            "write a larger cluster CIDR into the configuration of all nodes, `clusterCIDRs: [{}]`, and restart their daemons{pool}. {gone}",
+            "write a larger cluster CIDR into the configuration of all nodes, `clusterCIDRs: [{}]`, and restart \
+             their daemons{pool}. {gone}",
             cidrs.join(", ")
         ),
         [],
@@ -126,7 +127,8 @@ fn of_node_cidrs(blocks: &[BlockReport]) -> Vec<Finding> {
     let finding = |it: &BlockReport| {
         let told = vec![format!("{}: {} of {} addresses taken", it.block, it.leased, it.total)];
         let fix = Fix::by_hand(
-            "start kube-controller-manager with a smaller --node-cidr-mask-size (it counts for new nodes), or set `ipam: {blocks: pools}`, with which a node takes \
+            "start kube-controller-manager with a smaller --node-cidr-mask-size (it counts for new nodes), or set \
+             `ipam: {blocks: pools}`, with which a node takes \
              more blocks when it needs them",
             [],
             "how the address space of the cluster is divided only you can decide",
