@@ -12,7 +12,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 use husk_overlay::issue::{Issue, Severity};
 
-pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired};
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;
