@@ -144,7 +144,9 @@ fn what_is_broken_on_a_host_is_found_and_mended() -> Result<()> {
     let all: Vec<&Breakage> = breakages().collect();
     run(&bed, &all)?;
     // Nothing of all that is left. What lies between the nodes needs its time to recover, and is not looked at here.
-    let only: Vec<&str> = breakages().flat_map(|breakage| ["--only", breakage.check]).collect();
+    // Nor the runtime's directory: that of the host itself is not below the root.
+    let here = breakages().filter(|breakage| breakage.check != "cni-config-order");
+    let only: Vec<&str> = here.flat_map(|breakage| ["--only", breakage.check]).collect();
     let whole = bed.doctor(&only)?;
     ensure!(whole.status.code() == Some(0) && whole.stdout.contains("nothing is wrong"), "{whole:?}");
     Ok(())
