@@ -4,9 +4,11 @@
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
 //! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size, [`echo`] pings;
-//! [`conntrack`] ends connections that a change of port mappings leaves behind.
+//! [`conntrack`] ends connections that a change of port mappings leaves behind; [`way`] asks what becomes of a packet;
+//! [`capture`] sees packets as they pass.
 
 pub mod addresses;
+pub mod capture;
 pub mod conntrack;
 pub mod echo;
 pub mod error;
@@ -36,6 +38,7 @@ pub mod sweep;
 pub mod sysctl;
 mod sysfs;
 pub mod underlay;
+pub mod way;
 pub mod wireguard;
 pub mod xfrm;
 
