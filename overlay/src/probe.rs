@@ -32,6 +32,7 @@ pub const PROBES_PER_SECOND: u32 = 40;
 
 /// What is probed on its own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Path {
     /// To whom.
@@ -71,6 +72,7 @@ pub struct Shot {
 
 /// What is known of a path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", tag = "state")]
 pub enum Standing {
     /// Nothing yet.
@@ -96,6 +98,7 @@ pub enum Standing {
 
 /// What is to be told about a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     /// What is known of it.

@@ -21,12 +21,13 @@ use serde::{Deserialize, Serialize};
 ///   "protocol": "TCP", "icmp": null, "answer": false, "length": 60,
 ///   "reason": "default deny by: shop/db", "policy": { "defaultDeny": { "policies": [ … ] } }, "changedSince": false }
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Flow {
     /// Number, without gaps; from 1 with every daemon.
     pub sequence: u64,
     /// When the first packet came (RFC 3339).
+    #[schemars(with = "String")]
     pub time: Timestamp,
     /// Packets that were told of.
     pub count: u64,
@@ -55,7 +56,7 @@ pub struct Flow {
 }
 
 /// What became of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum FlowVerdict {
     /// It was dropped.
@@ -63,7 +64,7 @@ pub enum FlowVerdict {
 }
 
 /// An end of a flow.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowEnd {
     /// Address.
@@ -77,7 +78,7 @@ pub struct FlowEnd {
 }
 
 /// Type and code of an ICMP message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Icmp {
     /// Type.
     #[serde(rename = "type")]

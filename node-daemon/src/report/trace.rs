@@ -8,7 +8,7 @@ use husk_policy::verdict::{Connection, Side, Verdict};
 use serde::{Deserialize, Serialize};
 
 /// `huskctl trace`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceReport {
     /// The connection.
@@ -24,7 +24,7 @@ pub struct TraceReport {
 }
 
 /// An end of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceEnd {
     /// Address.
@@ -36,7 +36,7 @@ pub struct TraceEnd {
 }
 
 /// What an address is, seen from this node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Place {
     /// Of a pod of this node.
@@ -58,7 +58,7 @@ pub enum Place {
 }
 
 /// One side of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceSide {
     /// Which side.
@@ -72,7 +72,7 @@ pub struct TraceSide {
 }
 
 /// Who decides on a side.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Decider {
     /// This node.
@@ -91,7 +91,7 @@ pub enum Decider {
 }
 
 /// What the rules in the kernel say of a side.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Live {
     /// The same.
