@@ -4,9 +4,11 @@
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
 //! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size;
-//! [`conntrack`] ends connections that a change of port mappings leaves behind.
+//! [`conntrack`] ends connections that a change of port mappings leaves behind; [`connections`] hears of all that begin and
+//! end.
 
 pub mod addresses;
+pub mod connections;
 pub mod conntrack;
 pub mod error;
 pub mod events;
@@ -14,6 +16,7 @@ pub mod fake;
 pub mod fdb;
 mod interfaces;
 pub mod kernel;
+pub mod link_counters;
 pub mod links;
 pub mod linux;
 pub mod napi;
