@@ -4,6 +4,7 @@
 //! no data, so that nothing is lost when many come at once, and what an outsider changed comes back by itself.
 
 mod announce;
+mod audit;
 mod blocks;
 mod devices;
 mod endpoints;
@@ -28,6 +29,7 @@ mod rotation;
 mod sessions;
 mod shrinking;
 mod state;
+mod top;
 mod trace;
 mod traffic;
 mod usage;
@@ -125,6 +127,7 @@ pub struct Engine<K, S, N> {
     state: tokio::sync::watch::Sender<State>,
     keeper: Option<state::Keeper<Snapshot>>,
     policy: policy::Policy,
+    audit: audit::Audit,
 }
 
 /// A finished pass.
@@ -175,6 +178,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             state,
             keeper,
             policy,
+            audit: audit::Audit::default(),
         }
     }
 

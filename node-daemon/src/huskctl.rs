@@ -9,6 +9,7 @@ mod policy;
 mod rotate;
 mod style;
 mod tables;
+mod top;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -83,8 +84,12 @@ enum Command {
     /// Every rule that was asked is told. What another node decides is told as that node should see it; its own rules in the
     /// kernel it tells itself.
     Trace(policy::TraceOptions),
-    /// What policy has denied lately, with the pods and the policy behind it; -o json gives one line per flow
+    /// What policy has denied lately, with the policy behind it, and which connections of pods begin and end; -o json gives one
+    /// line per flow
     Flows(flows::Options),
+    /// What goes through the tunnels and to the pods of this node, from second to second, with round-trip times and losses; -o
+    /// json gives one line per interval
+    Top(top::Options),
     /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
     ///
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
@@ -160,6 +165,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Trace(options) => policy::trace(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
+        Command::Top(options) => top::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;

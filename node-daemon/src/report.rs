@@ -7,9 +7,11 @@ mod paths;
 mod peers;
 mod policy;
 mod status;
+mod top;
 mod trace;
 
-pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
+pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp};
+pub use crate::line_log::LogLine;
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};
@@ -19,4 +21,5 @@ pub use policy::{
     PodPolicyReport, PodPolicyState, PolicyKind, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
 };
 pub use status::{Counter, KeysSummary, LastPass, Status};
+pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
 pub use trace::{Decider, Live, Place, TraceEnd, TraceReport, TraceSide};

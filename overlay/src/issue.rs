@@ -74,6 +74,8 @@ pub enum IssueKind {
     ApplyFailed,
     /// Somebody else's firewall may drop packets of pods.
     ForeignFirewall,
+    /// Lines of a log of flows or decisions could not be written.
+    LogUnwritable,
     /// The cluster source does not answer or has not delivered yet.
     SourceUnavailable,
 }

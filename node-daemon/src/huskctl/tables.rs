@@ -15,7 +15,7 @@ use super::style::{Tone, paint};
 
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
-pub(super) use self::paths::paths;
+pub(super) use self::paths::{milliseconds, paths, percent};
 pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
@@ -34,12 +34,12 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     if texts.is_empty() { "-".into() } else { texts.join(", ") }
 }
 
-fn or_dash<T: ToString>(value: Option<T>) -> String {
+pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
 /// Bytes in the unit a person would choose, powers of 1024.
-fn bytes(value: u64) -> String {
+pub(super) fn bytes(value: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     let mut whole = value;

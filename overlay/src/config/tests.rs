@@ -29,7 +29,8 @@ fn the_example_spells_out_the_defaults() {
 
 #[test]
 fn what_the_example_comments_out_is_valid_too() {
-    let keys = ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500", "presharedKeyFile: "];
+    let keys =
+        ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500", "presharedKeyFile: ", "flows: ", "audit: "];
     let text = keys.iter().fold(EXAMPLE.to_owned(), |text, key| text.replace(&format!("# {key}"), key));
     let config = Config::parse("example", &text).unwrap();
     assert_eq!(config.node_name.unwrap().as_str(), "node-a");
@@ -38,6 +39,8 @@ fn what_the_example_comments_out_is_valid_too() {
     assert_eq!(config.underlay.addresses.ipv6, Some("2001:db8::10".parse().unwrap()));
     assert_eq!(config.underlay.mtu, Some(1500));
     assert_eq!(config.ipsec.preshared_key_file, Some("/etc/husk/preshared-key".into()));
+    assert_eq!(config.logs.flows, Some("/var/log/husk/flows.jsonl".into()));
+    assert_eq!(config.logs.audit, Some("/var/log/husk/audit.jsonl".into()));
 }
 
 #[test]
@@ -75,6 +78,7 @@ policy: {enabled: false, quarantineAllowed: [192.0.2.0/24]}
 ipam: {blocks: pools, coolDown: 5, releaseAfter: 60}
 cni: {binDirectory: /b, configDirectory: /c, network: pods}
 log: {format: json, level: trace}
+logs: {flows: /f, audit: /a, connections: false, maxBytes: 65536, keep: 0}
 ";
     let expected = Config {
         mode: Mode::Vxlan,
@@ -108,6 +112,12 @@ log: {format: json, level: trace}
         ipam: IpamConfig { blocks: BlockOrigin::Pools, cool_down: 5, release_after: 60 },
         cni: CniConfig { bin_directory: "/b".into(), config_directory: "/c".into(), network: "pods".parse().unwrap() },
         log: LogConfig { format: LogFormat::Json, level: LogLevel::Trace },
+        logs: DecisionLogs {
+            flows: Some("/f".into()),
+            audit: Some("/a".into()),
+            connections: false,
+            limits: LogLimits { bytes: 65_536, keep: 0 },
+        },
     };
     assert_eq!(Config::parse("x", text), Ok(expected));
 }
@@ -193,6 +203,10 @@ const WRONG: &[(&str, &str, Problem, &str, &str)] = {
         ("source: {directory: {path: cluster}}", "source.directory.path", BadValue, "relative", "from / on"),
         ("source: {directory: {path: ''}}", "source.directory.path", BadValue, "relative", "from / on"),
         ("source: {etcd: {}}", "source.etcd", UnknownKey, "no such key", "directory"),
+        ("logs: {flows: flows.jsonl}", "logs.flows", BadValue, "relative", "from / on"),
+        ("logs: {flows: /l, audit: /l}", "logs.audit", Conflict, "same file", "two files"),
+        ("logs: {maxBytes: 100}", "logs.maxBytes", BadValue, "few hundred lines", "from 65536"),
+        ("logs: {keep: 100}", "logs.keep", BadValue, "two digits", "from 0 to 99"),
         ("vxlan: {vni: 16777216}", "vxlan.vni", BadValue, "24 bits", "16777215"),
         ("vxlan: {vni: 0}", "vxlan.vni", BadValue, "24 bits", "from 1"),
         ("vxlan: {port: 0}", "vxlan.port", BadValue, "0 is none", "from 1 to 65535"),
