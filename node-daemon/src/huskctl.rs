@@ -6,8 +6,11 @@
 mod flows;
 mod mtu;
 mod policy;
+mod reference;
 mod rotate;
+mod schemas;
 mod style;
+mod support_bundle;
 mod tables;
 mod top;
 
@@ -18,13 +21,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use husk_overlay::ipc::{self, Request, Response};
 use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::style::Colour;
+use crate::manual::{self, Shell};
 use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
@@ -44,7 +48,13 @@ pub struct Arguments {
     #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
     color: Colour,
     /// Directory of the daemon's socket
-    #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
+    #[arg(
+        long,
+        global = true,
+        env = "HUSK_RUN_DIRECTORY",
+        default_value = husk_overlay::marks::RUN_DIRECTORY,
+        value_hint = clap::ValueHint::DirPath
+    )]
     run_directory: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -95,6 +105,23 @@ enum Command {
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
+    /// Collects all that somebody needs who is to help, in one file: reports, configuration, kernel state, logs; no secrets
+    ///
+    /// Works without a daemon. Nothing is sent anywhere.
+    SupportBundle(support_bundle::Options),
+    /// JSON Schemas of what --output json prints
+    Schema(schemas::Options),
+    /// Prints a script that completes commands and options in a shell
+    Completion {
+        /// Shell
+        shell: Shell,
+    },
+    /// Writes the manual pages into a directory; man -l shows one from there
+    Man {
+        /// Directory, which is made if there is none
+        #[arg(value_hint = clap::ValueHint::DirPath)]
+        directory: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -120,6 +147,15 @@ enum IpamCommand {
     Show,
     /// Looks for contradictions between leases, blocks and interfaces; exit status 1 if any
     Check,
+}
+
+impl Arguments {
+    /// Those of this process; what is not understood, or asks for help, ends it.
+    #[must_use]
+    pub fn of_process() -> Self {
+        let matches = reference::command().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// Runs the command and says how the process should exit.
@@ -167,6 +203,13 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Top(options) => top::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
+        Command::SupportBundle(options) => support_bundle::run(&arguments.run_directory, options, &show),
+        Command::Schema(options) => Ok((schemas::run(options)?, false)),
+        Command::Completion { shell } => Ok((manual::completion(*shell, reference::command()), false)),
+        Command::Man { directory } => {
+            let written = reference::manual().write(directory)?.len();
+            Ok((format!("{written} pages are in {}.\n", directory.display()), false))
+        }
         Command::Ipam(command) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;
             match command {

@@ -3,7 +3,7 @@
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
 //! comes from, [`kubernetes`] one such place; [`follow`] a configuration that changes; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon ([`tunnels`]: and its container):
 //! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
-//! [`flows`] what policy denied, and connections that begin and end; [`line_log`] logs of those and of decisions; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`boot`] what a reboot
+//! [`flows`] what policy denied, and connections that begin and end; [`line_log`] logs of those and of decisions; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client, [`manual`] its pages; [`boot`] what a reboot
 //! ends; [`cleanup`] the way out.
 
 pub mod boot;
@@ -22,6 +22,7 @@ pub mod keys;
 pub mod kubernetes;
 pub mod line_log;
 pub mod logging;
+pub mod manual;
 pub mod node_file;
 mod nudge;
 pub mod offload;
