@@ -5,10 +5,11 @@
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
 //! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size, [`echo`] pings;
 //! [`conntrack`] ends connections that a change of port mappings leaves behind; [`way`] asks what becomes of a packet;
-//! [`capture`] sees packets as they pass.
+//! [`capture`] sees packets as they pass, [`connections`] hears of all connections that begin and end.
 
 pub mod addresses;
 pub mod capture;
+pub mod connections;
 pub mod conntrack;
 pub mod echo;
 pub mod error;
@@ -18,6 +19,7 @@ pub mod fdb;
 pub mod features;
 mod interfaces;
 pub mod kernel;
+pub mod link_counters;
 pub mod links;
 pub mod linux;
 pub mod napi;

@@ -15,6 +15,7 @@ use husk_dataplane::linux::Linux;
 use husk_dataplane::sysctl;
 use husk_ipam::lease::{DEFAULT_LOCK_WAIT, LeaseStore};
 use husk_overlay::config::{Config, SourceConfig};
+use husk_overlay::digest;
 use husk_overlay::ipc::{LEASE_DIRECTORY, SOCKET_FILE};
 use husk_overlay::issue::Issue;
 use husk_overlay::marks;
@@ -30,6 +31,7 @@ use crate::http::endpoint::Endpoint;
 use crate::http::{self, Listening};
 use crate::identity::Identity;
 use crate::kubernetes::{self, Reporter};
+use crate::line_log::{Event, Logs};
 use crate::metrics::Fixed;
 use crate::metrics::gather::Gathering;
 use crate::offload::OffloadTesting;
@@ -263,6 +265,14 @@ pub async fn run(options: RunOptions) -> Result<End> {
     if let Some(issue) = &issue {
         tracing::error!("{issue}");
     }
+    let logs = Logs::start(&config.logs, &node_name).context(THREAD)?;
+    logs.decision(|| Event::DaemonStarted {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        mode: config.mode,
+        configuration: digest::hex(&[&text]),
+    });
+    let handle = handle.logging_to(logs.clone());
     let parts = Parts {
         node,
         kernel: Linux::open(Path::new(marks::WIREGUARD_SOCKET_DIRECTORY))
@@ -282,14 +292,16 @@ pub async fn run(options: RunOptions) -> Result<End> {
         server::listen(&options.run_directory.join(SOCKET_FILE)).context("cannot listen on the daemon's socket")?;
     start_watching(&parts.config, leases, &waker)?;
     if parts.config.policy.enabled {
-        handle.flows().record(states.clone()).context(THREAD)?;
+        handle.flows().record_denied(states.clone()).context(THREAD)?;
     }
+    handle.flows().record_connections(states.clone()).context(THREAD)?;
     tokio::spawn(server::serve(listener, handle.clone()));
     let mut follower = Follower::start(&options, text, issue, follow_config)?;
     if let SourceConfig::Kubernetes { kubeconfig } = &parts.config.source {
         let (kubeconfig, issues) = (kubeconfig.clone(), follower.issues());
         tokio::spawn(report(kubeconfig, node_name, states, issues));
     }
+    tokio::spawn(follow::log_refusals(follower.issues(), logs.clone()));
     let gathering = Gathering {
         fixed: Arc::new(Fixed::of(&parts.config, &parts.node_name)),
         live: handle.live().clone(),
@@ -305,6 +317,7 @@ pub async fn run(options: RunOptions) -> Result<End> {
     }
     let mut engine = Engine::new(parts, state, jiff::Timestamp::now());
     engine.measure_with(handle.live().clone());
+    engine.log_to(logs.clone());
     let stop = stop_signal()?;
     let told = async {
         tokio::select! {
@@ -313,6 +326,11 @@ pub async fn run(options: RunOptions) -> Result<End> {
         }
     };
     let end = supervise(move || engine.run(&inbox, &waker), || handle.stop(), told).await?;
+    if end == End::NewConfiguration {
+        logs.decision(|| Event::ConfigurationTaken { file: options.config.display().to_string() });
+    }
+    logs.decision(|| Event::DaemonStopped { reason: end.reason().into() });
+    tokio::task::block_in_place(|| logs.flush());
     files::remove(&options.run_directory.join(SOCKET_FILE))?;
     Ok(end)
 }
@@ -330,6 +348,15 @@ pub enum End {
     Stopped,
     /// It has to start again with another configuration.
     NewConfiguration,
+}
+
+impl End {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Stopped => "it was told to",
+            Self::NewConfiguration => "a new configuration",
+        }
+    }
 }
 
 /// Tells Kubernetes how the node is, once there is a way to log on.

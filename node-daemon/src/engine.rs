@@ -4,6 +4,7 @@
 //! no data, so that nothing is lost when many come at once, and what an outsider changed comes back by itself.
 
 mod announce;
+mod audit;
 mod blocks;
 mod capture;
 mod devices;
@@ -30,6 +31,7 @@ mod rotation;
 mod sessions;
 mod shrinking;
 mod state;
+mod top;
 mod trace;
 mod traffic;
 mod usage;
@@ -132,6 +134,7 @@ pub struct Engine<K, S, N> {
     source_answered: Option<Instant>,
     /// What is counted, and where samples are left.
     live: Live,
+    audit: audit::Audit,
 }
 
 /// A finished pass.
@@ -184,6 +187,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             policy,
             source_answered: None,
             live: Live::default(),
+            audit: audit::Audit::default(),
         }
     }
 

@@ -13,6 +13,7 @@ use husk_overlay::issue::{Issue, IssueKind, Severity};
 use tokio::sync::{Notify, watch as issue_watch};
 
 use crate::daemon::Options;
+use crate::line_log::{Event, Logs};
 use crate::{files, watch};
 
 /// File in the state directory that holds the last good configuration.
@@ -131,6 +132,23 @@ impl Follower {
     #[must_use]
     pub fn issues(&self) -> issue_watch::Receiver<Option<Issue>> {
         self.issues.clone()
+    }
+}
+
+/// Logs when a configuration is refused, and when the file is good again.
+pub async fn log_refusals(mut issues: issue_watch::Receiver<Option<Issue>>, logs: Logs) {
+    let mut known = None;
+    loop {
+        let now = issues.borrow_and_update().clone();
+        if now != known {
+            let (before, now) = (known.take(), now.clone());
+            before.into_iter().for_each(|issue| logs.decision(|| Event::IssueCleared { issue }));
+            now.into_iter().for_each(|issue| logs.decision(|| Event::IssueRaised { issue }));
+        }
+        known = now;
+        if issues.changed().await.is_err() {
+            return;
+        }
     }
 }
 

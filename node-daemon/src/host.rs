@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use husk_dataplane::link_counters::LinkCounters;
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
@@ -17,7 +18,7 @@ use husk_dataplane::pod::{self, PodMtu, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
 use husk_dataplane::way::{self, NeighbourStanding, Way};
 use husk_dataplane::wireguard::KeyRing;
-use husk_dataplane::{Error, napi, nft, policy, sysctl, xfrm};
+use husk_dataplane::{Error, link_counters, napi, nft, policy, sysctl, xfrm};
 use husk_ipam::lease::since_boot;
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
@@ -351,6 +352,12 @@ impl Node for Host {
 
     fn policy_counters(&mut self) -> BTreeMap<String, Counter> {
         support::counters(policy::read_counters(), "counters of policy")
+    }
+
+    fn link_counters(&mut self) -> BTreeMap<InterfaceName, LinkCounters> {
+        link_counters::read()
+            .inspect_err(|error| tracing::warn!(%error, "counters of interfaces cannot be read"))
+            .unwrap_or_default()
     }
 
     fn policy_element(&mut self, set: &str, key: &PolicyElement) -> Result<Option<PolicyValue>> {

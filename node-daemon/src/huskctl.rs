@@ -8,9 +8,13 @@ mod doctor;
 mod flows;
 mod mtu;
 mod policy;
+mod reference;
 mod rotate;
+mod schemas;
 mod style;
+mod support_bundle;
 mod tables;
+mod top;
 mod trace;
 
 pub(crate) use self::tables::bytes;
@@ -22,13 +26,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use husk_overlay::ipc::{self, Request, Response};
 use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::style::Colour;
+use crate::manual::{self, Shell};
 use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
@@ -48,7 +53,13 @@ pub struct Arguments {
     #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
     color: Colour,
     /// Directory of the daemon's socket
-    #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
+    #[arg(
+        long,
+        global = true,
+        env = "HUSK_RUN_DIRECTORY",
+        default_value = husk_overlay::marks::RUN_DIRECTORY,
+        value_hint = clap::ValueHint::DirPath
+    )]
     run_directory: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -94,8 +105,12 @@ enum Command {
     /// Needs root, in the network namespace of the host. Stops after 10,000 packets or 60 seconds if not told otherwise. Packets
     /// are seen as the interface handles them: with segmentation offload larger than on the wire.
     Capture(capture::Options),
-    /// What policy has denied lately, with the pods and the policy behind it; -o json gives one line per flow
+    /// What policy has denied lately, with the policy behind it, and which connections of pods begin and end; -o json gives one
+    /// line per flow
     Flows(flows::Options),
+    /// What goes through the tunnels and to the pods of this node, from second to second, with round-trip times and losses; -o
+    /// json gives one line per interval
+    Top(top::Options),
     /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
     ///
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
@@ -106,6 +121,23 @@ enum Command {
     ///
     /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
     Doctor(doctor::Options),
+    /// Collects all that somebody needs who is to help, in one file: reports, configuration, kernel state, logs; no secrets
+    ///
+    /// Works without a daemon. Nothing is sent anywhere.
+    SupportBundle(support_bundle::Options),
+    /// JSON Schemas of what --output json prints
+    Schema(schemas::Options),
+    /// Prints a script that completes commands and options in a shell
+    Completion {
+        /// Shell
+        shell: Shell,
+    },
+    /// Writes the manual pages into a directory; man -l shows one from there
+    Man {
+        /// Directory, which is made if there is none
+        #[arg(value_hint = clap::ValueHint::DirPath)]
+        directory: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -131,6 +163,15 @@ enum IpamCommand {
     Show,
     /// Looks for contradictions between leases, blocks and interfaces; exit status 1 if any
     Check,
+}
+
+impl Arguments {
+    /// Those of this process; what is not understood, or asks for help, ends it.
+    #[must_use]
+    pub fn of_process() -> Self {
+        let matches = reference::command().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// Runs the command and says how the process should exit.
@@ -178,7 +219,15 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
         Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
+        Command::Top(options) => top::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
+        Command::SupportBundle(options) => support_bundle::run(&arguments.run_directory, options, &show),
+        Command::Schema(options) => Ok((schemas::run(options)?, false)),
+        Command::Completion { shell } => Ok((manual::completion(*shell, reference::command()), false)),
+        Command::Man { directory } => {
+            let written = reference::manual().write(directory)?.len();
+            Ok((format!("{written} pages are in {}.\n", directory.display()), false))
+        }
         Command::Ipam(command) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;
             match command {

@@ -40,7 +40,7 @@ use crate::files;
 const FOLDER: &str = "keys";
 
 /// What the keys are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Technology {
     /// Keys of WireGuard devices.

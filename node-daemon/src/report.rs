@@ -9,9 +9,11 @@ mod paths;
 mod peers;
 mod policy;
 mod status;
+mod top;
 mod trace;
 
-pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
+pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp};
+pub use crate::line_log::LogLine;
 pub use capture::{CaptureReport, Tap, TunnelPorts, VerifyPath};
 pub use doctor::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
@@ -23,4 +25,5 @@ pub use policy::{
     PodPolicyReport, PodPolicyState, PolicyKind, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
 };
 pub use status::{Counter, KeysSummary, LastPass, Status};
+pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
 pub use trace::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide};

@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 use crate::engine::Handle;
+use crate::line_log::Client;
 
 /// How long a client may take to say what it wants. The plugin connects before it wires a pod and speaks after.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -72,7 +73,11 @@ pub async fn serve(listener: UnixListener, handle: Handle) {
 async fn converse(mut stream: UnixStream, handle: &Handle) -> io::Result<()> {
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, "the client sent no request");
     let response = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await.map_err(silent)? {
-        Ok(request) => handle.answer(request).await,
+        Ok(request) => {
+            let credentials = stream.peer_cred().ok();
+            let client = || credentials.map(|it| Client::of(it.uid(), it.pid())).unwrap_or_default();
+            handle.answer_client(request, client).await
+        }
         Err(error) => Response::Refused { reason: error.to_string() },
     };
     let message = framed(&response)?;

@@ -211,11 +211,16 @@ fn flow(sequence: u64, name: &str) -> Flow {
         reason: default_deny().to_string(),
         policy: Some(default_deny()),
         changed_since: false,
+        addressed: None,
+        sent: None,
+        received: None,
+        milliseconds: None,
     }
 }
 
 fn flows(flows: Vec<Flow>, newest: u64) -> serde_json::Value {
-    serde_json::to_value(FlowsReport { flows, newest, lost: 0, unavailable: None }).unwrap()
+    let more = flows.last().is_some_and(|last| last.sequence < newest);
+    serde_json::to_value(FlowsReport { flows, newest, more, ..FlowsReport::default() }).unwrap()
 }
 
 #[test]
@@ -225,9 +230,8 @@ fn flows_are_lines_and_read_to_their_end() {
     assert_eq!(ran.status, 0, "{}", ran.errors);
     let lines = words(&ran.text);
     assert_eq!(lines.len(), 4);
-    assert_eq!(lines[0], "TIME DENIED PROTO COUNT FROM -> TO BY");
-    let line =
-        "2026-11-28T12:00:00Z ingress TCP 3 192.0.2.9:40000 -> shop/db-0 10.0.0.1:5432 (default deny by: shop/db)";
+    assert_eq!(lines[0], "TIME EVENT DIRECTION PROTO COUNT FROM -> TO");
+    let line = "2026-11-28T12:00:00Z denied ingress TCP 3 192.0.2.9:40000 -> shop/db-0 10.0.0.1:5432 (default deny by: shop/db)";
     assert_eq!(lines[1], line);
     let ran = run_along(reports(), &["flows", "--pod", "shop/db-1", "-o", "json"]);
     let printed: Vec<Flow> = ran.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -239,7 +243,10 @@ fn flows_are_lines_and_read_to_their_end() {
 fn what_keeps_flows_from_being_recorded_or_was_lost_is_told() {
     let report = FlowsReport { lost: 5, unavailable: Some("no NFLOG".into()), ..FlowsReport::default() };
     let ran = run(&report, &["flows", "--denied"]);
-    assert_eq!((ran.status, ran.request), (1, Request::Flows { after: Some(0), denied: true }));
+    assert_eq!(
+        (ran.status, ran.request),
+        (1, Request::Flows { after: Some(0), denied: true, connections: false, follow: false })
+    );
     assert!(
         ran.errors.contains("not recorded: no NFLOG") && ran.errors.contains("5 flows were lost"),
         "{}",

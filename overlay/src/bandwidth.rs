@@ -24,6 +24,7 @@ const DEFAULT_BURST_FRACTION: u64 = 10;
 
 /// Limits of one attachment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Bandwidth {
     /// What the pod receives.
@@ -36,6 +37,7 @@ pub struct Bandwidth {
 
 /// A limit in one direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "Written")]
 pub struct Limit {
     /// Bits per second.
@@ -46,6 +48,7 @@ pub struct Limit {
 
 /// A limit as it is written, before it is checked.
 #[derive(Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 struct Written {
     rate: u64,
     burst: u64,

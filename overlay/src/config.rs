@@ -64,6 +64,8 @@ pub struct Config {
     pub metrics: MetricsConfig,
     /// The page.
     pub ui: UiConfig,
+    /// Logs of flows and decisions.
+    pub logs: DecisionLogs,
 }
 
 /// Length in bits of node blocks, per family.
@@ -253,6 +255,46 @@ pub struct LogConfig {
     pub level: LogLevel,
 }
 
+/// Logs in JSON lines, for whoever collects them; none by default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecisionLogs {
+    /// File of flows; absolute.
+    pub flows: Option<PathBuf>,
+    /// File of what people and the daemon decided; absolute.
+    pub audit: Option<PathBuf>,
+    /// Flows are also connections that began and ended, not only what was denied.
+    pub connections: bool,
+    /// Room for each of the files.
+    pub limits: LogLimits,
+}
+
+/// Room for a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogLimits {
+    /// Bytes of the file; with more it is renamed and begun anew.
+    pub bytes: u64,
+    /// Files that are kept besides.
+    pub keep: u8,
+}
+
+impl LogLimits {
+    /// Least number of bytes of a file.
+    pub const LEAST_BYTES: u64 = 64 << 10;
+}
+
+impl Default for DecisionLogs {
+    fn default() -> Self {
+        Self { flows: None, audit: None, connections: true, limits: LogLimits::default() }
+    }
+}
+
+impl Default for LogLimits {
+    /// 400 MiB at most, which holds a million flows.
+    fn default() -> Self {
+        Self { bytes: 100 << 20, keep: 3 }
+    }
+}
+
 impl Default for BlockLengths {
     fn default() -> Self {
         Self { ipv4: 26, ipv6: 122 }
@@ -362,6 +404,7 @@ impl Config {
             log: LogConfig::default(),
             metrics: MetricsConfig::default(),
             ui: UiConfig::default(),
+            logs: DecisionLogs::default(),
         }
     }
 

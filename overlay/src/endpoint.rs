@@ -13,6 +13,7 @@ use crate::record::DualStack;
 
 /// What names an attachment (CNI specification 1.1: network name, container id and interface name).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct AttachmentId {
     /// CNI network.
@@ -55,6 +56,7 @@ impl std::fmt::Display for AttachmentId {
 
 /// A network namespace's identity: device and inode of its nsfs file, and the path the runtime gave.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct NetnsIdentity {
     /// Path the runtime handed over.
@@ -68,6 +70,7 @@ pub struct NetnsIdentity {
 
 /// An attachment with its addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Endpoint {
     /// Who it is.

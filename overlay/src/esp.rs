@@ -46,6 +46,7 @@ const FIRST_SPI: u32 = 256;
 
 /// Cipher of an SA: AES-GCM with a 16-byte ICV (RFC 4106).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Aead {
     /// Key of 128 bits.

@@ -91,6 +91,8 @@ pub enum Request {
     Status,
     /// Everything `huskctl peers` prints.
     Peers,
+    /// What `huskctl top` makes rates of.
+    Top,
     /// Everything `huskctl mtu` prints.
     Mtu,
     /// What probing found: all paths, a list of [`crate::probe::Path`] with [`crate::probe::Report`].
@@ -138,8 +140,12 @@ pub enum Request {
     Flows {
         /// Those after this sequence number, the oldest first; none means the newest ones.
         after: Option<u64>,
-        /// Only those that were denied.
+        /// Those that were denied.
         denied: bool,
+        /// Connections that began or ended.
+        connections: bool,
+        /// Somebody goes on asking: only then, and while they are logged, are connections recorded.
+        follow: bool,
     },
     /// Cuts a pod of this node off, or lets it onto the network again.
     Quarantine {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// How much an issue hurts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Severity {
     /// Traffic flows as it should; somebody ought to look.
@@ -18,6 +19,7 @@ pub enum Severity {
 
 /// Closed set of kinds, for metrics, events and tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "PascalCase")]
 pub enum IssueKind {
     /// The own node has no underlay address of the family the tunnels use.
@@ -72,6 +74,8 @@ pub enum IssueKind {
     ApplyFailed,
     /// Somebody else's firewall may drop packets of pods.
     ForeignFirewall,
+    /// Lines of a log of flows or decisions could not be written.
+    LogUnwritable,
     /// The cluster source does not answer or has not delivered yet.
     SourceUnavailable,
     /// An address at which the daemon was to serve metrics, or its page, is not to be had.
@@ -80,6 +84,7 @@ pub enum IssueKind {
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Issue {
     /// How much it hurts.

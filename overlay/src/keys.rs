@@ -27,6 +27,7 @@ pub enum KeyError {
 
 /// A public key; text and serde form is base64, as `wg` prints it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey([u8; 32]);
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// An Ethernet (MAC) address; text and serde form is `02:00:5e:10:00:01`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 

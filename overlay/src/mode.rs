@@ -9,6 +9,7 @@ use crate::mtu::{Cipher, EspMode, Layer, Stack};
 
 /// How pod packets travel between nodes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// As they are, routed by way of the node's underlay address. Nodes share a link.

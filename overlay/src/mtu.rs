@@ -64,6 +64,7 @@ const ESP_TRAILER: u32 = 2;
 
 /// Cipher and authentication of an ESP layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Cipher {
     /// AES-GCM with a 16-byte ICV, any key length (RFC 4106). The salt is not sent.
@@ -107,6 +108,7 @@ impl fmt::Display for Cipher {
 
 /// What ESP wraps (RFC 4303, section 3.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum EspMode {
     /// A whole packet, behind a new outer header.
@@ -117,6 +119,7 @@ pub enum EspMode {
 
 /// One layer of encapsulation or encryption.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "layer")]
 pub enum Layer {
     /// VXLAN over UDP (RFC 7348).
@@ -153,6 +156,7 @@ impl fmt::Display for Layer {
 
 /// Layers around a pod's packet, outermost first; none means that it travels as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Stack(pub Vec<Layer>);
 
 impl fmt::Display for Stack {

@@ -11,6 +11,7 @@ use crate::prefix::Family;
 
 /// Protocol of the transport layer that has ports. The texts are those of the CNI conventions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum TransportProtocol {
     /// TCP.
@@ -61,6 +62,7 @@ impl fmt::Display for TransportProtocol {
 
 /// A port of the host that leads to a port of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct PortMapping {
     /// Protocol.

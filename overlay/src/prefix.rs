@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4
@@ -67,6 +68,7 @@ pub enum PrefixError {
 ///
 /// Text and serde form is `address/length`; a bare address is refused, host bits are refused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct Prefix(IpNetwork);
 

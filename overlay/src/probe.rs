@@ -34,6 +34,7 @@ pub const PROBES_PER_SECOND: u32 = 40;
 
 /// What is probed on its own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Path {
     /// To whom.
@@ -73,6 +74,7 @@ pub struct Shot {
 
 /// What is known of a path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", tag = "state")]
 pub enum Standing {
     /// Nothing yet.
@@ -98,6 +100,7 @@ pub enum Standing {
 
 /// What is to be told about a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     /// What is known of it.

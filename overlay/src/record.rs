@@ -13,6 +13,7 @@ use crate::prefix::{Family, Prefix};
 
 /// At most one address per family.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DualStack {
     /// IPv4
@@ -127,6 +128,7 @@ pub struct NodeRecord {
 
 /// An address pool: what blocks are cut from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Pool {
     /// Name, for messages.

@@ -41,6 +41,7 @@ pub struct Objects {
 
 /// Namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ObjectName {
     /// Namespace.
     pub namespace: String,
@@ -147,6 +148,7 @@ impl fmt::Display for Protocol {
 
 /// Side of a pod's traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Direction {
     /// From the pod. What a connection has to pass first.
@@ -247,6 +249,7 @@ impl NetworkPolicy {
 
 /// Tier of a cluster policy. NetworkPolicies are between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Tier {
     /// Before NetworkPolicies.
     Admin,

@@ -14,6 +14,7 @@ use crate::rules::{Effect, Level, Origin, Rule, means_pod, named_ports, rules_of
 
 /// What happens with a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Verdict {
     /// It passes.
@@ -24,6 +25,7 @@ pub enum Verdict {
 
 /// A connection: who began it, who answers (after translation of service addresses), and on which port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Connection {
     /// Who began it.
@@ -56,6 +58,7 @@ impl Decision {
 
 /// What policy says on one side of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Side {
     /// Which side.
@@ -74,6 +77,7 @@ pub struct Side {
 
 /// Who decides on a side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Scope {
     /// This node: the pod is one of its own.
@@ -88,6 +92,7 @@ pub enum Scope {
 
 /// A rule that was asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Asked {
     /// The rule.
@@ -102,6 +107,7 @@ pub struct Asked {
 
 /// What came of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
     /// It matched.

@@ -13,7 +13,7 @@ use husk_overlay::keys::PrivateKey;
 use husk_tests::kernel::{self, Part};
 use husk_tests::load::{Rate, while_knocking};
 use husk_tests::pod::await_answers_among;
-use husk_tests::process::Program;
+use husk_tests::process::{self, Program};
 use husk_tests::rotation::{newest, published, rotate};
 use husk_tests::secret::forms;
 use husk_tests::{Cluster, ClusterBuilder, Host, Leak, Load, Mode, Pod, Signal, eventually, xfrm};
@@ -184,6 +184,16 @@ fn everywhere(host: &Host, search: &mut Search) -> Result<()> {
             search.look(&format!("the answer of `huskctl {}`", command.join(" ")), said.as_bytes())?;
         }
     }
+    // What is given away to those who are to help, the associations of IPsec among it.
+    const BUNDLE: &str = "/var/lib/husk/bundle.tar.gz";
+    let huskctl = host.program(process::binary("huskctl")?);
+    huskctl.args(["support-bundle", "--file", BUNDLE]).limit(Duration::from_secs(120)).check()?;
+    let bundle = Program::new("gzip").args([Path::new("-dc"), &host.file(BUNDLE)]).check()?;
+    ensure!(
+        bundle.contains("network/tunnels-xfrm.txt") && bundle.contains("network/wireguard.txt"),
+        "{BUNDLE} is not whole"
+    );
+    search.look(BUNDLE, bundle.as_bytes())?;
     // The log of the daemon is in there too.
     let root = host.file("/");
     // Nor does the plugin's program, which is large, hold any secret.

@@ -9,7 +9,7 @@ pub(crate) struct Frame<'a> {
     /// Message type.
     pub(crate) kind: u16,
     /// `NLM_F_*` flags.
-    pub(super) flags: u16,
+    pub(crate) flags: u16,
     /// Sequence number of the request it answers.
     pub(super) sequence: u32,
     /// Port of the socket it answers.

@@ -1,7 +1,7 @@
 //! What the kernel sends by itself, to a socket that has asked to be told.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -21,6 +21,19 @@ pub(crate) enum Heard<'a> {
 }
 
 impl Socket {
+    /// Asks to be told what the kernel says to a multicast group.
+    pub(crate) fn join(&mut self, group: u32) -> Result<(), Error> {
+        let protocol = self.protocol.name();
+        let failed = |source| Error::Socket { operation: "subscribe to events of", protocol, source };
+        self.socket.add_membership(group).map_err(failed)
+    }
+
+    /// Datagrams that the kernel could not deliver for want of buffer space since the socket was opened.
+    pub(crate) fn dropped(&self) -> Result<u32, Error> {
+        let protocol = self.protocol.name();
+        dropped(self.as_fd()).map_err(|source| Error::Socket { operation: "ask for the losses of", protocol, source })
+    }
+
     /// The next datagram; waits for it at most this long.
     pub(crate) fn listen(&mut self, patience: Duration) -> Result<Heard<'_>, Error> {
         let protocol = self.protocol.name();
@@ -41,4 +54,25 @@ impl Socket {
             },
         }
     }
+}
+
+/// `SK_MEMINFO_DROPS` and `SK_MEMINFO_VARS` (include/uapi/linux/sock_diag.h).
+const DROPS: usize = 8;
+const VARS: usize = 9;
+
+#[allow(unsafe_code)]
+fn dropped(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut values = [0_u32; VARS];
+    let mut length = libc::socklen_t::try_from(size_of_val(&values)).expect("36 bytes");
+    // SAFETY: the descriptor is open; the kernel writes at most `length` bytes into `values`, which outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            std::ptr::from_mut(&mut length),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(values[DROPS]) }
 }

@@ -2,10 +2,12 @@
 
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use husk_node_daemon::daemon::End;
+use husk_node_daemon::manual::{self, Manual, Shell};
 use husk_node_daemon::{cleanup, daemon, health, kubernetes, tunnels, udp_encapsulation, wireguard_userspace};
 
 /// Husk's node daemon: builds encrypted tunnels to the other nodes and keeps this node's kernel as the cluster needs it
@@ -36,6 +38,16 @@ enum Command {
     WireguardUserspace(wireguard_userspace::Options),
     /// Keep open the UDP port at which ESP in UDP arrives; the daemon starts this itself where ipsec.udpEncapsulation is set
     UdpEncapsulation(udp_encapsulation::Options),
+    /// Print a script that completes commands and options in a shell
+    Completion {
+        /// Shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory; man -l shows one from there
+    Man {
+        /// Directory, which is made if there is none
+        directory: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -89,6 +101,15 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::UdpEncapsulation(options) => {
             log("info");
             udp_encapsulation::run(options).await
+        }
+        Command::Completion { shell } => {
+            let script = manual::completion(shell, Arguments::command());
+            Ok(std::io::stdout().write_all(script.as_bytes())?)
+        }
+        Command::Man { directory } => {
+            let manual = Manual { command: Arguments::command(), section: 8, besides: manual::huskd::besides };
+            let written = manual.write(&directory)?.len();
+            Ok(writeln!(std::io::stdout(), "{written} pages are in {}.", directory.display())?)
         }
     }
 }

@@ -73,7 +73,8 @@ fn teller(kind: IssueKind) -> Teller {
         | IssueKind::BadPolicy
         | IssueKind::ApplyFailed
         | IssueKind::SourceUnavailable
-        | IssueKind::ListenFailed => Teller::Rest,
+        | IssueKind::ListenFailed
+        | IssueKind::LogUnwritable => Teller::Rest,
     }
 }
 

@@ -7,6 +7,8 @@ use husk_dataplane::kernel::{Kernel, Table};
 use husk_overlay::ipc::NodeFile;
 use husk_overlay::issue::{Issue, Severity};
 use husk_overlay::kernel::Map;
+use husk_policy::cluster::{Cluster, Membership, Quarantine};
+use husk_policy::object::Objects;
 
 use super::{Engine, Node, Pass, State, blocks};
 use crate::source::ClusterSource;
@@ -45,6 +47,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let announced = written.is_ok();
         let reason = reason.or_else(|| written.err().map(|error| error.to_string()));
         let issues = self.all_issues();
+        self.log_decisions(&issues);
         let was = self.state.borrow().clone();
         if was.reason != reason {
             match &reason {
@@ -60,7 +63,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let passes = self.passes;
         let ready = reason.is_none();
         let enforces_policy = self.parts.config.policy.enabled;
-        let (enforced, cluster) = (self.policy.enforced(), self.policy.cluster());
+        let (enforced, cluster) = (self.policy.enforced(), self.known_cluster());
         let state = State {
             ready,
             reason,
@@ -83,9 +86,19 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             issues.extend(last.plan.issues.iter().cloned());
             issues.extend(last.issues.iter().cloned());
         }
+        issues.extend(self.audit.logs.issues());
         issues.sort();
         issues.dedup();
         issues
+    }
+
+    /// The cluster as policy is made from it; where none is enforced, the pods of this node, whose names are known all the same.
+    fn known_cluster(&self) -> Arc<Cluster> {
+        if self.parts.config.policy.enabled {
+            return self.policy.cluster();
+        }
+        let (objects, asked) = (Arc::new(Objects::default()), Quarantine::default());
+        Arc::new(Cluster::new(objects, &self.leases.endpoints, Membership::Optional, &asked))
     }
 
     /// Why pods cannot be added, if they cannot.

@@ -12,11 +12,13 @@ use husk_overlay::ipc::{Attaching, Request, Response};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::plan::are_mapped;
+use husk_policy::cluster::pod_name;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::State;
 use super::policy_reports::answer;
-use crate::flows::Flows;
+use crate::flows::{Flows, Kinds};
+use crate::line_log::{Client, Event, Logs};
 use crate::metrics::Live;
 
 /// How long a report may take before the client is told.
@@ -121,6 +123,7 @@ pub struct Handle {
     index_of: IndexOf,
     flows: Flows,
     live: Live,
+    logs: Logs,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -139,8 +142,8 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    let (flows, live) = (Flows::default(), Live::default());
-    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows, live }, receiver)
+    let (leases, flows, live, logs) = (Arc::new(leases), Flows::default(), Live::default(), Logs::default());
+    (Handle { inbox, waker, state, leases, detaching, index_of, flows, live, logs }, receiver)
 }
 
 impl Handle {
@@ -162,6 +165,13 @@ impl Handle {
         &self.live
     }
 
+    /// The handle, with logs for what clients ask for.
+    #[must_use]
+    pub fn logging_to(self, logs: Logs) -> Self {
+        self.flows.log_to(logs.clone());
+        Self { logs, ..self }
+    }
+
     /// The handle, with other eyes for interfaces.
     #[cfg(test)]
     pub(super) fn seeing(self, index_of: IndexOf) -> Self {
@@ -173,7 +183,27 @@ impl Handle {
         let _ = self.inbox.send(Message::Stop);
     }
 
-    /// Answers a client of the daemon's socket.
+    /// Answers a client of the daemon's socket, and logs what it decided.
+    pub async fn answer_client(&self, request: Request, client: impl FnOnce() -> Client) -> Response {
+        let decision = match &request {
+            Request::RotateKeys => Some(Decision::Rotate),
+            Request::Quarantine { pod, on } => Some(Decision::Quarantine { pod: pod.clone(), on: *on }),
+            _ => None,
+        };
+        // Before it is answered: who has its answer may be gone.
+        let by = decision.filter(|_| self.logs.wants_decisions()).map(|decision| (decision, client()));
+        let response = self.answer(request).await;
+        if let (Some((decision, by)), Response::Report { .. }) = (by, &response) {
+            self.logs.decision(|| match decision {
+                Decision::Rotate => Event::KeyRotationAsked { by },
+                Decision::Quarantine { pod, on: true } => Event::QuarantineSet { pod, by },
+                Decision::Quarantine { pod, on: false } => Event::QuarantineReleased { pod, by },
+            });
+        }
+        response
+    }
+
+    /// Answers a question.
     pub async fn answer(&self, request: Request) -> Response {
         match request {
             Request::Admit { id } => {
@@ -194,8 +224,9 @@ impl Handle {
                 Response::Done
             }
             Request::Ready => self.ready(),
-            // All that are recorded are denied ones.
-            Request::Flows { after, denied: _ } => answer(&self.flows.report(after)),
+            Request::Flows { after, denied, connections, follow } => {
+                answer(&self.flows.report(after, Kinds { denied, connections }, follow))
+            }
             Request::Detach { interface, index } => self.detach(interface, index).await,
             other => self.ask(other).await,
         }
@@ -239,7 +270,15 @@ impl Handle {
             state.node_file.as_ref().is_some_and(|file| file.blocks.iter().any(|block| block.contains(address)))
         };
         match endpoint.addresses.iter().find(|address| !owned(*address)) {
-            None => Response::Done,
+            None => {
+                self.logs.decision(|| Event::PodAdmitted {
+                    pod: pod_name(&endpoint).to_string(),
+                    addresses: endpoint.addresses.iter().collect(),
+                    container: id.container_id.to_string(),
+                    interface: endpoint.host_interface.to_string(),
+                });
+                Response::Done
+            }
             Some(address) => Response::NotReady {
                 reason: format!("address {address} of {id} lies in no block of this node any more"),
                 issues: Vec::new(),
@@ -347,6 +386,12 @@ impl Handle {
             },
         }
     }
+}
+
+/// What a client may decide.
+enum Decision {
+    Rotate,
+    Quarantine { pod: String, on: bool },
 }
 
 /// A pod that a plugin has wired.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use husk_dataplane::Error;
+use husk_dataplane::link_counters::LinkCounters;
 use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::way::{NeighbourStanding, Packet, Way};
 use husk_dataplane::wireguard::KeyRing;
@@ -129,6 +130,11 @@ pub trait Node {
     /// # Errors
     /// When it cannot be read.
     fn policy_element(&mut self, set: &str, key: &PolicyElement) -> anyhow::Result<Option<PolicyValue>>;
+
+    /// What the kernel counts of our interfaces; nothing where it does not say.
+    fn link_counters(&mut self) -> BTreeMap<InterfaceName, LinkCounters> {
+        BTreeMap::new()
+    }
 
     /// Packets that IPsec did not let through, by the kernel's name of the reason.
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64>;

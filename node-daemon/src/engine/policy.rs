@@ -47,7 +47,7 @@ pub(super) struct Policy {
 }
 
 /// How long it took to make and to program policy.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Programming {
     /// Times that the table was changed.

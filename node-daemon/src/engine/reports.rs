@@ -33,6 +33,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Blocks { families } => self.more_blocks(families),
             Request::Status => self.report(Self::status),
             Request::Peers => self.report(Self::peers),
+            Request::Top => self.report(Self::counted),
             Request::Mtu => self.report(Self::mtu),
             Request::Probes => self.report(|engine, _| engine.paths()),
             Request::ProbePeer { peer } => self.probe_peer(peer),
@@ -119,7 +120,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
     }
 
-    fn peers(&mut self, last: &Pass) -> Vec<PeerReport> {
+    pub(super) fn peers(&mut self, last: &Pass) -> Vec<PeerReport> {
         let traffic = self.traffic(last);
         let mut paths = self.paths_by_peer();
         let rows = last.plan.peers.iter().map(|(name, peer)| {

@@ -22,6 +22,8 @@ use husk_overlay::rotation::{Cause, KeyAction};
 
 use super::usage::with_kind;
 use super::{Engine, Node};
+use crate::keys::Technology;
+use crate::line_log::Event;
 use crate::source::ClusterSource;
 
 /// Passes made at once one after the other because each got on. A rotation takes three or four; more of them mean that what
@@ -235,6 +237,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 remedy: "make the run directory writable, and see that its file system is not full".into(),
             });
             return false;
+        }
+        if let Some(technology) = Technology::of(self.parts.config.mode) {
+            self.audit.logs.decision(|| match action {
+                KeyAction::Begin { epoch, cause } => Event::KeyMade { technology, epoch, cause },
+                KeyAction::Retire { epoch } => Event::KeyDestroyed { technology, epoch },
+            });
         }
         match action {
             KeyAction::Begin { cause, .. } => {

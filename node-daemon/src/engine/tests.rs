@@ -1,5 +1,6 @@
 //! Tests of the loop on a fake kernel.
 
+mod audit;
 mod bed;
 mod blocks;
 mod convergence;

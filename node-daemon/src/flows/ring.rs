@@ -1,12 +1,15 @@
-//! The newest flows, numbered. Equal ones of one second are one with a count, which is kept when that second is over, so that
-//! what was read once does not change.
+//! The newest flows, numbered together and kept apart, so that many connections do not drive out what was denied. Equal ones of
+//! what was denied within one second are one with a count, which is kept when that second is over, so that what was read once
+//! does not change.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::record::Flow;
+use super::Kinds;
+use super::record::{Flow, FlowVerdict};
+use crate::line_log::Logs;
 
-/// Flows that are kept.
+/// Flows that are kept, of what was denied and of connections each.
 const KEPT: usize = 10_000;
 
 /// How long equal flows count as one.
@@ -18,12 +21,18 @@ const WAITING: usize = 1000;
 /// The newest flows.
 #[derive(Debug, Default)]
 pub(super) struct Ring {
-    kept: VecDeque<Flow>,
+    denied: VecDeque<Flow>,
+    connections: VecDeque<Flow>,
     /// With the time of their first packet, oldest first.
     waiting: VecDeque<(Instant, Flow)>,
     newest: u64,
-    pub(super) lost: u64,
-    pub(super) unavailable: Option<String>,
+    /// Records lost, of what was denied and of connections.
+    pub(super) lost: [u64; 2],
+    /// Why nothing is recorded of either, where that is so.
+    pub(super) unavailable: [Option<String>; 2],
+    /// Connections are listened to now.
+    pub(super) listening: bool,
+    pub(super) logs: Logs,
 }
 
 impl Ring {
@@ -53,19 +62,25 @@ impl Ring {
     pub(super) fn keep(&mut self, flow: Flow) {
         self.newest += 1;
         let flow = Flow { sequence: self.newest, ..flow };
-        tracing::debug!(
-            policy = flow.reason,
-            count = flow.count,
-            "denied {}: {} {} -> {}",
-            flow.direction,
-            flow.protocol,
-            flow.source,
-            flow.destination
-        );
-        if self.kept.len() >= KEPT {
-            self.kept.pop_front();
+        self.logs.flow(&flow);
+        let kept = if flow.verdict == FlowVerdict::Denied {
+            tracing::debug!(
+                policy = flow.reason,
+                count = flow.count,
+                "denied {}: {} {} -> {}",
+                flow.direction,
+                flow.protocol,
+                flow.source,
+                flow.destination
+            );
+            &mut self.denied
+        } else {
+            &mut self.connections
+        };
+        if kept.len() >= KEPT {
+            kept.pop_front();
         }
-        self.kept.push_back(flow);
+        kept.push_back(flow);
     }
 
     pub(super) fn newest(&self) -> u64 {
@@ -73,12 +88,23 @@ impl Ring {
     }
 
     /// At most so many flows after a number, the oldest of them first; without a number the newest.
-    pub(super) fn after(&self, after: Option<u64>, most: usize) -> Vec<Flow> {
-        let first = match after {
-            Some(after) => self.kept.partition_point(|flow| flow.sequence <= after),
-            None => self.kept.len().saturating_sub(most),
+    pub(super) fn after(&self, after: Option<u64>, most: usize, kinds: Kinds) -> Vec<Flow> {
+        let from = |kept: &VecDeque<Flow>, wanted: bool| -> Vec<Flow> {
+            let first = match after {
+                _ if !wanted => kept.len(),
+                Some(after) => kept.partition_point(|flow| flow.sequence <= after),
+                None => kept.len().saturating_sub(most),
+            };
+            kept.iter().skip(first).take(most).cloned().collect()
         };
-        self.kept.iter().skip(first).take(most).cloned().collect()
+        let mut flows = from(&self.denied, kinds.denied);
+        flows.append(&mut from(&self.connections, kinds.connections));
+        flows.sort_by_key(|flow| flow.sequence);
+        match after {
+            Some(_) => flows.truncate(most),
+            None => drop(flows.drain(..flows.len().saturating_sub(most))),
+        }
+        flows
     }
 }
 
@@ -88,7 +114,7 @@ mod tests {
     use crate::flows::record::tests::flow;
 
     fn counts(ring: &Ring) -> Vec<(u64, u64)> {
-        ring.after(Some(0), usize::MAX).iter().map(|flow| (flow.sequence, flow.count)).collect()
+        ring.after(Some(0), usize::MAX, Kinds::ALL).iter().map(|flow| (flow.sequence, flow.count)).collect()
     }
 
     #[test]
@@ -115,9 +141,9 @@ mod tests {
         let all = counts(&ring);
         assert_eq!((all.len(), all[0].0, ring.newest()), (KEPT, 2, 10_001));
         let numbers = |flows: Vec<Flow>| flows.iter().map(|flow| flow.sequence).collect::<Vec<_>>();
-        assert_eq!(numbers(ring.after(Some(9_000), 2)), [9_001, 9_002]);
-        assert_eq!(numbers(ring.after(None, 2)), [10_000, 10_001]);
-        assert!(ring.after(Some(10_001), 2).is_empty());
+        assert_eq!(numbers(ring.after(Some(9_000), 2, Kinds::ALL)), [9_001, 9_002]);
+        assert_eq!(numbers(ring.after(None, 2, Kinds::ALL)), [10_000, 10_001]);
+        assert!(ring.after(Some(10_001), 2, Kinds::ALL).is_empty());
     }
 
     #[test]
@@ -125,5 +151,23 @@ mod tests {
         let (mut ring, now) = (Ring::default(), Instant::now());
         (0..1200).for_each(|port| ring.take(flow(port), now));
         assert_eq!((ring.waiting.len(), ring.newest()), (WAITING, 200));
+    }
+
+    #[test]
+    fn connections_do_not_drive_out_what_was_denied() {
+        let mut ring = Ring::default();
+        ring.keep(flow(80));
+        for _ in 0..=KEPT {
+            ring.keep(Flow { verdict: FlowVerdict::New, ..flow(81) });
+        }
+        ring.keep(flow(82));
+        let numbers = |after, most, kinds| -> Vec<u64> {
+            ring.after(after, most, kinds).iter().map(|flow| flow.sequence).collect()
+        };
+        let denied = Kinds { denied: true, connections: false };
+        assert_eq!(numbers(None, 9, denied), [1, 10_003]);
+        assert_eq!(numbers(None, 2, Kinds::ALL), [10_002, 10_003]);
+        assert_eq!(numbers(Some(0), 2, Kinds::ALL), [1, 3], "of connections the first is gone");
+        assert_eq!(numbers(Some(10_001), 9, Kinds { denied: false, connections: true }), [10_002]);
     }
 }

@@ -18,6 +18,9 @@ use clap::Args;
 use husk_dataplane::capture::{Captured, Filter, Statistics, WHOLE};
 use husk_overlay::ipc::Request;
 
+pub(super) use self::decode::Packet;
+pub(super) use self::verify::Verified;
+
 use self::decode::Decoder;
 use self::pcap::PcapWriter;
 use self::session::{End, Limits, Session};

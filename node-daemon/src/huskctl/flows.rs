@@ -1,16 +1,19 @@
 //! `huskctl flows`: asks again and again for what is new, and prints it as it comes.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Args;
 use husk_overlay::ipc::Request;
+use husk_overlay::prefix::Prefix;
 use husk_policy::cluster::DEFAULT_NAMESPACE;
 
-use super::{Output, Show, ask, tables};
-use crate::report::{Flow, FlowEnd, FlowsReport};
+use super::{Output, Show, ask, style, tables};
+use crate::report::{Flow, FlowEnd, FlowVerdict, FlowsReport, PeerReport};
 
 /// Pause between two questions.
 const POLL: Duration = Duration::from_millis(500);
@@ -18,24 +21,71 @@ const POLL: Duration = Duration::from_millis(500);
 /// Which flows.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Options {
-    /// Go on with those that come, until interrupted
+    /// Go on with those that come, until interrupted. Connections that begin and end are recorded only while somebody follows
+    /// them, or while they are logged (logs.flows)
     #[arg(long, short)]
     follow: bool,
-    /// Only denied ones; the kernel tells of no others yet
+    /// Only what policy denied, and others that are asked for
     #[arg(long)]
     denied: bool,
+    /// Only connections that began, and others that are asked for
+    #[arg(long)]
+    new: bool,
+    /// Only connections that ended, and others that are asked for
+    #[arg(long)]
+    closed: bool,
     /// Only from or to this pod: NAMESPACE/NAME, NAME in the namespace default, or an address
     #[arg(long)]
     pod: Option<String>,
-    /// How many of those that were recorded already; the daemon keeps 10,000
+    /// Only from or to pods of this node
+    #[arg(long, value_name = "NODE")]
+    peer: Option<String>,
+    /// How many of those that were recorded already; the daemon keeps 10,000 of what was denied, and 10,000 of connections
     #[arg(long, default_value_t = 100)]
     last: usize,
 }
 
 impl Options {
-    fn wants(&self, flow: &Flow) -> bool {
-        self.pod.as_deref().is_none_or(|pod| [&flow.source, &flow.destination].into_iter().any(|end| is(end, pod)))
+    /// True if this kind is asked for; without any, all are.
+    fn wants(&self, verdict: FlowVerdict) -> bool {
+        let asked =
+            [(self.denied, FlowVerdict::Denied), (self.new, FlowVerdict::New), (self.closed, FlowVerdict::Closed)];
+        asked.iter().all(|(asked, _)| !asked) || asked.contains(&(true, verdict))
     }
+
+    fn wants_connections(&self) -> bool {
+        self.wants(FlowVerdict::New) || self.wants(FlowVerdict::Closed)
+    }
+}
+
+/// What is shown.
+struct Filter<'a> {
+    options: &'a Options,
+    /// Blocks of the node that is asked for.
+    blocks: Option<BTreeSet<Prefix>>,
+}
+
+impl<'a> Filter<'a> {
+    fn new(socket: &Path, options: &'a Options) -> anyhow::Result<Self> {
+        let blocks = options.peer.as_deref().map(|peer| blocks_of(socket, peer)).transpose()?;
+        Ok(Self { options, blocks })
+    }
+
+    fn wants(&self, flow: &Flow) -> bool {
+        let ends = [&flow.source, &flow.destination];
+        let blocks = self.blocks.as_ref();
+        self.options.wants(flow.verdict)
+            && self.options.pod.as_deref().is_none_or(|pod| ends.into_iter().any(|end| is(end, pod)))
+            && blocks
+                .is_none_or(|blocks| ends.into_iter().any(|end| blocks.iter().any(|block| block.contains(end.address))))
+    }
+}
+
+/// Where addresses of a node's pods lie.
+fn blocks_of(socket: &Path, node: &str) -> anyhow::Result<BTreeSet<Prefix>> {
+    let peers: Vec<PeerReport> = ask(socket, &Request::Peers)?;
+    let found = peers.into_iter().find(|peer| peer.node.as_str() == node).map(|peer| peer.blocks);
+    found.with_context(|| format!("{node:?} is no other node of the cluster; huskctl peers lists them"))
 }
 
 fn is(end: &FlowEnd, pod: &str) -> bool {
@@ -47,21 +97,26 @@ fn is(end: &FlowEnd, pod: &str) -> bool {
 }
 
 pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
-    let mut reader = Reader { socket, denied: options.denied, after: 0, lost: 0 };
+    let filter = Filter::new(socket, options)?;
+    let mut reader = Reader { socket, options, after: 0, lost: 0 };
     let (recorded, report) = reader.read()?;
     tell(report.unavailable.iter().map(|reason| format!("huskctl: flows are not recorded: {reason}")));
-    let mut flows: Vec<Flow> = recorded.into_iter().filter(|flow| options.wants(flow)).collect();
+    let mut flows: Vec<Flow> = recorded.into_iter().filter(|flow| filter.wants(flow)).collect();
     flows.drain(..flows.len().saturating_sub(options.last));
     if !options.follow {
         tell(lost(report.lost));
+        if options.wants_connections() && !report.listening && report.unavailable.is_none() {
+            let hint =
+                "connections are recorded only while somebody follows them (--follow), or they are logged (logs.flows)";
+            tell([format!("huskctl: {hint}")]);
+        }
         return Ok((text(show, &flows, true)?, report.unavailable.is_some()));
     }
     let mut first = true;
+    let mut listening = false;
     loop {
         let text = text(show, &flows, first)?;
-        let mut out = std::io::stdout();
-        if !text.is_empty() && out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-            // A reader that closed the pipe has read enough.
+        if !text.is_empty() && !style::print(&text) {
             return Ok((String::new(), false));
         }
         first = false;
@@ -69,7 +124,11 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         let before = reader.lost;
         let (new, report) = reader.read()?;
         tell(lost(report.lost.saturating_sub(before)));
-        flows = new.into_iter().filter(|flow| options.wants(flow)).collect();
+        if report.listening && !listening && options.wants_connections() {
+            tell(["huskctl: connections are recorded from here on".to_owned()]);
+        }
+        listening = report.listening;
+        flows = new.into_iter().filter(|flow| filter.wants(flow)).collect();
     }
 }
 
@@ -102,7 +161,7 @@ fn tell(lines: impl IntoIterator<Item = String>) {
 /// Reads on where it was.
 struct Reader<'a> {
     socket: &'a Path,
-    denied: bool,
+    options: &'a Options,
     after: u64,
     lost: u64,
 }
@@ -112,22 +171,27 @@ impl Reader<'_> {
     fn read(&mut self) -> anyhow::Result<(Vec<Flow>, FlowsReport)> {
         let mut all = Vec::new();
         loop {
-            let request = Request::Flows { after: Some(self.after), denied: self.denied };
+            let request = Request::Flows {
+                after: Some(self.after),
+                denied: self.options.wants(FlowVerdict::Denied),
+                connections: self.options.wants_connections(),
+                follow: self.options.follow,
+            };
             let mut report: FlowsReport = ask(self.socket, &request)?;
             if report.newest < self.after {
                 // The daemon is another one, and counts anew.
                 (self.after, self.lost) = (0, 0);
                 continue;
             }
-            let Some(last) = report.flows.last().map(|flow| flow.sequence) else {
-                self.lost = report.lost;
-                return Ok((all, report));
-            };
-            self.after = last;
+            let last = report.flows.last().map(|flow| flow.sequence);
             all.append(&mut report.flows);
-            if last >= report.newest {
-                self.lost = report.lost;
-                return Ok((all, report));
+            self.lost = report.lost;
+            match last.filter(|_| report.more) {
+                Some(last) => self.after = last,
+                None => {
+                    self.after = report.newest;
+                    return Ok((all, report));
+                }
             }
         }
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use husk_overlay::ipc::Request;
 
+pub(super) use self::probe::Outcome as Probed;
 use self::what_if::WhatIf;
 use super::{Show, ask, tables};
 use crate::report::MtuReport;

@@ -88,6 +88,11 @@ pub(super) fn paint(tone: Tone, text: impl std::fmt::Display) -> String {
     format!("{begin}{text}{END}")
 }
 
+/// True for a character that marks a text and has no width.
+pub(super) fn is_mark(character: char) -> bool {
+    character == END || BEGIN.iter().any(|(mark, _)| *mark == character)
+}
+
 /// Makes colours of the marks, or nothing; control characters, which none of our texts has, become U+FFFD.
 pub(super) fn finish(text: &str, coloured: bool) -> String {
     let mut out = String::with_capacity(text.len());

@@ -18,7 +18,7 @@ use super::style::{Tone, paint};
 pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
-pub(super) use self::paths::paths;
+pub(super) use self::paths::{milliseconds, paths, percent};
 pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
 pub(super) use self::trace::trace;
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
@@ -38,7 +38,7 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     if texts.is_empty() { "-".into() } else { texts.join(", ") }
 }
 
-fn or_dash<T: ToString>(value: Option<T>) -> String {
+pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 

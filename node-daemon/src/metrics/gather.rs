@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::families::{Fixed, Inputs};
 use super::{Live, Process};
 use crate::engine::State;
-use crate::flows::Flows;
+use crate::flows::{Flows, Kinds};
 use crate::report::Counter;
 
 /// Where everything is to be had.
@@ -44,7 +44,8 @@ impl Gathering {
     pub fn gather(&self) -> Inputs {
         let (sample, sample_age) = self.live.sample();
         // Nothing newer than every number: that costs nothing, and says how many were recorded and lost.
-        let flows = self.flows.report(Some(u64::MAX));
+        let denied = Kinds { denied: true, connections: false };
+        let flows = self.flows.report(Some(u64::MAX), denied, false);
         let fixed = Arc::clone(&self.fixed);
         let esp = fixed.mode.uses_esp();
         Inputs {

@@ -4,10 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 
 use husk_overlay::issue::Severity;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `huskctl doctor`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DoctorReport {
     /// Every check that was made, in the order of `huskctl doctor --list`.
@@ -26,7 +27,7 @@ impl DoctorReport {
 }
 
 /// One check and its outcome.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CheckReport {
     /// Stable name, as `--only` takes it.
@@ -39,7 +40,7 @@ pub struct CheckReport {
 }
 
 /// A row of `huskctl doctor --list`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CheckListing {
     /// Stable name.
@@ -49,7 +50,7 @@ pub struct CheckListing {
 }
 
 /// What came of a check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "outcome")]
 pub enum Outcome {
     /// Nothing is wrong.
@@ -75,7 +76,7 @@ pub enum Outcome {
 }
 
 /// Something that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Finding {
     /// How much it hurts.
@@ -89,7 +90,7 @@ pub struct Finding {
 }
 
 /// What mends a finding.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Fix {
     /// What to do, one sentence.
@@ -136,7 +137,7 @@ impl Fix {
 }
 
 /// A step of a fix. Its [`Display`](fmt::Display) is a command for a shell.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "action")]
 pub enum Action {
     /// Writes a file of the host's, with mode 0644, and the directories it needs.
@@ -221,7 +222,7 @@ fn quoted(word: &str) -> String {
 }
 
 /// What `--fix` did about a finding.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RepairReport {
     /// The check that found it.
@@ -234,7 +235,7 @@ pub struct RepairReport {
 }
 
 /// What became of a fix.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "result")]
 pub enum RepairResult {
     /// Applied, and the check does not find it any more.

@@ -6,7 +6,7 @@ use husk_overlay::record::Pool;
 use serde::{Deserialize, Serialize};
 
 /// `huskctl ipam show`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct IpamReport {
     /// Pools with the number of blocks cut from each.
@@ -20,7 +20,7 @@ pub struct IpamReport {
 }
 
 /// A pool and its fill.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolReport {
     /// The pool.
@@ -32,7 +32,7 @@ pub struct PoolReport {
 }
 
 /// A block and its fill.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BlockReport {
     /// The block.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::keys::Technology;
 
 /// `huskctl keys status`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysReport {
     /// Mode.
@@ -38,7 +38,7 @@ pub struct KeysReport {
 }
 
 /// When a key will be replaced for its age: every node and key has another random moment between these two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RotationDue {
     /// Seconds from now; 0 if it may be replaced at any time.
@@ -48,7 +48,7 @@ pub struct RotationDue {
 }
 
 /// An own epoch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EpochReport {
     /// Number; higher is newer.
@@ -66,7 +66,7 @@ pub struct EpochReport {
 }
 
 /// The keys in use with a peer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PeerKeysReport {
     /// Peer.
@@ -84,7 +84,7 @@ pub struct PeerKeysReport {
 }
 
 /// Which way an association goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Direction {
     /// From the peer.
@@ -94,7 +94,7 @@ pub enum Direction {
 }
 
 /// An association of ESP in the kernel.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AssociationReport {
     /// Peer; none for an association that nothing wants any more.
@@ -120,7 +120,7 @@ pub struct AssociationReport {
 }
 
 /// What became of `huskctl keys rotate`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RotationReport {
     /// What the keys are for.

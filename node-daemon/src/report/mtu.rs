@@ -10,7 +10,7 @@ use husk_overlay::prefix::Family;
 use serde::{Deserialize, Serialize};
 
 /// Who limits the underlay's packets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "origin")]
 pub enum MtuOrigin {
     /// MTU of the interface that carries the own underlay address.
@@ -30,7 +30,7 @@ pub enum MtuOrigin {
 }
 
 /// A limit of the underlay's packets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MtuSource {
     /// Whose.
@@ -41,7 +41,7 @@ pub struct MtuSource {
 }
 
 /// What does not go together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum MismatchKind {
     /// The underlays of the two nodes differ; each peer gets its own value, nothing is lost.
@@ -66,7 +66,7 @@ impl MismatchKind {
 }
 
 /// Something that does not go together, with its remedy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MtuMismatch {
     /// Kind.
@@ -78,7 +78,7 @@ pub struct MtuMismatch {
 }
 
 /// A row of `huskctl mtu`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MtuReport {
     /// Peer, or the own node for what pods get.
@@ -104,7 +104,7 @@ pub struct MtuReport {
 }
 
 /// A row of `huskctl mtu --what-if`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WhatIfReport {
     /// Mode.

@@ -7,7 +7,7 @@ use husk_overlay::probe::{Path, Report};
 use serde::{Deserialize, Serialize};
 
 /// A path, and what probing found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct PathReport {
     /// The path.
     #[serde(flatten)]
@@ -18,7 +18,7 @@ pub struct PathReport {
 }
 
 /// A path is being probed because somebody asked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProbeStarted {
     /// To whom.

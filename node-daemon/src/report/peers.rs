@@ -10,7 +10,7 @@ use husk_overlay::record::DualStack;
 use serde::{Deserialize, Serialize};
 
 /// How a peer is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum PeerState {
     /// For WireGuard a handshake, for IPsec a packet received within the last three minutes (WireGuard gives a session up
@@ -27,7 +27,7 @@ pub enum PeerState {
 }
 
 /// A row of `huskctl peers`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PeerReport {
     /// Node name.
@@ -61,7 +61,7 @@ pub struct PeerReport {
 }
 
 /// A line of `huskctl diff`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DiffReport {
     /// What the next pass would change, in the order it would.

@@ -12,7 +12,7 @@ use super::Counter;
 use crate::engine::Programming;
 
 /// `huskctl policy list`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyReport {
     /// Policy is enforced (`policy.enabled`).
@@ -37,7 +37,7 @@ pub struct PolicyReport {
 }
 
 /// A pod that is cut off.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct QuarantinedPod {
     /// The pod.
@@ -49,7 +49,7 @@ pub struct QuarantinedPod {
 }
 
 /// A policy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyRow {
     /// Kind of the object.
@@ -69,7 +69,7 @@ pub struct PolicyRow {
 }
 
 /// Kind of a policy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum PolicyKind {
     /// networking.k8s.io
     NetworkPolicy,
@@ -87,7 +87,7 @@ impl std::fmt::Display for PolicyKind {
 }
 
 /// `huskctl policy show`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodPolicyReport {
     /// The pod.
@@ -105,7 +105,7 @@ pub struct PodPolicyReport {
 }
 
 /// How the policy of a pod stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum PodPolicyState {
     /// It is in the kernel.
@@ -126,7 +126,7 @@ pub enum PodPolicyState {
 }
 
 /// A rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RuleReport {
     /// Where it comes from.
@@ -142,7 +142,7 @@ pub struct RuleReport {
 }
 
 /// `huskctl quarantine`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct QuarantineReport {
     /// The pod.

@@ -11,7 +11,7 @@ use husk_overlay::record::DualStack;
 use serde::{Deserialize, Serialize};
 
 /// `huskctl status`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Node name.
@@ -66,7 +66,7 @@ pub struct Status {
 }
 
 /// The own keys, in `huskctl status`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysSummary {
     /// Newest epoch, for WireGuard the generation; none before the first key.
@@ -78,7 +78,7 @@ pub struct KeysSummary {
 }
 
 /// One pass of the reconcile loop.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LastPass {
     /// Microseconds it took.
@@ -90,7 +90,7 @@ pub struct LastPass {
 }
 
 /// A packet counter.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Counter {
     /// Packets.
     pub packets: u64,

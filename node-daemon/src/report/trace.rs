@@ -6,10 +6,11 @@ use husk_overlay::name::NodeName;
 use husk_policy::compile::path::Path;
 use husk_policy::object::{Direction, ObjectName};
 use husk_policy::verdict::{Connection, Side, Verdict};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `huskctl trace`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceReport {
     /// The connection.
@@ -34,7 +35,7 @@ pub struct TraceReport {
 }
 
 /// The other node of a connection between two.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TracePeer {
     /// Its name.
@@ -48,7 +49,7 @@ pub struct TracePeer {
 }
 
 /// Something that a packet passes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Hop {
     /// What.
@@ -61,7 +62,7 @@ pub struct Hop {
 }
 
 /// What a packet passes, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum HopName {
     /// The pod or host that begins.
@@ -110,7 +111,7 @@ impl std::fmt::Display for HopName {
 }
 
 /// Whether packets pass a hop.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "standing")]
 pub enum HopStanding {
     /// They do.
@@ -132,7 +133,7 @@ pub enum HopStanding {
 }
 
 /// An end of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceEnd {
     /// Address.
@@ -144,7 +145,7 @@ pub struct TraceEnd {
 }
 
 /// What an address is, seen from this node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Place {
     /// Of a pod of this node.
@@ -166,7 +167,7 @@ pub enum Place {
 }
 
 /// One side of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TraceSide {
     /// Which side.
@@ -180,7 +181,7 @@ pub struct TraceSide {
 }
 
 /// Who decides on a side.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Decider {
     /// This node.
@@ -199,7 +200,7 @@ pub enum Decider {
 }
 
 /// What the rules in the kernel say of a side.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "is")]
 pub enum Live {
     /// The same.

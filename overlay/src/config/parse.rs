@@ -2,6 +2,7 @@
 
 mod cluster;
 mod http;
+mod logs;
 mod tunnels;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -76,6 +77,7 @@ fn read(mut top: Fields<'_, '_>) -> Config {
     config.log = read_log(&mut top);
     config.metrics = http::read_metrics(&mut top);
     config.ui = http::read_ui(&mut top, &config.metrics);
+    config.logs = logs::read_logs(&mut top);
     top.finish();
 
     config.cluster_cidrs = cidrs;

@@ -29,7 +29,8 @@ fn the_example_spells_out_the_defaults() {
 
 #[test]
 fn what_the_example_comments_out_is_valid_too() {
-    let keys = ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500", "presharedKeyFile: "];
+    let keys =
+        ["name: node-a", "interface: eth0", "addresses: {", "mtu: 1500", "presharedKeyFile: ", "flows: ", "audit: "];
     let text = keys.iter().fold(EXAMPLE.to_owned(), |text, key| text.replace(&format!("# {key}"), key));
     let config = Config::parse("example", &text).unwrap();
     assert_eq!(config.node_name.unwrap().as_str(), "node-a");
@@ -38,6 +39,8 @@ fn what_the_example_comments_out_is_valid_too() {
     assert_eq!(config.underlay.addresses.ipv6, Some("2001:db8::10".parse().unwrap()));
     assert_eq!(config.underlay.mtu, Some(1500));
     assert_eq!(config.ipsec.preshared_key_file, Some("/etc/husk/preshared-key".into()));
+    assert_eq!(config.logs.flows, Some("/var/log/husk/flows.jsonl".into()));
+    assert_eq!(config.logs.audit, Some("/var/log/husk/audit.jsonl".into()));
 }
 
 #[test]
@@ -77,6 +80,7 @@ cni: {binDirectory: /b, configDirectory: /c, network: pods}
 log: {format: json, level: trace}
 metrics: {listen: '192.0.2.1:1', perPeer: true}
 ui: {listen: '[::1]:2'}
+logs: {flows: /f, audit: /a, connections: false, maxBytes: 65536, keep: 0}
 ";
     let expected = Config {
         mode: Mode::Vxlan,
@@ -112,6 +116,12 @@ ui: {listen: '[::1]:2'}
         log: LogConfig { format: LogFormat::Json, level: LogLevel::Trace },
         metrics: MetricsConfig { listen: Some("192.0.2.1:1".parse().unwrap()), per_peer: true },
         ui: UiConfig { listen: Some("[::1]:2".parse().unwrap()) },
+        logs: DecisionLogs {
+            flows: Some("/f".into()),
+            audit: Some("/a".into()),
+            connections: false,
+            limits: LogLimits { bytes: 65_536, keep: 0 },
+        },
     };
     assert_eq!(Config::parse("x", text), Ok(expected));
 }
@@ -197,6 +207,10 @@ const WRONG: &[(&str, &str, Problem, &str, &str)] = {
         ("source: {directory: {path: cluster}}", "source.directory.path", BadValue, "relative", "from / on"),
         ("source: {directory: {path: ''}}", "source.directory.path", BadValue, "relative", "from / on"),
         ("source: {etcd: {}}", "source.etcd", UnknownKey, "no such key", "directory"),
+        ("logs: {flows: flows.jsonl}", "logs.flows", BadValue, "relative", "from / on"),
+        ("logs: {flows: /l, audit: /l}", "logs.audit", Conflict, "same file", "two files"),
+        ("logs: {maxBytes: 100}", "logs.maxBytes", BadValue, "few hundred lines", "from 65536"),
+        ("logs: {keep: 100}", "logs.keep", BadValue, "two digits", "from 0 to 99"),
         ("vxlan: {vni: 16777216}", "vxlan.vni", BadValue, "24 bits", "16777215"),
         ("vxlan: {vni: 0}", "vxlan.vni", BadValue, "24 bits", "from 1"),
         ("vxlan: {port: 0}", "vxlan.port", BadValue, "0 is none", "from 1 to 65535"),

@@ -12,6 +12,7 @@ use crate::prefix::Family;
 
 /// What some bytes of a full-sized packet are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Component {
     /// IP header between underlay addresses.
@@ -61,6 +62,7 @@ impl fmt::Display for Component {
 
 /// One kind of bytes within a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Part {
     /// What they are.
@@ -71,6 +73,7 @@ pub struct Part {
 
 /// One layer of the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Entry {
     /// Name of the layer.
@@ -86,6 +89,7 @@ pub struct Entry {
 
 /// Where the bytes of a full-sized underlay packet go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Ledger {
     /// The layers, outermost first.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// How a peer's wall clock differs from the own one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ClockSkew {
     /// Milliseconds by which the peer's clock is ahead; negative if it is behind.

@@ -13,6 +13,7 @@ use crate::verdict::{Connection, Verdict};
 
 /// How the table comes to a verdict on one side of a connection of a pod of this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Path {
     /// The address is in no set of pods that are known: everything is dropped.

@@ -283,7 +283,9 @@ fn only_pods_of_this_node_can_be_cut_off() {
 #[test]
 fn flows_are_answered_without_the_loop() {
     let bed = Bed::new(Mode::Wireguard, 1);
-    let Response::Report { report } = bed.ask(Request::Flows { after: None, denied: true }) else {
+    let Response::Report { report } =
+        bed.ask(Request::Flows { after: None, denied: true, connections: true, follow: false })
+    else {
         panic!("no loop runs here, and none is needed")
     };
     let report: crate::report::FlowsReport = serde_json::from_value(report).unwrap();

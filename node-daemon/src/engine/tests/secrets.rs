@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use base64::Engine as _;
 use husk_dataplane::kernel::Actual;
 use husk_dataplane::reconcile::survey;
-use husk_overlay::config::{LogConfig, LogFormat, LogLevel};
+use husk_overlay::config::{DecisionLogs, LogConfig, LogFormat, LogLevel};
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::keys::{PrivateKey, PublicKey};
 use husk_overlay::mode::Mode;
@@ -21,6 +21,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 
 use super::bed::Bed;
 use super::esp::settle;
+use crate::line_log::Logs;
 use crate::logging;
 use secret::forms;
 
@@ -102,6 +103,9 @@ fn no_secret_is_where_somebody_could_read_it() {
             bed.config.ipsec.preshared_key_file = Some(psk.path().to_owned());
             bed.node.state().generations_in_files = true;
             bed.restart();
+            let logs =
+                DecisionLogs { audit: Some(bed.directory.path().join("audit.jsonl")), ..DecisionLogs::default() };
+            bed.engine.log_to(Logs::start(&logs, &bed.engine.parts.node_name).unwrap());
             settle(&mut bed);
             secrets.extend(private_keys(bed.directory.path()));
             for request in
@@ -126,6 +130,8 @@ fn no_secret_is_where_somebody_could_read_it() {
             bed.join(3);
             settle(&mut bed);
             bed.engine.keeper.as_ref().unwrap().flush();
+            bed.engine.audit.logs.flush();
+            assert!(bed.directory.path().join("audit.jsonl").exists(), "decisions are logged");
         });
         let last = bed.engine.last.as_ref().unwrap();
         let (actual, _): (Actual, _) = survey(&mut bed.kernel.clone(), &last.plan.desired);

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket, TcpSlice, TransportSlice};
 use husk_dataplane::capture::{Captured, Link};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::report::TunnelPorts;
@@ -23,11 +24,15 @@ pub(super) struct Decoder<'a> {
 }
 
 /// A packet as far as it could be read.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Packet {
+pub(in crate::huskctl) struct Packet {
+    /// When the interface saw it (RFC 3339).
+    #[schemars(with = "String")]
     pub(super) time: Timestamp,
+    /// Name of the interface.
     pub(super) interface: String,
+    /// `inner`: as pods see it; `outer`: as the network between the nodes does.
     pub(super) side: &'static str,
     /// The interface sent it.
     pub(super) outgoing: bool,
@@ -38,7 +43,7 @@ pub(super) struct Packet {
 }
 
 /// What a packet holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Content {
     /// For example `TCP`, `WireGuard data`, `VXLAN 4242`.
@@ -56,7 +61,7 @@ pub(super) struct Content {
 }
 
 /// One end of a packet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct End {
     pub(super) address: IpAddr,

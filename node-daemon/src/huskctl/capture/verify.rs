@@ -14,6 +14,7 @@ use husk_dataplane::capture::{Filter, WHOLE};
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::decode::Decoder;
@@ -39,9 +40,9 @@ const MARKER: usize = 16;
 const REPEATED: usize = 24;
 
 /// What the wire showed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-struct Verified {
+pub(in crate::huskctl) struct Verified {
     /// To whom.
     node: NodeName,
     /// Encapsulation.
@@ -61,9 +62,9 @@ struct Verified {
 }
 
 /// What follows from what was seen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-enum Finding {
+pub(super) enum Finding {
     /// As many packets of the tunnel as datagrams, none with the marker.
     Encrypted,
     /// The marker was seen.

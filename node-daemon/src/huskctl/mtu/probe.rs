@@ -26,9 +26,9 @@ pub(super) struct Options {
 }
 
 /// What became of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-struct Outcome {
+pub(in crate::huskctl) struct Outcome {
     peer: NodeName,
     /// It is known what passes.
     finished: bool,

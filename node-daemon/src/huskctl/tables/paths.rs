@@ -11,12 +11,12 @@ use super::{or_dash, table};
 use crate::report::PathReport;
 
 /// Round-trip time as a person would say it.
-fn milliseconds(time: Duration) -> String {
+pub(in crate::huskctl) fn milliseconds(time: Duration) -> String {
     let tenths = time.as_micros() / 100;
     if tenths < 1000 { format!("{}.{} ms", tenths / 10, tenths % 10) } else { format!("{} ms", tenths / 10) }
 }
 
-fn percent(per_mille: u16) -> String {
+pub(in crate::huskctl) fn percent(per_mille: u16) -> String {
     format!("{}.{} %", per_mille / 10, per_mille % 10)
 }
 

@@ -7,7 +7,7 @@ use husk_policy::rules::Effect;
 
 use super::super::style::{Tone, paint};
 use super::{bytes, list, or_dash, table};
-use crate::flows::Flow;
+use crate::flows::{Flow, FlowVerdict};
 use crate::report::{
     PodPolicyReport, PodPolicyState, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
 };
@@ -180,23 +180,46 @@ pub(in crate::huskctl) fn quarantine(report: &QuarantineReport) -> String {
 
 /// Widths of what comes bit by bit cannot depend on what is still to come.
 pub(in crate::huskctl) fn flows(flows: &[Flow], with_header: bool) -> String {
-    let line = |time: &str, direction: &str, protocol: &str, count: &str, flow: &str, reason: &str| {
-        format!("{time:<20}  {direction:<7}  {protocol:<6}  {count:>5}  {flow}  {reason}").trim_end().to_owned() + "\n"
+    let line = |[time, event, direction, protocol, count, flow, more]: [&str; 7]| {
+        let line = format!("{time:<20}  {event:<6}  {direction:<9}  {protocol:<6}  {count:>5}  {flow}  {more}");
+        line.trim_end().to_owned() + "\n"
     };
     let mut text = String::new();
     if with_header {
-        text += &line("TIME", "DENIED", "PROTO", "COUNT", "FROM -> TO", "BY");
+        text += &line(["TIME", "EVENT", "DIRECTION", "PROTO", "COUNT", "FROM -> TO", ""]);
     }
     for flow in flows {
         let icmp = flow.icmp.map_or_else(String::new, |icmp| format!(" type {} code {}", icmp.kind, icmp.code));
-        text += &line(
+        let event = match flow.verdict {
+            FlowVerdict::Denied => "denied",
+            FlowVerdict::New => "new",
+            FlowVerdict::Closed => "closed",
+        };
+        text += &line([
             &format!("{:.0}", flow.time),
+            event,
             &flow.direction.to_string(),
             &flow.protocol,
             &flow.count.to_string(),
             &format!("{} -> {}{icmp}", flow.source, flow.destination),
-            &format!("({}{})", flow.reason, if flow.answer { "; an answer" } else { "" }),
-        );
+            &more_of(flow),
+        ]);
     }
     text
+}
+
+/// Why it was denied, or what is known of a connection.
+fn more_of(flow: &Flow) -> String {
+    let mut parts = Vec::new();
+    if flow.verdict == FlowVerdict::Denied {
+        parts.push(flow.reason.clone());
+    }
+    if flow.answer {
+        parts.push("an answer".to_owned());
+    }
+    parts.extend(flow.addressed.map(|addressed| format!("by way of {addressed}")));
+    parts.extend(flow.milliseconds.map(|all| format!("{}.{} s", all / 1000, all % 1000 / 100)));
+    parts.extend(flow.sent.map(|sent| format!("sent {}", bytes(sent.bytes))));
+    parts.extend(flow.received.map(|received| format!("received {}", bytes(received.bytes))));
+    if parts.is_empty() { String::new() } else { format!("({})", parts.join("; ")) }
 }

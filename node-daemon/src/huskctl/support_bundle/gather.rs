@@ -1,0 +1,367 @@
+//! Gets one item, within limits of time and size.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek as _, SeekFrom};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use super::redact;
+
+/// Where to look for programs besides the caller's PATH, which may lack those of administrators.
+const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Pause between looks at a program that has closed its output and is about to end.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Most of a program's complaints that is kept, in bytes.
+const COMPLAINT: u64 = 2 << 10;
+
+/// Most files of a listing or a walk.
+const MOST_FILES: usize = 50_000;
+
+/// Largest kernel parameter that is read, in bytes.
+const LARGEST_PARAMETER: u64 = 4 << 10;
+
+/// Kernel parameters that are secrets: the key of TCP Fast Open cookies, and what stable IPv6 addresses are made with.
+const SECRET_PARAMETERS: [&str; 3] = ["tcp_fastopen_key", "stable_secret", "ipv6_stable_secret"];
+
+/// What an item is got from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Output of a program, whose exit status may be one of these; `end` says which part is kept where there is too much.
+    Program { program: PathBuf, arguments: Vec<String>, statuses: &'static [i32], end: bool },
+    /// A file, its end where it is large.
+    File { path: PathBuf },
+    /// A YAML or JSON file, without its secrets.
+    Structured { path: PathBuf },
+    /// All YAML or JSON files of some folders, one after the other, without their secrets; a file is named before its content.
+    Folders { paths: Vec<PathBuf> },
+    /// What files there are below some folders, with modes, owners and sizes; not what is in them.
+    Listing { paths: Vec<PathBuf> },
+    /// Kernel parameters below a folder of /proc/sys.
+    Parameters { path: PathBuf },
+}
+
+/// Limits of one item.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Time a program may take.
+    pub(super) time: Duration,
+    /// Most bytes.
+    pub(super) bytes: u64,
+}
+
+/// An item.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Gathered {
+    pub(super) content: Vec<u8>,
+    /// There is more of it.
+    pub(super) truncated: bool,
+}
+
+impl Source {
+    /// Gets the item.
+    ///
+    /// # Errors
+    /// Why it cannot be had, in words.
+    pub(super) fn gather(&self, limits: Limits) -> Result<Gathered, String> {
+        match self {
+            Self::Program { program, arguments, statuses, end } => run(program, arguments, statuses, *end, limits),
+            Self::File { path } => tail(path, limits.bytes).map_err(|error| failed(path, &error)),
+            Self::Structured { path } => structured(path, limits.bytes).map(|text| bounded(text.into_bytes(), limits)),
+            Self::Folders { paths } => Ok(bounded(folders(paths, limits.bytes)?.into_bytes(), limits)),
+            Self::Listing { paths } => Ok(bounded(listing(paths).into_bytes(), limits)),
+            Self::Parameters { path } => Ok(bounded(parameters(path)?.into_bytes(), limits)),
+        }
+    }
+}
+
+fn failed(path: &Path, error: &io::Error) -> String {
+    format!("cannot read {}: {error}", path.display())
+}
+
+fn bounded(mut content: Vec<u8>, limits: Limits) -> Gathered {
+    let most = usize::try_from(limits.bytes).unwrap_or(usize::MAX);
+    let truncated = content.len() > most;
+    content.truncate(most);
+    Gathered { content, truncated }
+}
+
+/// The end of a file. Those of /proc have no length and are read from their beginning.
+fn tail(path: &Path, most: u64) -> io::Result<Gathered> {
+    let mut file = File::open(path)?;
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    let truncated = found.len() > most;
+    if truncated {
+        file.seek(SeekFrom::End(-i64::try_from(most).unwrap_or(i64::MAX)))?;
+    }
+    let mut content = Vec::new();
+    file.take(most).read_to_end(&mut content)?;
+    Ok(Gathered { content, truncated })
+}
+
+fn structured(path: &Path, most: u64) -> Result<String, String> {
+    let Gathered { content, truncated } = tail(path, most).map_err(|error| failed(path, &error))?;
+    if truncated {
+        return Err(format!("{} is larger than {most} bytes", path.display()));
+    }
+    let text = String::from_utf8(content).map_err(|_| format!("{} is no text", path.display()))?;
+    let redacted = redact::structured(&text).map_err(|reason| format!("{} is left out: {reason}", path.display()))?;
+    Ok(redacted.text)
+}
+
+fn folders(paths: &[PathBuf], most: u64) -> Result<String, String> {
+    let mut text = String::new();
+    let mut found = false;
+    for folder in paths {
+        let Ok(entries) = fs::read_dir(folder) else { continue };
+        found = true;
+        let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|it| it.is_file()).collect();
+        files.sort();
+        for path in files {
+            if text.len() as u64 > most {
+                return Ok(text);
+            }
+            text += &format!("---\n# {}\n", path.display());
+            match structured(&path, most) {
+                Ok(content) => text += &content,
+                Err(reason) => text += &format!("# {reason}\n"),
+            }
+        }
+    }
+    let names = || paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+    if found { Ok(text) } else { Err(format!("there is no {}", names())) }
+}
+
+fn listing(paths: &[PathBuf]) -> String {
+    let mut text = String::new();
+    let mut waiting: Vec<PathBuf> = paths.iter().rev().cloned().collect();
+    let mut lines = 0;
+    while let Some(path) = waiting.pop() {
+        lines += 1;
+        if lines > MOST_FILES {
+            return text + "and more\n";
+        }
+        match fs::symlink_metadata(&path) {
+            Ok(found) => {
+                let mode = found.permissions().mode();
+                let (user, group, size) = (found.uid(), found.gid(), found.len());
+                text += &format!("{mode:06o} {user}:{group} {size:>10} {}\n", path.display());
+                if found.is_dir() {
+                    let entries = fs::read_dir(&path).into_iter().flatten().flatten();
+                    let mut below: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+                    below.sort_by(|one, other| other.cmp(one));
+                    waiting.append(&mut below);
+                }
+            }
+            Err(error) => text += &format!("{}: {error}\n", path.display()),
+        }
+    }
+    text
+}
+
+fn parameters(root: &Path) -> Result<String, String> {
+    fs::read_dir(root).map_err(|error| failed(root, &error))?;
+    let base = root.parent().unwrap_or(root);
+    let mut lines = Vec::new();
+    let mut waiting = vec![root.to_owned()];
+    while let Some(folder) = waiting.pop() {
+        for path in fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            if path.is_dir() {
+                waiting.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(base).unwrap_or(&path).display().to_string();
+            let last = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if SECRET_PARAMETERS.contains(&last.as_str()) {
+                lines.push(format!("{name} = {}", redact::REDACTED));
+            } else if let Some(value) = parameter(&path) {
+                lines.push(format!("{name} = {value}"));
+            }
+            if lines.len() > MOST_FILES {
+                break;
+            }
+        }
+    }
+    lines.sort();
+    Ok(lines.join("\n") + "\n")
+}
+
+/// The value of a parameter; none for one that can only be written.
+fn parameter(path: &Path) -> Option<String> {
+    let mut value = String::new();
+    File::open(path).ok()?.take(LARGEST_PARAMETER).read_to_string(&mut value).ok()?;
+    Some(value.trim().replace('\n', " "))
+}
+
+fn run(program: &Path, arguments: &[String], statuses: &[i32], end: bool, limits: Limits) -> Result<Gathered, String> {
+    let name = program.display();
+    let path = std::env::var("PATH").map_or_else(|_| PROGRAMS.to_owned(), |path| format!("{path}:{PROGRAMS}"));
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .env("PATH", path)
+        .env("LC_ALL", "C")
+        // wg show prints keys where this says so; the caller's environment must not.
+        .env("WG_HIDE_KEYS", "always")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => format!("{name} is not installed"),
+            _ => format!("cannot start {name}: {error}"),
+        })?;
+    let output =
+        reader(child.stdout.take(), move |out| if end { last(out, limits.bytes) } else { first(out, limits.bytes) });
+    let complaint = reader(child.stderr.take(), |out| first(out, COMPLAINT));
+    let over = Instant::now() + limits.time;
+    let output = output.recv_timeout(limits.time);
+    let (output, status) = match (output, wait(&mut child, over)) {
+        (Ok(output), Some(status)) => (output, status),
+        _ => return Err(format!("{name} took longer than {} s", limits.time.as_secs())),
+    };
+    let complaint = complaint.recv_timeout(limits.time).map(|it| it.content).unwrap_or_default();
+    let complaint = String::from_utf8_lossy(&complaint);
+    let complaint = redact::long_numbers(complaint.trim());
+    // One of which there was too much was stopped.
+    if output.truncated || status.is_some_and(|status| statuses.contains(&status)) {
+        return Ok(output);
+    }
+    let status = status.map_or_else(|| "it was killed".to_owned(), |status| format!("exit status {status}"));
+    Err(if complaint.is_empty() { format!("{name}: {status}") } else { format!("{name}: {complaint} ({status})") })
+}
+
+/// Reads a pipe on a thread of its own, which ends with the program.
+fn reader(
+    pipe: Option<impl Read + Send + 'static>,
+    read: impl FnOnce(&mut dyn Read) -> Gathered + Send + 'static,
+) -> mpsc::Receiver<Gathered> {
+    let (sender, receiver) = mpsc::channel();
+    if let Some(mut pipe) = pipe {
+        // Nobody waits for what came too late.
+        thread::spawn(move || drop(sender.send(read(&mut pipe))));
+    }
+    receiver
+}
+
+/// The beginning; the pipe is closed after that.
+fn first(pipe: &mut dyn Read, most: u64) -> Gathered {
+    let mut content = Vec::new();
+    let _ = pipe.take(most + 1).read_to_end(&mut content);
+    let truncated = content.len() as u64 > most;
+    content.truncate(usize::try_from(most).unwrap_or(usize::MAX));
+    Gathered { content, truncated }
+}
+
+/// The end; never holds more than twice as much.
+fn last(pipe: &mut dyn Read, most: u64) -> Gathered {
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
+    let (mut content, mut truncated) = (Vec::new(), false);
+    while Read::take(&mut *pipe, most as u64).read_to_end(&mut content).is_ok_and(|read| read > 0) {
+        if content.len() > most {
+            content.drain(..content.len() - most);
+            truncated = true;
+        }
+    }
+    Gathered { content, truncated }
+}
+
+/// The exit status of a program whose output is read; it is killed when its time is over. The inner one is none if a signal
+/// ended it, the outer one if it did not end in time.
+fn wait(child: &mut Child, over: Instant) -> Option<Option<i32>> {
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status.code()),
+            Ok(None) if Instant::now() < over => thread::sleep(POLL),
+            _ => break,
+        }
+    }
+    if let Ok(id) = i32::try_from(child.id()) {
+        // It leads a group of its own, so that what it started goes too.
+        let _ = killpg(Pid::from_raw(id), Signal::SIGKILL);
+    }
+    let _ = child.wait();
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { time: Duration::from_secs(60), bytes: 1000 };
+
+    fn shell(script: &str, end: bool, limits: Limits) -> Result<String, String> {
+        let arguments = vec!["-c".to_owned(), script.to_owned()];
+        let program = Source::Program { program: "sh".into(), arguments, statuses: &[0, 1], end };
+        program.gather(limits).map(|it| String::from_utf8(it.content).unwrap())
+    }
+
+    #[test]
+    fn programs_are_bounded_in_time_and_size_and_their_complaints_told() {
+        assert_eq!(shell("echo well; exit 1", false, LIMITS).unwrap(), "well\n");
+        let error = shell("echo no such thing >&2; exit 7", false, LIMITS).unwrap_err();
+        assert_eq!(error, "sh: no such thing (exit status 7)");
+        let key = "0x00112233445566778899aabbccddeeff";
+        assert!(!shell(&format!("echo {key} >&2; exit 7"), false, LIMITS).unwrap_err().contains(key));
+        let short = Limits { time: Duration::from_millis(200), bytes: 1000 };
+        // The second one holds the pipe open.
+        for script in ["sleep 600", "sleep 600 & sleep 600"] {
+            assert!(shell(script, false, short).unwrap_err().contains("took longer"), "{script}");
+        }
+        let count = "i=0; while [ $i -lt 1000 ]; do echo line $i; i=$((i+1)); done";
+        assert!(shell(count, false, LIMITS).unwrap().starts_with("line 0\n"));
+        assert!(shell(count, true, LIMITS).unwrap().ends_with("line 999\n"));
+        assert_eq!(shell(count, true, LIMITS).unwrap().len(), 1000);
+        let missing = Source::Program { program: "/nonexistent".into(), arguments: vec![], statuses: &[0], end: false };
+        assert_eq!(missing.gather(LIMITS).unwrap_err(), "/nonexistent is not installed");
+    }
+
+    #[test]
+    fn the_callers_environment_does_not_make_wg_print_keys() {
+        assert_eq!(shell("echo $WG_HIDE_KEYS $HOME", false, LIMITS).unwrap(), "always\n");
+    }
+
+    #[test]
+    fn files_are_read_from_their_end_and_without_secrets() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.conf");
+        fs::write(&path, "x".repeat(999) + "end\n").unwrap();
+        let read = Source::File { path: path.clone() }.gather(LIMITS).unwrap();
+        assert!(read.truncated && read.content.ends_with(b"end\n") && read.content.len() == 1000);
+        fs::write(&path, "{\"token\": \"abcdef\", \"type\": \"husk\"}").unwrap();
+        fs::write(directory.path().join("b.yaml"), "a: [unclosed hunter2").unwrap();
+        let folders = Source::Folders { paths: vec!["/nonexistent".into(), directory.path().to_owned()] };
+        let text = String::from_utf8(folders.gather(LIMITS).unwrap().content).unwrap();
+        assert!(text.contains("type: husk") && text.contains("b.yaml is left out"), "{text}");
+        assert!(!text.contains("abcdef") && !text.contains("hunter2"), "{text}");
+        let none = Source::Folders { paths: vec!["/nonexistent".into()] };
+        assert_eq!(none.gather(LIMITS).unwrap_err(), "there is no /nonexistent");
+        let listing = listing(&[directory.path().to_owned(), "/nonexistent".into()]);
+        assert!(listing.contains("100644 ") && listing.contains("/nonexistent: No such file"), "{listing}");
+    }
+
+    #[test]
+    fn kernel_parameters_are_told_but_not_those_that_are_secret() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path().join("net/ipv4");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("ip_forward"), "1\n").unwrap();
+        fs::write(folder.join("tcp_fastopen_key"), "00112233-44556677-8899aabb-ccddeeff\n").unwrap();
+        let text = parameters(&directory.path().join("net")).unwrap();
+        assert_eq!(text, "net/ipv4/ip_forward = 1\nnet/ipv4/tcp_fastopen_key = <redacted>\n");
+        assert!(parameters(Path::new("/nonexistent")).is_err());
+    }
+}

@@ -1,0 +1,324 @@
+//! What goes in: everything that somebody needs who has never seen this host.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE};
+use serde_json::Value;
+
+use super::gather::Source;
+use crate::daemon::SNAPSHOT_FILE;
+use crate::follow::LAST_GOOD_FILE;
+
+/// Where the container runtime looks unless the configuration says otherwise, as `cni` of the configuration has it.
+const CNI_CONFIGURATION: &str = "/etc/cni/net.d";
+const CNI_BINARIES: &str = "/opt/cni/bin";
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    /// The configuration file, and what it says; null where it cannot be read.
+    pub(super) config_file: PathBuf,
+    pub(super) config: Value,
+    pub(super) run_directory: PathBuf,
+    pub(super) state_directory: PathBuf,
+    /// This program.
+    pub(super) huskctl: PathBuf,
+}
+
+/// Something that goes in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Item {
+    /// Its path in the archive; the first part is the group it belongs to.
+    pub(super) name: String,
+    pub(super) source: Source,
+    /// It is a log, for which there is a limit of its own.
+    pub(super) log: bool,
+    /// It asks the daemon.
+    pub(super) asks: bool,
+    /// Long numbers in it are keys.
+    pub(super) hide_numbers: bool,
+}
+
+impl Item {
+    fn new(name: impl Into<String>, source: Source) -> Self {
+        Self { name: name.into(), source, log: false, asks: false, hide_numbers: false }
+    }
+
+    fn program(name: &str, line: &str) -> Self {
+        let mut words = line.split(' ').map(str::to_owned);
+        let program = PathBuf::from(words.next().unwrap_or_default());
+        Self::new(name, Source::Program { program, arguments: words.collect(), statuses: &[0], end: false })
+    }
+
+    fn file(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self::new(name, Source::File { path: path.into() })
+    }
+}
+
+/// Reports: name, and what `huskctl` is asked.
+const REPORTS: &[(&str, &str)] = &[
+    ("status", "status"),
+    ("peers", "peers"),
+    ("mtu", "mtu"),
+    ("diff", "diff"),
+    ("ipam", "ipam show"),
+    ("ipam-check", "ipam check"),
+    ("keys", "keys status --verbose"),
+    ("policy", "policy list"),
+    ("quarantined", "quarantine --list"),
+    ("flows", "flows --last 1000"),
+];
+
+/// Programs that tell of the network. None prints a key: `nokeys`, and wg's own default.
+const NETWORK: &[(&str, &str)] = &[
+    ("links", "ip -d -s link show"),
+    ("addresses", "ip -d address show"),
+    ("routes-ipv4", "ip -4 -d route show table all"),
+    ("routes-ipv6", "ip -6 -d route show table all"),
+    ("rules-ipv4", "ip -4 rule show"),
+    ("rules-ipv6", "ip -6 rule show"),
+    ("neighbours", "ip -s neighbour show"),
+    ("fdb", "bridge -d fdb show"),
+    ("tunnels-xfrm", "ip -d xfrm state list nokeys"),
+    ("policies-xfrm", "ip -s xfrm policy list"),
+    ("wireguard", "wg show all"),
+    ("nft-husk", "nft -a list table inet husk"),
+    ("nft-policy", "nft -a list table inet husk-policy"),
+    ("nft-all", "nft -a -t list ruleset"),
+    ("iptables", "iptables-save -c"),
+    ("ip6tables", "ip6tables-save -c"),
+    ("qdiscs", "tc -s qdisc show"),
+    ("sockets", "ss -s"),
+    ("listeners", "ss -tulpn"),
+    ("offload-vxlan", "ethtool -k husk-vx"),
+];
+
+/// Files that tell of the network.
+const NETWORK_FILES: &[&str] = &[
+    "/proc/net/dev",
+    "/proc/net/snmp",
+    "/proc/net/snmp6",
+    "/proc/net/netstat",
+    "/proc/net/softnet_stat",
+    "/proc/net/sockstat",
+    "/proc/net/xfrm_stat",
+    "/proc/net/stat/nf_conntrack",
+    "/proc/net/ip_tables_names",
+];
+
+/// Programs that tell of the system.
+const SYSTEM: &[(&str, &str)] = &[
+    ("disk", "df -k"),
+    ("inodes", "df -i"),
+    // Without arguments, which may hold anything.
+    ("processes", "ps -eo pid,ppid,user,stat,rss,etime,comm"),
+    ("clock", "date --utc --rfc-3339=ns"),
+    ("time-synchronisation", "timedatectl show"),
+];
+
+/// Files that tell of the system.
+const SYSTEM_FILES: &[&str] = &[
+    "/proc/version",
+    "/etc/os-release",
+    "/proc/modules",
+    "/proc/self/mounts",
+    "/proc/meminfo",
+    "/proc/loadavg",
+    "/proc/uptime",
+    "/proc/pressure/cpu",
+    "/proc/pressure/memory",
+    "/proc/pressure/io",
+];
+
+/// Versions of programs that matter.
+const VERSIONS: &[(&str, &str)] =
+    &[("ip", "ip -V"), ("nft", "nft --version"), ("wg", "wg --version"), ("iptables", "iptables --version")];
+
+/// All that goes in, in the order of the archive. Reads folders, to name what is in them.
+pub(super) fn items(places: &Places) -> Vec<Item> {
+    let mut items = reports(places);
+    items.extend(husk(places));
+    items.extend(NETWORK.iter().map(|(name, line)| Item {
+        hide_numbers: name.ends_with("-xfrm"),
+        ..Item::program(&format!("network/{name}.txt"), line)
+    }));
+    if let Some(interface) = places.text(&["underlay", "interface"]) {
+        items.push(Item::program("network/offload-underlay.txt", &format!("ethtool -k {interface}")));
+    }
+    items.extend(NETWORK_FILES.iter().map(|path| Item::file(format!("network{path}"), path)));
+    items.push(Item::new("network/sysctl.txt", Source::Parameters { path: "/proc/sys/net".into() }));
+    items.extend(SYSTEM.iter().map(|(name, line)| Item::program(&format!("system/{name}.txt"), line)));
+    items.extend(SYSTEM_FILES.iter().map(|path| Item::file(format!("system{path}"), path)));
+    items.extend(cni(places));
+    items.extend(versions(places));
+    items.extend(logs(places));
+    items
+}
+
+fn reports(places: &Places) -> Vec<Item> {
+    let item = |name: &str, line: &str, form: &str, ending: &str| {
+        let run_directory = places.run_directory.display();
+        let options = ["--color", "never", "--output", form, "--run-directory"].map(str::to_owned);
+        let words = line.split(' ').map(str::to_owned);
+        let arguments = words.chain(options).chain([run_directory.to_string()]).collect();
+        let source = Source::Program { program: places.huskctl.clone(), arguments, statuses: &[0, 1], end: false };
+        Item { asks: true, ..Item::new(format!("reports/{name}.{ending}"), source) }
+    };
+    let both = |(name, line): &(&str, &str)| {
+        let ending = if *name == "flows" { "jsonl" } else { "json" };
+        [item(name, line, "json", ending), item(name, line, "table", "txt")]
+    };
+    REPORTS.iter().flat_map(both).collect()
+}
+
+fn husk(places: &Places) -> Vec<Item> {
+    let (run, state) = (&places.run_directory, &places.state_directory);
+    let mut items = vec![
+        Item::new("husk/config.yaml", Source::Structured { path: places.config_file.clone() }),
+        Item::new("husk/last-good-config.yaml", Source::Structured { path: state.join(LAST_GOOD_FILE) }),
+        Item::new("husk/node.yaml", Source::Structured { path: run.join(NODE_FILE) }),
+        Item::new("husk/leases.yaml", Source::Folders { paths: vec![run.join(LEASE_DIRECTORY)] }),
+        Item::new("husk/snapshot.yaml", Source::Structured { path: state.join(SNAPSHOT_FILE) }),
+        Item::new("husk/files.txt", Source::Listing { paths: vec![run.clone(), state.clone()] }),
+    ];
+    if let Some(root) = places.text(&["source", "directory", "path"]) {
+        let root = Path::new(root);
+        let paths = vec![root.to_owned(), root.join("nodes"), root.join("blocks")];
+        items.push(Item::new("husk/cluster.yaml", Source::Folders { paths }));
+    }
+    items
+}
+
+fn cni(places: &Places) -> Vec<Item> {
+    let configured = places.text(&["cni", "configDirectory"]).unwrap_or(CNI_CONFIGURATION);
+    let binaries = places.text(&["cni", "binDirectory"]).unwrap_or(CNI_BINARIES);
+    vec![
+        Item::new("cni/configuration.yaml", Source::Folders { paths: vec![configured.into()] }),
+        Item::new("cni/files.txt", Source::Listing { paths: vec![configured.into(), binaries.into()] }),
+    ]
+}
+
+fn versions(places: &Places) -> Vec<Item> {
+    let beside = |name: &str| places.huskctl.with_file_name(name);
+    let of = |path: PathBuf, name: &str| {
+        let program = if path.is_file() { path } else { name.into() };
+        let source = Source::Program { program, arguments: vec!["--version".into()], statuses: &[0], end: false };
+        Item::new(format!("versions/{name}.txt"), source)
+    };
+    let plugin = places.text(&["cni", "binDirectory"]).unwrap_or(CNI_BINARIES);
+    let own = [
+        of(places.huskctl.clone(), "huskctl"),
+        of(beside("huskd"), "huskd"),
+        of(Path::new(plugin).join("husk"), "husk"),
+    ];
+    let others = VERSIONS.iter().map(|(name, line)| Item::program(&format!("versions/{name}.txt"), line));
+    own.into_iter().chain(others).collect()
+}
+
+fn logs(places: &Places) -> Vec<Item> {
+    let journal = |name: &str, line: &str| {
+        let mut item = Item { log: true, ..Item::program(name, line) };
+        if let Source::Program { end, .. } = &mut item.source {
+            *end = true;
+        }
+        item
+    };
+    let mut items = vec![
+        journal("logs/huskd.txt", "journalctl --no-pager --output=short-iso-precise --unit=huskd --lines=50000"),
+        journal("logs/kernel.txt", "dmesg --ctime"),
+    ];
+    for name in ["flows", "audit"] {
+        if let Some(path) = places.text(&["logs", name]) {
+            items.push(Item { log: true, ..Item::file(format!("logs/{name}.jsonl"), path) });
+        }
+    }
+    let folders = ["wireguard", "ipsec"].map(|name| places.run_directory.join(name));
+    for folder in folders {
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.retain(|path| path.extension() == Some(OsStr::new("log")));
+        paths.sort();
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            items.push(Item { log: true, ..Item::file(format!("logs/{name}"), path) });
+        }
+    }
+    items
+}
+
+impl Places {
+    /// A text of the configuration.
+    pub(super) fn text(&self, path: &[&str]) -> Option<&str> {
+        path.iter().try_fold(&self.config, |value, name| value.get(name))?.as_str()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn places(directory: &Path) -> Places {
+        Places {
+            config_file: "/etc/husk/config.yaml".into(),
+            config: serde_json::json!({
+                "source": {"directory": {"path": "/shared"}}, "underlay": {"interface": "ens1"}, "cni": {"configDirectory": "/cni"}
+            }),
+            run_directory: directory.to_owned(),
+            state_directory: "/var/lib/husk".into(),
+            huskctl: "/usr/local/bin/huskctl".into(),
+        }
+    }
+
+    #[test]
+    fn names_are_unlike_and_go_nowhere_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = items(&places(directory.path()));
+        let names: BTreeSet<&str> = all.iter().map(|item| item.name.as_str()).collect();
+        assert_eq!(names.len(), all.len());
+        for name in &names {
+            assert!(!name.contains("..") && !name.contains("//") && !name.starts_with('/'), "{name}");
+        }
+        for expected in
+            ["reports/status.json", "reports/flows.jsonl", "husk/cluster.yaml", "network/offload-underlay.txt"]
+        {
+            assert!(names.contains(expected), "{expected}");
+        }
+    }
+
+    #[test]
+    fn logs_of_companions_are_found_and_key_files_never_read() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["wireguard/husk-wg0.log", "wireguard/husk-wg0.lock", "keys/wireguard-1.key"] {
+            let path = directory.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let all = items(&places(directory.path()));
+        assert!(all.iter().any(|item| item.name == "logs/husk-wg0.log" && item.log));
+        let keys = directory.path().join("keys");
+        for item in all {
+            let paths = match item.source {
+                Source::File { path } | Source::Structured { path } => vec![path],
+                Source::Folders { paths } => paths,
+                Source::Program { .. } | Source::Listing { .. } | Source::Parameters { .. } => vec![],
+            };
+            assert!(paths.iter().all(|path| !path.starts_with(&keys)), "{}", item.name);
+        }
+    }
+
+    #[test]
+    fn no_program_is_asked_for_keys() {
+        let lines = NETWORK.iter().chain(SYSTEM).map(|(_, line)| *line);
+        for line in lines {
+            let words: Vec<&str> = line.split(' ').collect();
+            if words.contains(&"xfrm") && words.contains(&"state") {
+                assert!(words.contains(&"nokeys"), "{line}");
+            }
+            assert!(words[0] != "wg" || words == ["wg", "show", "all"], "{line}: dump and showconf print keys");
+        }
+    }
+}
