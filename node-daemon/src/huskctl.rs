@@ -3,8 +3,8 @@
 //! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
-mod doctor;
 mod capture;
+mod doctor;
 mod flows;
 mod mtu;
 mod policy;
