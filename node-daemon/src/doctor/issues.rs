@@ -72,7 +72,8 @@ fn teller(kind: IssueKind) -> Teller {
         | IssueKind::BadManifest
         | IssueKind::BadPolicy
         | IssueKind::ApplyFailed
-        | IssueKind::SourceUnavailable => Teller::Rest,
+        | IssueKind::SourceUnavailable
+        | IssueKind::ListenFailed => Teller::Rest,
     }
 }
 
