@@ -44,7 +44,7 @@ fn look(evidence: &Evidence) -> Looked {
     let words = format!(
         "double it, which may take {} MiB of memory; and look for who opens so many connections (conntrack -L), and whether \
          kube-proxy sets the limit (--conntrack-max-per-core)",
-        larger * ENTRY >> 20
+        (larger * ENTRY) >> 20
     );
     let fix = set(&words, &[MAX.to_owned()], &larger.to_string(), &evidence.host, "zz-husk-conntrack.conf")?;
     let finding = if percent >= FULL.1 { Finding::error } else { Finding::warning };

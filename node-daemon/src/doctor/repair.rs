@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use husk_dataplane::sysctl;
@@ -10,6 +12,12 @@ use husk_dataplane::sysctl;
 use super::{Action, Check, Evidence, Finding, Fix, HostFiles, Outcome, Places};
 use crate::files;
 use crate::report::{CheckReport, RepairReport, RepairResult};
+
+/// How long a fix may take to show: a daemon that was started reads its cluster first.
+const TAKES_EFFECT: Duration = Duration::from_secs(10);
+
+/// Pause between two looks.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// What somebody answered who was asked about a fix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +57,10 @@ fn mend(
     places: &Places,
     ask: &mut impl FnMut(&Finding) -> Result<Answer>,
 ) -> Result<RepairResult> {
+    if !findings_of(report).iter().any(|it| it.cause == finding.cause) {
+        // What mended another has mended it, too.
+        return Ok(RepairResult::Gone { left: Vec::new() });
+    }
     if !finding.fix.is_safe() {
         let because = finding.fix.by_hand.clone().unwrap_or_else(|| "there is no command for it".into());
         return Ok(RepairResult::ByHand { because });
@@ -56,17 +68,33 @@ fn mend(
     if ask(finding)? == Answer::No {
         return Ok(RepairResult::Declined);
     }
-    let left = match apply(&finding.fix, host) {
-        Ok(left) => left,
-        Err(error) => return Ok(RepairResult::Failed { error: format!("{error:#}") }),
+    let before = findings_of(report).len();
+    let applied = apply(&finding.fix, host);
+    // A step that failed may come after those that counted.
+    let deadline = Instant::now() + if applied.is_ok() { TAKES_EFFECT } else { Duration::ZERO };
+    let gone = loop {
+        *report = check.report(&Evidence::new(places.clone()));
+        let findings = findings_of(report);
+        let unknown = matches!(report.outcome, Outcome::Unknown { .. });
+        // The same may have another number in its words now.
+        let gone = !unknown && findings.len() < before && findings.iter().all(|it| it.cause != finding.cause);
+        if gone || Instant::now() >= deadline {
+            break gone;
+        }
+        thread::sleep(PAUSE);
     };
-    *report = check.report(&Evidence::new(places.clone()));
-    let still = match &report.outcome {
-        Outcome::Found { findings } => findings.iter().any(|it| it.cause == finding.cause),
-        Outcome::Unknown { .. } => true,
-        Outcome::Well { .. } | Outcome::DoesNotApply { .. } => false,
-    };
-    Ok(if still { RepairResult::StillThere { left } } else { RepairResult::Gone { left } })
+    Ok(match applied {
+        Err(error) => RepairResult::Failed { error: format!("{error:#}") },
+        Ok(left) if gone => RepairResult::Gone { left },
+        Ok(left) => RepairResult::StillThere { left },
+    })
+}
+
+fn findings_of(report: &CheckReport) -> &[Finding] {
+    match &report.outcome {
+        Outcome::Found { findings } => findings,
+        _ => &[],
+    }
 }
 
 /// Does it; returns what has to be done on the host itself, which this process is not in.

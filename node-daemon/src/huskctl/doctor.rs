@@ -9,7 +9,7 @@ use clap::builder::PossibleValuesParser;
 use husk_dataplane::sysctl;
 use husk_overlay::marks;
 
-use super::{Output, Show, tables};
+use super::{Output, Show, style, tables};
 use crate::daemon::CONFIG_FILE;
 use crate::doctor::{Answer, CHECKS, CheckListing, DoctorReport, Evidence, Finding, Places, chosen, repair};
 use crate::report::RepairReport;
@@ -73,13 +73,13 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
         return Ok((show.text(&report, tables::doctor)?, found));
     }
     if show.output == Output::Table {
-        print(&tables::to_repair(&report));
+        style::print(&show.finish(&tables::to_repair(&report)));
     }
     let mut ask = |finding: &Finding| if options.yes { Ok(Answer::Yes) } else { ask(finding) };
     for (check, found) in checks.iter().zip(&mut report.checks) {
         let repairs = repair(check, found, &places, &mut ask)?;
         if show.output == Output::Table {
-            repairs.iter().for_each(|repair: &RepairReport| print(&tables::repair(repair)));
+            repairs.iter().for_each(|repair: &RepairReport| _ = style::print(&show.finish(&tables::repair(repair))));
         }
         report.repairs.extend(repairs);
     }
@@ -98,15 +98,9 @@ fn say_where(title: &str) {
 }
 
 fn ask(finding: &Finding) -> anyhow::Result<Answer> {
-    print(&tables::question(finding));
+    style::print(&tables::question(finding));
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
     let yes = matches!(line.trim().to_lowercase().as_str(), "y" | "yes");
     Ok(if yes { Answer::Yes } else { Answer::No })
-}
-
-fn print(text: &str) {
-    let mut out = std::io::stdout();
-    // A reader that closed the pipe has read enough.
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

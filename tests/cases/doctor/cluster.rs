@@ -186,7 +186,7 @@ fn versions(host: &Host) -> Result<()> {
     let programs = programs.parent().context("a program is in a directory")?.display().to_string();
     let mend = || -> Result<()> {
         let path = format!("{programs}:{}", std::env::var("PATH").unwrap_or_default());
-        let command = format!("PATH={path} exec {}/huskctl doctor --only versions --fix --yes", programs);
+        let command = format!("PATH={path} exec {programs}/huskctl doctor --only versions --fix --yes");
         let fixed = host.program("/bin/sh").args(["-c", &command]).check()?;
         ensure!(fixed.contains("applied, and gone"), "{fixed}");
         Ok(())

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use husk_overlay::issue::Severity;
 
 use super::table;
+use crate::huskctl::style::{Tone, paint};
 use crate::report::{CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 
 /// Every check with what it looks at.
@@ -34,14 +35,16 @@ pub(in crate::huskctl) fn to_repair(report: &DoctorReport) -> String {
 fn line(text: &mut String, check: &CheckReport, width: usize) {
     let id = &check.id;
     match &check.outcome {
-        Outcome::Well { seen } => _ = writeln!(text, "ok       {id:width$}  {seen}"),
-        Outcome::DoesNotApply { why } => _ = writeln!(text, "-        {id:width$}  {why}"),
-        Outcome::Unknown { why } => _ = writeln!(text, "UNKNOWN  {id:width$}  {why}"),
+        Outcome::Well { seen } => _ = writeln!(text, "{}  {id:width$}  {}", paint(Tone::Good, "ok     "), plain(seen)),
+        Outcome::DoesNotApply { why } => _ = writeln!(text, "-        {id:width$}  {}", plain(why)),
+        Outcome::Unknown { why } => {
+            let _ = writeln!(text, "{}  {id:width$}  {}", paint(Tone::Warning, "UNKNOWN"), plain(why));
+        }
         Outcome::Found { findings } => {
             for finding in findings {
-                let _ = writeln!(text, "{}  {id:width$}  {}", mark(finding.severity), finding.cause);
+                let _ = writeln!(text, "{}  {id:width$}  {}", mark(finding.severity), plain(&finding.cause));
                 for evidence in &finding.evidence {
-                    let _ = writeln!(text, "           {}", indented(evidence, "           "));
+                    let _ = writeln!(text, "           {}", indented(&plain(evidence), "           "));
                 }
                 text.push_str(&fix(&finding.fix));
             }
@@ -49,12 +52,18 @@ fn line(text: &mut String, check: &CheckReport, width: usize) {
     }
 }
 
-fn mark(severity: Severity) -> &'static str {
-    match severity {
+fn mark(severity: Severity) -> String {
+    let word = match severity {
         Severity::Warning => "warning",
         Severity::Error => "ERROR  ",
         Severity::Blocking => "BLOCKS ",
-    }
+    };
+    paint(severity.into(), word)
+}
+
+/// What stands in files of others may have anything in it, and must not move the cursor.
+fn plain(text: &str) -> String {
+    text.replace(|character: char| character.is_control() && character != '\n', "\u{fffd}")
 }
 
 fn fix(fix: &Fix) -> String {
@@ -116,14 +125,14 @@ pub(in crate::huskctl) fn question(finding: &Finding) -> String {
 /// What became of one fix.
 pub(in crate::huskctl) fn repair(repair: &RepairReport) -> String {
     let RepairReport { id, cause, result } = repair;
-    let (mark, what, left): (_, _, &[String]) = match result {
-        RepairResult::Gone { left } => ("fixed  ", "applied, and gone".to_owned(), left),
-        RepairResult::StillThere { left } => ("ERROR  ", "applied, and still there".to_owned(), left),
-        RepairResult::Failed { error } => ("ERROR  ", error.clone(), &[]),
-        RepairResult::ByHand { because } => ("left   ", format!("for you to do: {because}"), &[]),
-        RepairResult::Declined => ("left   ", "as you wish".to_owned(), &[]),
+    let (tone, mark, what, left): (_, _, _, &[String]) = match result {
+        RepairResult::Gone { left } => (Tone::Good, "fixed  ", "applied, and gone".to_owned(), left),
+        RepairResult::StillThere { left } => (Tone::Bad, "ERROR  ", "applied, and still there".to_owned(), left),
+        RepairResult::Failed { error } => (Tone::Bad, "ERROR  ", error.clone(), &[]),
+        RepairResult::ByHand { because } => (Tone::Warning, "left   ", format!("for you to do: {because}"), &[]),
+        RepairResult::Declined => (Tone::Warning, "left   ", "as you wish".to_owned(), &[]),
     };
-    let mut text = format!("{mark}  {id}  {cause}\n           {what}\n");
+    let mut text = format!("{}  {id}  {}\n           {}\n", paint(tone, mark), plain(cause), plain(&what));
     for command in left {
         let _ = writeln!(text, "        -> on the host: {command}");
     }
