@@ -8,6 +8,7 @@ mod mtu;
 mod policy;
 mod rotate;
 mod tables;
+mod ui;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -80,6 +81,10 @@ enum Command {
     Trace(policy::TraceOptions),
     /// What policy has denied lately, with the pods and the policy behind it; -o json gives one line per flow
     Flows(flows::Options),
+    /// Where to see this node's page: the map of the cluster, denied flows and issues
+    ///
+    /// The address holds the key that the page asks for. The page is served on this host only.
+    Ui,
     /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
     ///
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
@@ -155,6 +160,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Policy(command) => policy::run(&socket, command, &show),
         Command::Trace(options) => policy::trace(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Ui => ui::run(&socket, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {

@@ -3,7 +3,7 @@
 //! Reading order: [`daemon`] puts the parts together; [`engine`] is the reconcile loop; [`source`] where the cluster's state
 //! comes from, [`kubernetes`] one such place; [`follow`] a configuration that changes; [`host`] what a node says about itself, [`keys`] its keys; [`companion`] processes that outlive the daemon ([`tunnels`]: and its container):
 //! [`wireguard_userspace`] the device for kernels without WireGuard, [`udp_encapsulation`] the socket for ESP in UDP;
-//! [`flows`] what policy denied; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`metrics`] what it counts, [`http`] what serves that; [`boot`] what a reboot
+//! [`flows`] what policy denied; [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`server`] and [`report`] the daemon's socket; [`huskctl`] its client; [`metrics`] what it counts, [`http`] what serves that, [`ui`] its page; [`boot`] what a reboot
 //! ends; [`cleanup`] the way out.
 
 pub mod boot;
@@ -32,5 +32,6 @@ pub mod server;
 pub mod source;
 pub mod tunnels;
 pub mod udp_encapsulation;
+pub mod ui;
 pub mod watch;
 pub mod wireguard_userspace;

@@ -8,6 +8,7 @@ mod peers;
 mod policy;
 mod status;
 mod trace;
+mod ui;
 
 pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
@@ -20,3 +21,4 @@ pub use policy::{
 };
 pub use status::{Counter, KeysSummary, LastPass, Status};
 pub use trace::{Decider, Live, Place, TraceEnd, TraceReport, TraceSide};
+pub use ui::UiReport;

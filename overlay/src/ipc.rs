@@ -133,6 +133,8 @@ pub enum Request {
         /// Only those that were denied.
         denied: bool,
     },
+    /// Where the page is, and its key.
+    Ui,
     /// Cuts a pod of this node off, or lets it onto the network again.
     Quarantine {
         /// The pod, as above.

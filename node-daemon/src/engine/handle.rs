@@ -18,6 +18,7 @@ use super::State;
 use super::policy_reports::answer;
 use crate::flows::Flows;
 use crate::metrics::Live;
+use crate::ui::served::Served;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -121,6 +122,7 @@ pub struct Handle {
     index_of: IndexOf,
     flows: Flows,
     live: Live,
+    page: Served,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -139,8 +141,8 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    let (flows, live) = (Flows::default(), Live::default());
-    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows, live }, receiver)
+    let (flows, live, page) = (Flows::default(), Live::default(), Served::default());
+    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows, live, page }, receiver)
 }
 
 impl Handle {
@@ -160,6 +162,12 @@ impl Handle {
     #[must_use]
     pub fn live(&self) -> &Live {
         &self.live
+    }
+
+    /// Where the page is.
+    #[must_use]
+    pub fn page(&self) -> &Served {
+        &self.page
     }
 
     /// The handle, with other eyes for interfaces.
@@ -194,6 +202,7 @@ impl Handle {
                 Response::Done
             }
             Request::Ready => self.ready(),
+            Request::Ui => self.page.answer(),
             // All that are recorded are denied ones.
             Request::Flows { after, denied: _ } => answer(&self.flows.report(after)),
             Request::Detach { interface, index } => self.detach(interface, index).await,
