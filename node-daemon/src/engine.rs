@@ -5,6 +5,7 @@
 
 mod announce;
 mod blocks;
+mod capture;
 mod devices;
 mod endpoints;
 mod failures;

@@ -13,8 +13,9 @@ use anyhow::{Context as _, Result};
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
-use husk_dataplane::pod::{self, PodSpec};
+use husk_dataplane::pod::{self, PodMtu, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
+use husk_dataplane::way::{self, NeighbourStanding, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, napi, nft, policy, sysctl, xfrm};
 use husk_ipam::lease::since_boot;
@@ -275,16 +276,20 @@ impl Node for Host {
     }
 
     fn set_pod_mtu(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<(), Error> {
-        let netns = Netns::open(&endpoint.netns.path)?;
-        let found = netns.identity()?;
-        if (found.device, found.inode) != (endpoint.netns.device, endpoint.netns.inode) {
-            return Err(Error::Namespace {
-                operation: "use",
-                path: endpoint.netns.path.clone(),
-                source: io::Error::other("it is another one than the pod was connected in"),
-            });
-        }
-        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns)
+        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?)
+    }
+
+    fn way(&mut self, packet: &way::Packet) -> Result<Way> {
+        Ok(way::of(&mut self.socket, packet)?)
+    }
+
+    fn neighbour(&mut self, interface: &InterfaceName, address: IpAddr) -> Option<NeighbourStanding> {
+        way::neighbour(&mut self.socket, interface, address).ok()
+    }
+
+    fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
+        // A plugin chained behind may have given the pod less.
+        Ok(pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))?)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
@@ -411,6 +416,20 @@ impl Node for Host {
             tracing::warn!(%error, "kernel parameters as found cannot be kept; cleanup will not bring them back");
         }
     }
+}
+
+/// The network namespace of a pod, if it is still the one that the pod was connected in.
+fn netns_of(endpoint: &Endpoint) -> Result<Netns, Error> {
+    let netns = Netns::open(&endpoint.netns.path)?;
+    let found = netns.identity()?;
+    if (found.device, found.inode) != (endpoint.netns.device, endpoint.netns.inode) {
+        return Err(Error::Namespace {
+            operation: "use",
+            path: endpoint.netns.path.clone(),
+            source: io::Error::other("it is another one than the pod was connected in"),
+        });
+    }
+    Ok(netns)
 }
 
 fn send_greetings(routers: &[IpAddr]) {

@@ -117,7 +117,7 @@ pub enum Request {
     },
     /// What becomes of a connection, and why.
     Trace {
-        /// Who begins it: a pod by name as above, or an address.
+        /// Who begins it: a pod by name as above, an address, the name of a node, or `host` for this one.
         source: String,
         /// Whom it is for, alike.
         destination: String,
@@ -125,6 +125,14 @@ pub enum Request {
         protocol: u8,
         /// Port of whom it is for; none for protocols without.
         port: Option<u16>,
+        /// Bytes of a packet of it, IP header included; none means any.
+        #[serde(default)]
+        size: Option<u32>,
+    },
+    /// Where the packets of somebody are to be seen.
+    Capture {
+        /// A pod of this node by name as above or by an address, the name of another node, or `host` for this one.
+        target: String,
     },
     /// Flows that were recorded.
     Flows {

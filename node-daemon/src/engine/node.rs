@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use husk_dataplane::Error;
 use husk_dataplane::nft::ForeignChain;
+use husk_dataplane::way::{NeighbourStanding, Packet, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
@@ -153,5 +154,26 @@ pub trait Node {
     /// Probes the paths to a peer at once. When that began, as time since boot; none where nothing is probed.
     fn demand_probe(&mut self, _peer: &NodeName) -> Option<Duration> {
         None
+    }
+
+    /// What the kernel would do with a packet.
+    ///
+    /// # Errors
+    /// When it does not say.
+    fn way(&mut self, _packet: &Packet) -> anyhow::Result<Way> {
+        anyhow::bail!("this daemon does not ask the kernel")
+    }
+
+    /// What the kernel knows of a neighbour's Ethernet address; none where it does not say.
+    fn neighbour(&mut self, _interface: &InterfaceName, _address: IpAddr) -> Option<NeighbourStanding> {
+        None
+    }
+
+    /// How a pod deviates from what was wired, on the host and inside; see [`husk_dataplane::pod::check`].
+    ///
+    /// # Errors
+    /// When its network namespace is not to be had.
+    fn deviations(&mut self, _endpoint: &Endpoint, _mtu: u32) -> anyhow::Result<Vec<String>> {
+        anyhow::bail!("this daemon does not look into pods")
     }
 }

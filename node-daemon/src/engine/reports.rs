@@ -42,9 +42,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::RotateKeys => self.rotate_keys(),
             Request::Policy => self.report(|engine, _| engine.policy_report()),
             Request::PolicyOf { pod } => self.policy_of(pod),
-            Request::Trace { source, destination, protocol, port } => {
-                self.trace(&Question { source, destination, protocol: *protocol, port: *port })
+            Request::Trace { source, destination, protocol, port, size } => {
+                self.trace(&Question { source, destination, protocol: *protocol, port: *port, size: *size })
             }
+            Request::Capture { target } => self.capture_of(target),
             Request::Quarantine { pod, on } => self.quarantine(pod, *on),
             Request::Admit { .. }
             | Request::Detach { .. }
@@ -142,6 +143,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 sent: traffic.sent,
                 mtu: peer.mtu.filter(|_| peer.refused.is_none()),
                 paths: paths.remove(name).unwrap_or_default(),
+                router: peer.router,
                 blocks: peer.blocks.clone(),
             }
         });

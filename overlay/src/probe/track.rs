@@ -16,7 +16,7 @@ use super::search::{Progress, Search};
 use super::statistics::Statistics;
 use super::suspicion::{Judgement, Suspicion};
 use super::wire::SMALL;
-use super::{Report, Standing, Target};
+use super::{ClockSkew, Report, Standing, Target};
 
 /// Time between two tries whether a limited path passes more, as a multiple in tenths of the longest time between two checks.
 const RECHECK: u32 = 18;
@@ -152,6 +152,7 @@ impl Track {
             passes,
             rtt: self.statistics.rtt(),
             loss_per_mille: self.statistics.loss_per_mille(),
+            clock_skew: self.statistics.clock_skew,
             sent: self.statistics.sent,
             answered: self.statistics.answered,
             since: self.since,
@@ -281,6 +282,11 @@ impl Track {
             }
         }
         self.plan(now);
+    }
+
+    /// An answer told the peer's wall clock.
+    pub(super) fn told_time(&mut self, skew: ClockSkew) {
+        self.statistics.clock_skew = Some(skew);
     }
 
     /// The own kernel refused to send a probe: nothing can be told now.

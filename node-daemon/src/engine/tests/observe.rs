@@ -77,6 +77,7 @@ fn paths_addresses_and_the_source_are_in_it() {
         answered: 2,
         since: Duration::from_secs(1),
         concluded: None,
+        clock_skew: None,
     };
     bed.node.state().probes = [(Path { peer: name(1), family: Family::Ipv4 }, report)].into();
     let sample = sample(&mut bed);
