@@ -168,6 +168,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_check_has_its_section_in_the_documentation() {
+        let text = include_str!("../../docs/doctor.md");
+        let sections: Vec<&str> =
+            text.lines().filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`')).collect();
+        let checks: Vec<&str> = CHECKS.iter().map(|check| check.id).collect();
+        assert_eq!(sections, checks);
+    }
+
+    #[test]
     fn names_are_unique_and_stable_in_form() {
         let ids: BTreeSet<&str> = CHECKS.iter().map(|check| check.id).collect();
         assert_eq!(ids.len(), CHECKS.len());

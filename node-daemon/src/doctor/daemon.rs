@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 use crate::files;
 use husk_overlay::config::Config;
 use husk_overlay::issue::Severity;
@@ -49,7 +49,14 @@ fn daemon(evidence: &Evidence) -> Looked {
     if let Err(why) = evidence.reachable() {
         return Ok(Outcome::of(vec![silent(evidence, why)], ""));
     }
-    let status = evidence.status()?;
+    let status = match evidence.status() {
+        Ok(status) => status,
+        Err(Unknown(reason)) => {
+            let words = "wait a few seconds; if it stays so, its log says what it waits for";
+            let cause = "the daemon answers and cannot say yet how the node is: no pod can be added";
+            return Ok(Outcome::of(vec![Finding::blocking(cause, vec![reason], Fix::words(words))], ""));
+        }
+    };
     let mut findings = Vec::new();
     if !status.ready {
         let issues = status.issues.iter().filter(|issue| issue.severity == Severity::Blocking);

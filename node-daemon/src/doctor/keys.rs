@@ -159,8 +159,10 @@ fn meaning(counter: &str) -> (&'static str, &'static str, Option<Action>) {
     let ip = |arguments: &[&str]| Some(Action::run("ip", arguments.iter().copied()));
     match counter {
         "XfrmInNoStates" => (
-            "packets come for associations that this host does not have; the sender uses keys that are gone here, as after a reboot",
-            "it ends by itself when the sender has heard of this host's new keys; if it does not, look whether the sender's daemon runs",
+            "packets come for associations that this host does not have; the sender uses keys that are gone here, as \
+             after a reboot",
+            "it ends by itself when the sender has heard of this host's new keys; if it does not, look whether the \
+             sender's daemon runs",
             huskctl(&["keys", "status", "--verbose"]),
         ),
         "XfrmInStateProtoError" => (

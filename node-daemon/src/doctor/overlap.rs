@@ -1,10 +1,11 @@
 //! Whether the addresses of pods are free: a network, a VPN or a left-over route of somebody else with the same addresses takes
 //! packets away from the overlay, or is cut off by it.
 
+use std::collections::BTreeMap;
+
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::routes::foreign::{ForeignRoute, LOCAL_TABLE, MAIN_TABLE, overlapping, tables_before_main};
 use husk_overlay::prefix::{Family, Prefix};
-use std::collections::BTreeMap;
 
 use super::issues::{self, Teller};
 use super::words::MOST_FINDINGS;
@@ -58,7 +59,8 @@ fn finding(route: &ForeignRoute, cidrs: &[Prefix], before: &Before) -> Option<Fi
     match (route.table, rule) {
         (LOCAL_TABLE, _) if inside && route.kind == "local" => Some(Finding::error(
             format!(
-                "this host itself has the address {destination} on {by}, which is one of the cluster CIDR {cidr}: no pod with it can be reached from here"
+                "this host itself has the address {destination} on {by}, which is one of the cluster CIDR {cidr}: no \
+                 pod with it can be reached from here"
             ),
             evidence,
             Fix::by_hand(
@@ -70,21 +72,24 @@ fn finding(route: &ForeignRoute, cidrs: &[Prefix], before: &Before) -> Option<Fi
         (LOCAL_TABLE, _) => None,
         (MAIN_TABLE, _) if inside => Some(Finding::error(
             format!(
-                "{destination} is part of the cluster CIDR {cidr}, and leads to {by}: packets for pods there leave the overlay, or are lost"
+                "{destination} is part of the cluster CIDR {cidr}, and leads to {by}: packets for pods there leave \
+                 the overlay, or are lost"
             ),
             evidence,
             removal(route),
         )),
         (MAIN_TABLE, _) => Some(Finding::warning(
             format!(
-                "{by} leads to {destination}, and the cluster CIDR {cidr} is part of that: whoever has such an address behind it cannot be reached from this host"
+                "{by} leads to {destination}, and the cluster CIDR {cidr} is part of that: whoever has such an \
+                 address behind it cannot be reached from this host"
             ),
             evidence,
             removal(route),
         )),
         (table, Some(priority)) => Some(Finding::error(
             format!(
-                "the table {table} is asked before Husk's routes and leads {destination} to {by}: packets for pods of {cidr} go there"
+                "the table {table} is asked before Husk's routes and leads {destination} to {by}: packets for pods \
+                 of {cidr} go there"
             ),
             [evidence, vec![format!("ip rule: {priority}: ... lookup {table}")]].concat(),
             removal(route),
@@ -95,7 +100,8 @@ fn finding(route: &ForeignRoute, cidrs: &[Prefix], before: &Before) -> Option<Fi
 }
 
 fn removal(route: &ForeignRoute) -> Fix {
-    let words = "if it is a left-over, remove it; if it is a network in use (a VPN, a cloud's subnet), choose clusterCIDRs that it does \
+    let words = "if it is a left-over, remove it; if it is a network in use (a VPN, a cloud's subnet), choose \
+                 clusterCIDRs that it does \
                  not contain, the same on all nodes";
     let mut arguments: Vec<String> = family_option(route.destination);
     arguments.extend(["route".into(), "del".into()]);

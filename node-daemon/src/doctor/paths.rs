@@ -7,7 +7,7 @@ use husk_overlay::prefix::Family;
 use husk_overlay::probe::{ClockSkew, Report, Standing};
 
 use super::issues::{self, Teller};
-use super::words::several;
+use super::words::{peers, several};
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
 use crate::report::{MismatchKind, MtuOrigin, MtuReport, PeerReport};
 
@@ -23,8 +23,11 @@ pub(super) const PATHS: Check =
 pub(super) const CLOCKS: Check =
     Check { id: "clocks", title: "this host's clock agrees with those of its peers", look: clocks };
 
+/// Probes to a peer before its losses say anything.
+const ENOUGH: u64 = 20;
+
 /// Lost exchanges of a thousand from which on people notice.
-const LOSS: u16 = 30;
+const LOSS: u16 = 50;
 
 /// Lost exchanges of a thousand from which on TCP hardly moves.
 const HEAVY_LOSS: u16 = 200;
@@ -40,7 +43,10 @@ fn mtu(evidence: &Evidence) -> Looked {
     let own = rows.iter().find(|row| row.own);
     let pods = own.and_then(|row| row.mtu).map_or_else(|| "no".into(), |mtu| mtu.to_string());
     let underlay = own.map_or(0, |row| row.ledger.underlay_mtu);
-    Ok(Outcome::of(findings, format!("underlay {underlay} bytes, pods {pods}, {} peers alike", rows.len().max(1) - 1)))
+    Ok(Outcome::of(
+        findings,
+        format!("underlay {underlay} bytes, pods {pods}, {} looked at", peers(rows.len().max(1) - 1)),
+    ))
 }
 
 /// What does not go together, told once however many peers it is about.
@@ -114,7 +120,8 @@ fn paths(evidence: &Evidence) -> Looked {
             Standing::Verified => verified += 1,
             Standing::Unknown | Standing::Unreachable => {}
         }
-        let lost = report.loss_per_mille.filter(|_| report.standing != Standing::Unreachable).unwrap_or(0);
+        let tells = report.standing != Standing::Unreachable && report.sent >= ENOUGH;
+        let lost = report.loss_per_mille.filter(|_| tells).unwrap_or(0);
         let told = || format!("{peer} ({family}): {}.{} %", lost / 10, lost % 10);
         match lost {
             HEAVY_LOSS.. => heavy.push(told()),
@@ -125,7 +132,8 @@ fn paths(evidence: &Evidence) -> Looked {
     for ((passes, promised), names) in limited {
         let words = match needed(passes) {
             Some(underlay) => format!(
-                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: `underlay: {{mtu: {underlay}}}`, and \
+                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: \
+                 `underlay: {{mtu: {underlay}}}`, and \
                  restart huskd. Look again with `huskctl mtu probe NODE`"
             ),
             None => {
@@ -133,7 +141,10 @@ fn paths(evidence: &Evidence) -> Looked {
             }
         };
         findings.push(Finding::error(
-            format!("packets of more than {passes} bytes vanish on the way without a word, though the underlay promised {promised}; routes were lowered to what passes"),
+            format!(
+                "packets of more than {passes} bytes vanish on the way without a word, though the underlay \
+                     promised {promised}; routes were lowered to what passes"
+            ),
             vec![format!("probes to {}", several(&names))],
             Fix::words(words),
         ));
@@ -152,7 +163,8 @@ fn paths(evidence: &Evidence) -> Looked {
 
 fn loss_fix() -> Fix {
     Fix::by_hand(
-        "look for errors and drops of the network cards on both nodes, and for an overloaded link between them; `huskctl peers` shows how it goes on",
+        "look for errors and drops of the network cards on both nodes, and for an overloaded link between them; \
+         `huskctl peers` shows how it goes on",
         [Action::run("ip", ["-s", "-s", "link", "show"])],
         "what loses them is outside of this host, or its hardware",
     )
@@ -165,14 +177,14 @@ fn all(peers: &[PeerReport]) -> impl Iterator<Item = (&husk_overlay::name::NodeN
 fn clocks(evidence: &Evidence) -> Looked {
     // Both families tell of one clock: the one that is known more exactly counts.
     let skew = |peer: &PeerReport| peer.paths.values().filter_map(|it| it.clock_skew).min_by_key(|it| it.within);
-    let peers = evidence.peers()?;
+    let all = evidence.peers()?;
     let known: Vec<(String, ClockSkew)> =
-        peers.iter().filter_map(|peer| Some((peer.node.to_string(), skew(peer)?))).collect();
+        all.iter().filter_map(|peer| Some((peer.node.to_string(), skew(peer)?))).collect();
     if known.is_empty() {
         return Ok(Outcome::does_not_apply("no peer has told its time yet"));
     }
     let largest = known.iter().map(|(_, skew)| skew.at_least()).max().unwrap_or_default();
-    let seen = format!("the clocks of {} peers differ by less than {} ms", known.len(), largest.max(1));
+    let seen = format!("this clock and those of {} differ by less than {} ms", peers(known.len()), largest.max(1));
     Ok(Outcome::of(skewed(&known), seen))
 }
 
@@ -199,7 +211,8 @@ fn skewed(known: &[(String, ClockSkew)]) -> Vec<Finding> {
             "on that host: ",
         )
     };
-    let harm = "certificates and tokens made on one may not be valid on the other, leases expire early or late, and logs cannot be compared";
+    let harm = "certificates and tokens made on one may not be valid on the other, leases expire early or late, and \
+                logs cannot be compared";
     let fix = Fix::by_hand(
         format!(
             "{hosts}have a time service set the clock of {words}: systemd-timesyncd as below, or chrony (`chronyc makestep`)"

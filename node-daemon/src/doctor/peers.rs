@@ -11,10 +11,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::thread;
+use std::time::Duration;
 
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::{echo, neighbours, underlay};
 use husk_overlay::config::Config;
+use husk_overlay::ipc::Request;
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
@@ -23,7 +26,7 @@ use husk_overlay::probe::Standing;
 use super::issues::{self, Teller};
 use super::words::{age, several};
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
-use crate::report::{PeerReport, PeerState};
+use crate::report::{PeerReport, PeerState, ProbeStarted};
 
 /// The check.
 pub(super) const CHECK: Check =
@@ -31,6 +34,9 @@ pub(super) const CHECK: Check =
 
 /// Peers that are looked at one by one: where more do not answer, the first of them tell why.
 const EXAMINED: usize = 16;
+
+/// How long an answer to a probe may take.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// A peer that does not answer, and what was found out about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +89,7 @@ fn look(evidence: &Evidence) -> Looked {
     }
     let mut findings = issues::findings(evidence, Teller::Peers)?;
     findings.extend(without_keys(peers));
-    let silent: Vec<&PeerReport> = peers.iter().filter(|peer| is_silent(peer)).collect();
+    let silent = still_silent(evidence, peers.iter().filter(|peer| is_silent(peer)).collect())?;
     if !silent.is_empty() {
         findings.extend(of_silent(evidence, &silent)?);
     }
@@ -101,7 +107,22 @@ fn is_silent(peer: &PeerReport) -> bool {
     !peer.paths.is_empty() && peer.paths.values().all(|it| is_unreachable(it.standing))
 }
 
-fn of_silent(evidence: &Evidence, silent: &[&PeerReport]) -> Result<Vec<Finding>, Unknown> {
+/// Those that do not answer now either: what is known of them may be as old as the time between two checks of a path.
+fn still_silent(evidence: &Evidence, silent: Vec<&PeerReport>) -> Result<Vec<PeerReport>, Unknown> {
+    if silent.is_empty() {
+        return Ok(Vec::new());
+    }
+    let names: BTreeSet<&NodeName> = silent.iter().map(|peer| &peer.node).collect();
+    for peer in names.iter().take(EXAMINED) {
+        // One that is not probed any more is not there any more, either.
+        let _ = evidence.ask::<ProbeStarted>(&Request::ProbePeer { peer: peer.to_string() });
+    }
+    thread::sleep(ANSWER);
+    let now: Vec<PeerReport> = evidence.ask(&Request::Peers)?;
+    Ok(now.into_iter().filter(|peer| names.contains(&peer.node) && is_silent(peer)).collect())
+}
+
+fn of_silent(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<Finding>, Unknown> {
     let examined = examine(evidence, silent)?;
     let config = evidence.config()?;
     let mode = evidence.status()?.mode;
@@ -111,7 +132,7 @@ fn of_silent(evidence: &Evidence, silent: &[&PeerReport]) -> Result<Vec<Finding>
     }
     let more = silent.len().saturating_sub(examined.len());
     let own = evidence.status()?.addresses.get(config.underlay.family);
-    let reports: BTreeMap<&NodeName, &PeerReport> = silent.iter().map(|peer| (&peer.node, *peer)).collect();
+    let reports: BTreeMap<&NodeName, &PeerReport> = silent.iter().map(|peer| (&peer.node, peer)).collect();
     let finding = |(verdict, of): (Verdict, Vec<&Silent>)| {
         let mut told: Vec<String> = of.iter().map(|one| evidence_of(one, reports.get(&one.node).copied())).collect();
         if more > 0 {
@@ -123,11 +144,11 @@ fn of_silent(evidence: &Evidence, silent: &[&PeerReport]) -> Result<Vec<Finding>
 }
 
 /// Asks kernel and network about peers that do not answer.
-fn examine(evidence: &Evidence, silent: &[&PeerReport]) -> Result<Vec<Silent>, Unknown> {
+fn examine(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<Silent>, Unknown> {
     let addresses: BTreeMap<&NodeName, IpAddr> =
         evidence.mtu()?.iter().filter_map(|row| Some((&row.node, row.address?))).collect();
     let examined: Vec<(&PeerReport, IpAddr)> =
-        silent.iter().filter_map(|peer| Some((*peer, *addresses.get(&peer.node)?))).take(EXAMINED).collect();
+        silent.iter().filter_map(|peer| Some((peer, *addresses.get(&peer.node)?))).take(EXAMINED).collect();
     let hosts: BTreeSet<IpAddr> = examined.iter().map(|(_, address)| *address).collect();
     let inside: BTreeSet<IpAddr> = examined.iter().flat_map(|(peer, _)| peer.router.iter()).collect();
     let mut socket = Socket::open(Protocol::Route)?;
@@ -224,7 +245,8 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
                 told,
                 Fix::by_hand(
                     format!(
-                        "allow {what} from {own} to {first} and back, in the firewalls of both hosts (`huskctl doctor` on each names a rule that drops it), in \
+                        "allow {what} from {own} to {first} and back, in the firewalls of both hosts (`huskctl \
+                         doctor` on each names a rule that drops it), in \
                          those between, and in the cloud's security groups; on both hosts this shows what is sent and what arrives:"
                     ),
                     [watch(carrier.filter(first))],
@@ -235,11 +257,13 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
         Verdict::DaemonSilent => {
             let cause = if carrier.mode.tunnelled() {
                 format!(
-                    "the daemon of {names} does not answer, though its host does, through the tunnel too: its pods go on, and it does not follow what changes"
+                    "the daemon of {names} does not answer, though its host does, through the tunnel too: its pods \
+                     go on, and it does not follow what changes"
                 )
             } else {
                 format!(
-                    "{names} does not answer at UDP port {PROBE_PORT}, though its host does: its daemon does not run, or the port is blocked"
+                    "{names} does not answer at UDP port {PROBE_PORT}, though its host does: its daemon does not \
+                     run, or the port is blocked"
                 )
             };
             let fix = Fix::by_hand(
@@ -253,12 +277,14 @@ fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carrier: &Carrie
             format!("{names} is down or unplugged: nobody on the link answers for its address"),
             told,
             Fix::words(
-                "start the host or plug it in; if it is gone for good, remove it from the cluster: its Node object, or its record in the source's directory",
+                "start the host or plug it in; if it is gone for good, remove it from the cluster: its Node object, \
+                 or its record in the source's directory",
             ),
         ),
         Verdict::HostSilent => Finding::error(
             format!(
-                "{names} does not answer at all, not even a ping: it is down, its address is another now, or a firewall drops everything"
+                "{names} does not answer at all, not even a ping: it is down, its address is another now, or a \
+                 firewall drops everything"
             ),
             told,
             Fix::by_hand(
@@ -300,7 +326,8 @@ fn without_keys(peers: &[PeerReport]) -> Option<Finding> {
         ),
         vec!["huskctl peers: waiting".into()],
         Fix::words(format!(
-            "it takes some seconds after a node has joined; if it stays, look at `huskctl keys status` here and on {first}, whose daemon may not run"
+            "it takes some seconds after a node has joined; if it stays, look at `huskctl keys status` here and on \
+             {first}, whose daemon may not run"
         )),
     ))
 }
@@ -319,7 +346,8 @@ fn half_silent(peers: &[PeerReport]) -> Option<Finding> {
         "some peers answer in one family of addresses and not in the other, through one tunnel",
         vec![format!("probes not answered by {}", several(&half))],
         Fix::words(
-            "run `huskctl doctor` on that peer: a rule of its firewall may drop this family, or its kernel parameter disable_ipv6 is set",
+            "run `huskctl doctor` on that peer: a rule of its firewall may drop this family, or its kernel parameter \
+             disable_ipv6 is set",
         ),
     ))
 }

@@ -18,6 +18,9 @@ pub(super) const CHECK: Check =
 /// Percent of a pool, or of blocks that cannot grow, above which to do something.
 const NEARLY_FULL: u64 = 90;
 
+/// Blocks that no cluster runs out of.
+const MANY: u64 = 1 << 32;
+
 /// Names of the pools that are there without any manifest begin with this.
 const DEFAULT: &str = "default-";
 
@@ -31,7 +34,9 @@ fn look(evidence: &Evidence) -> Looked {
     if findings.is_empty() {
         findings = issues::findings(evidence, Teller::Pools)?;
     }
-    let pool = |it: &PoolReport| format!("{}: {} of {} blocks", it.pool.name, it.used_blocks, it.total_blocks);
+    // The number saturates (IPv6), and nobody reads twenty digits.
+    let total = |it: &PoolReport| if it.total_blocks > MANY { "plenty".into() } else { it.total_blocks.to_string() };
+    let pool = |it: &PoolReport| format!("{}: {} of {} blocks", it.pool.name, it.used_blocks, total(it));
     let seen: Vec<String> = ipam.pools.iter().map(pool).collect();
     Ok(Outcome::of(findings, seen.join(", ")))
 }
@@ -104,7 +109,8 @@ fn enlarge(config: &Config, pools: &[PoolReport], full: &Pool) -> Fix {
     let pool = if defined { ", and add an AddressPool of the new half" } else { "" };
     Fix::by_hand(
         format!(
-            "write a larger cluster CIDR into the configuration of all nodes, `clusterCIDRs: [{}]`, and restart their daemons{pool}. {gone}",
+            "write a larger cluster CIDR into the configuration of all nodes, `clusterCIDRs: [{}]`, and restart \
+             their daemons{pool}. {gone}",
             cidrs.join(", ")
         ),
         [],
@@ -126,7 +132,8 @@ fn of_node_cidrs(blocks: &[BlockReport]) -> Vec<Finding> {
     let finding = |it: &BlockReport| {
         let told = vec![format!("{}: {} of {} addresses taken", it.block, it.leased, it.total)];
         let fix = Fix::by_hand(
-            "start kube-controller-manager with a smaller --node-cidr-mask-size (it counts for new nodes), or set `ipam: {blocks: pools}`, with which a node takes \
+            "start kube-controller-manager with a smaller --node-cidr-mask-size (it counts for new nodes), or set \
+             `ipam: {blocks: pools}`, with which a node takes \
              more blocks when it needs them",
             [],
             "how the address space of the cluster is divided only you can decide",

@@ -50,7 +50,10 @@ fn look(evidence: &Evidence) -> Looked {
     let reference = daemon.as_deref().unwrap_or(own);
     if let Some(plugin) = plugin.as_deref().filter(|plugin| *plugin != reference) {
         findings.push(Finding::warning(
-            format!("the plugin is of version {plugin}, and the daemon of {reference}: the plugin may not do what the daemon expects"),
+            format!(
+                "the plugin is of version {plugin}, and the daemon of {reference}: the plugin may not do what \
+                     the daemon expects"
+            ),
             vec![format!("{} version: husk-cni {plugin}", path.display())],
             install(directory),
         ));

@@ -17,6 +17,11 @@ pub(super) fn several<T: Display>(names: &[T]) -> String {
     }
 }
 
+/// A number of peers.
+pub(super) fn peers(number: usize) -> String {
+    if number == 1 { "1 peer".into() } else { format!("{number} peers") }
+}
+
 /// Seconds in the unit a person would choose.
 pub(super) fn age(seconds: u64) -> String {
     match seconds {

@@ -73,7 +73,7 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
         return Ok((show.text(&report, tables::doctor)?, found));
     }
     if show.output == Output::Table {
-        print(&tables::doctor(&report));
+        print(&tables::to_repair(&report));
     }
     let mut ask = |finding: &Finding| if options.yes { Ok(Answer::Yes) } else { ask(finding) };
     for (check, found) in checks.iter().zip(&mut report.checks) {

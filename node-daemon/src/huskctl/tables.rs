@@ -15,7 +15,7 @@ use husk_overlay::issue::{Issue, Severity};
 
 use super::style::{Tone, paint};
 
-pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired};
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;

@@ -44,6 +44,11 @@ impl Statistics {
         self.exchanges = (self.exchanges + 1).min(WINDOW);
     }
 
+    /// The peer answers again after a time in which nothing was answered, which was no loss on the way.
+    pub(super) fn begin_anew(&mut self) {
+        (self.failures, self.exchanges) = (0, 0);
+    }
+
     /// A probe was lost, and it may be for its size.
     pub(super) fn doubt(&mut self) {
         self.doubtful += 1;

@@ -324,6 +324,9 @@ impl Track {
             Phase::Searching(search) => {
                 self.due = ready(search.is_due());
                 let passes = if search.low < self.target.floor { 0 } else { search.low };
+                if self.standing == Standing::Unreachable {
+                    self.statistics.begin_anew();
+                }
                 self.standing = Standing::Searching { passes, fails: search.high };
             }
         }
@@ -331,6 +334,9 @@ impl Track {
 
     fn stand(&mut self, standing: Standing, now: Duration) {
         if standing != self.standing {
+            if self.standing == Standing::Unreachable {
+                self.statistics.begin_anew();
+            }
             self.standing = standing;
             self.since = now;
         }

@@ -18,6 +18,11 @@ pub(in crate::huskctl) fn doctor_list(listing: &[CheckListing]) -> String {
 
 /// A line per check, what was found below it, and a summary.
 pub(in crate::huskctl) fn doctor(report: &DoctorReport) -> String {
+    format!("{}{}", to_repair(report), hint(report))
+}
+
+/// The same without the hint at `--fix`, for who gave it.
+pub(in crate::huskctl) fn to_repair(report: &DoctorReport) -> String {
     let width = report.checks.iter().map(|check| check.id.len()).max().unwrap_or_default();
     let mut text = String::new();
     for check in &report.checks {
@@ -77,9 +82,7 @@ fn summary(report: &DoctorReport) -> String {
         Outcome::Found { findings } => findings.as_slice(),
         _ => &[],
     });
-    let findings: Vec<&Finding> = findings.flatten().collect();
-    let safe = findings.iter().filter(|finding| finding.fix.is_safe()).count();
-    let found = match findings.len() {
+    let found = match findings.flatten().count() {
         0 => "nothing is wrong".to_owned(),
         1 => "1 finding".to_owned(),
         many => format!("{many} findings"),
@@ -89,10 +92,20 @@ fn summary(report: &DoctorReport) -> String {
         let _ = write!(text, ", {unknown} could not be looked at");
     }
     text.push_str(".\n");
-    if safe > 0 && report.repairs.is_empty() {
-        let _ = writeln!(text, "huskctl doctor --fix applies {safe} of the fixes, and asks before each.");
-    }
     text
+}
+
+/// How many fixes a program can apply.
+fn hint(report: &DoctorReport) -> String {
+    let findings = report.checks.iter().filter_map(|check| match &check.outcome {
+        Outcome::Found { findings } => Some(findings),
+        _ => None,
+    });
+    match findings.flatten().filter(|finding| finding.fix.is_safe()).count() {
+        0 => String::new(),
+        1 => "huskctl doctor --fix applies one of the fixes, and asks before.\n".into(),
+        safe => format!("huskctl doctor --fix applies {safe} of the fixes, and asks before each.\n"),
+    }
 }
 
 /// What is asked before a fix is applied.
@@ -110,7 +123,7 @@ pub(in crate::huskctl) fn repair(repair: &RepairReport) -> String {
         RepairResult::ByHand { because } => ("left   ", format!("for you to do: {because}"), &[]),
         RepairResult::Declined => ("left   ", "as you wish".to_owned(), &[]),
     };
-    let mut text = format!("{mark}  {id}  {cause}: {what}\n");
+    let mut text = format!("{mark}  {id}  {cause}\n           {what}\n");
     for command in left {
         let _ = writeln!(text, "        -> on the host: {command}");
     }
