@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,8 +27,7 @@ use crate::companion::Companions;
 use crate::engine::{Engine, Parts, State, Waker, channel};
 use crate::follow::{self, Chosen, Follower};
 use crate::host::Host;
-use crate::http::endpoint::Endpoint;
-use crate::http::{self, Listening};
+use crate::http::sites::Sites;
 use crate::identity::Identity;
 use crate::kubernetes::{self, Reporter};
 use crate::line_log::{Event, Logs};
@@ -244,12 +243,14 @@ pub async fn run(options: RunOptions) -> Result<End> {
     let found = waker.clone();
     let probing = Probing::start(move || found.wake()).context(THREAD)?;
     let (metrics_issue, metrics_noticed) = state_watch::channel(None);
+    let (ui_issue, ui_noticed) = state_watch::channel(None);
     // Waits for an answer of the source, whose thread waits for the runtime.
     let open = |config: &Config| {
         let mut host = Host::new(config, identity.clone(), companions.clone(), options.sysctl_file())?;
         host.probe_with(probing.clone());
         host.test_offload_with(offload.clone());
         host.notice(metrics_noticed.clone());
+        host.notice(ui_noticed.clone());
         let source = tokio::task::block_in_place(|| source::open(config, &opening))?;
         Ok((host, source))
     };
@@ -309,12 +310,9 @@ pub async fn run(options: RunOptions) -> Result<End> {
         configuration: follower.issues(),
         flows: handle.flows().clone(),
     };
-    if let Some(address) = metrics_at(&parts.config, metrics_address) {
-        let listening =
-            Listening { address, key: "metrics.listen", issue: metrics_issue, limits: http::Limits::default() };
-        let noticed = waker.clone();
-        tokio::spawn(http::serve(listening, Endpoint::new(gathering), move || noticed.wake()));
-    }
+    let sites =
+        Sites { gathering, metrics_address, page: handle.page().clone(), run_directory: &options.run_directory };
+    sites.serve(&parts.config, [metrics_issue, ui_issue], &waker);
     let mut engine = Engine::new(parts, state, jiff::Timestamp::now());
     engine.measure_with(handle.live().clone());
     engine.log_to(logs.clone());
@@ -333,12 +331,6 @@ pub async fn run(options: RunOptions) -> Result<End> {
     tokio::task::block_in_place(|| logs.flush());
     files::remove(&options.run_directory.join(SOCKET_FILE))?;
     Ok(end)
-}
-
-/// Where metrics are served, if anywhere.
-fn metrics_at(config: &Config, address: Option<IpAddr>) -> Option<SocketAddr> {
-    let configured = config.metrics.listen?;
-    Some(address.map_or(configured, |address| SocketAddr::new(address, configured.port())))
 }
 
 /// Why the daemon ended.

@@ -153,6 +153,12 @@ impl Flows {
         })
     }
 
+    /// Keeps a flow that nobody denied.
+    #[cfg(test)]
+    pub(crate) fn keep(&self, flow: Flow) {
+        self.with(|ring| ring.keep(flow));
+    }
+
     fn with<T>(&self, body: impl FnOnce(&mut Ring) -> T) -> T {
         body(&mut self.ring.lock().unwrap_or_else(PoisonError::into_inner))
     }

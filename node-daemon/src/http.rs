@@ -23,6 +23,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 pub mod endpoint;
+pub mod sites;
 
 /// Connections served at once; more wait in the kernel's queue.
 const CONNECTIONS: usize = 32;

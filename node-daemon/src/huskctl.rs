@@ -16,6 +16,7 @@ mod support_bundle;
 mod tables;
 mod top;
 mod trace;
+mod ui;
 
 pub(crate) use self::tables::bytes;
 
@@ -111,6 +112,10 @@ enum Command {
     /// What goes through the tunnels and to the pods of this node, from second to second, with round-trip times and losses; -o
     /// json gives one line per interval
     Top(top::Options),
+    /// Where to see this node's page: the map of the cluster, denied flows and issues
+    ///
+    /// The address holds the key that the page asks for. The page is served on this host only.
+    Ui,
     /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
     ///
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
@@ -217,6 +222,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Trace(options) => trace::run(&socket, options, &show),
         Command::Capture(options) => capture::run(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Ui => ui::run(&socket, &show),
         Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Top(options) => top::run(&socket, options, &show),

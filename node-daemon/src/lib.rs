@@ -8,9 +8,9 @@
 //! [`probing`] what the paths to peers really carry, [`offload`] whether the VXLAN device may leave work to others; [`boot`]
 //! what a reboot ends; [`cleanup`] the way out.
 //!
-//! What tells people: [`server`] and [`report`] are the daemon's socket, [`huskctl`] its client, [`manual`] its pages; [`trace`] what becomes of a
-//! packet; [`doctor`] what is looked at beyond the daemon; [`metrics`] what is counted, [`http`] what serves that;
-//! [`line_log`] logs of flows and decisions.
+//! What tells people: [`server`] and [`report`] are the daemon's socket, [`huskctl`] its client, [`manual`] its pages;
+//! [`trace`] what becomes of a packet; [`doctor`] what is looked at beyond the daemon; [`metrics`] what is counted, [`http`]
+//! what serves that, [`ui`] its page; [`line_log`] logs of flows and decisions.
 
 pub mod boot;
 pub mod cleanup;
@@ -42,5 +42,6 @@ pub mod source;
 pub mod trace;
 pub mod tunnels;
 pub mod udp_encapsulation;
+pub mod ui;
 pub mod watch;
 pub mod wireguard_userspace;

@@ -33,6 +33,7 @@ pub use families::{Fixed, Inputs};
 pub use live::Live;
 pub use process::Process;
 pub use sample::{AddressSample, KeySample, PathSample, PeerSample, PoolSample, Sample, SourceSample};
+pub(crate) use sample::{standing_name, state_name};
 
 #[cfg(test)]
 mod tests;

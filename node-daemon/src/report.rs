@@ -11,6 +11,7 @@ mod policy;
 mod status;
 mod top;
 mod trace;
+mod ui;
 
 pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use crate::line_log::LogLine;
@@ -27,3 +28,4 @@ pub use policy::{
 pub use status::{Counter, KeysSummary, LastPass, Status};
 pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
 pub use trace::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide};
+pub use ui::UiReport;

@@ -147,6 +147,8 @@ pub enum Request {
         /// Somebody goes on asking: only then, and while they are logged, are connections recorded.
         follow: bool,
     },
+    /// Where the page is, and its key.
+    Ui,
     /// Cuts a pod of this node off, or lets it onto the network again.
     Quarantine {
         /// The pod, as above.

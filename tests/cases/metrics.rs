@@ -184,7 +184,7 @@ fn a_port_that_is_taken_is_an_issue_and_no_end() -> Result<()> {
     ensure!(told["subject"] == "metrics.listen" && told["severity"] == "warning", "{told}");
     let remedy = told["remedy"].as_str().unwrap_or_default();
     ensure!(remedy.contains("ss -lntp sport = :9472"), "{told}");
-    host.add_pod("a")?;
+    let _pod = host.add_pod("a")?;
     drop(taken);
     eventually("the issue to go", PATIENCE, || Ok(issue()?.is_none()))?;
     ensure!(get(host, "/readyz")?.status == 200);

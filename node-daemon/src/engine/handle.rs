@@ -20,6 +20,7 @@ use super::policy_reports::answer;
 use crate::flows::{Flows, Kinds};
 use crate::line_log::{Client, Event, Logs};
 use crate::metrics::Live;
+use crate::ui::served::Served;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -124,6 +125,7 @@ pub struct Handle {
     flows: Flows,
     live: Live,
     logs: Logs,
+    page: Served,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -142,8 +144,9 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    let (leases, flows, live, logs) = (Arc::new(leases), Flows::default(), Live::default(), Logs::default());
-    (Handle { inbox, waker, state, leases, detaching, index_of, flows, live, logs }, receiver)
+    let (flows, live, logs, page) = (Flows::default(), Live::default(), Logs::default(), Served::default());
+    let leases = Arc::new(leases);
+    (Handle { inbox, waker, state, leases, detaching, index_of, flows, live, logs, page }, receiver)
 }
 
 impl Handle {
@@ -170,6 +173,12 @@ impl Handle {
     pub fn logging_to(self, logs: Logs) -> Self {
         self.flows.log_to(logs.clone());
         Self { logs, ..self }
+    }
+
+    /// Where the page is.
+    #[must_use]
+    pub fn page(&self) -> &Served {
+        &self.page
     }
 
     /// The handle, with other eyes for interfaces.
@@ -224,6 +233,7 @@ impl Handle {
                 Response::Done
             }
             Request::Ready => self.ready(),
+            Request::Ui => self.page.answer(),
             Request::Flows { after, denied, connections, follow } => {
                 answer(&self.flows.report(after, Kinds { denied, connections }, follow))
             }

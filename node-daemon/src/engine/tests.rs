@@ -8,6 +8,7 @@ mod esp;
 mod expander;
 mod failures;
 mod inbox;
+mod observe;
 mod peers;
 mod pods;
 mod policy;

@@ -88,7 +88,7 @@ catalogue! {
 
     GUARD_PACKETS Counter "husk_guard_dropped_packets_total" ["reason"] "Packets dropped by the node's own rules: plaintext_out and plaintext_in are leaks that were stopped, spoofed are pods that used foreign addresses";
     GUARD_BYTES Counter "husk_guard_dropped_bytes_total" ["reason"] "Bytes of those packets";
-    POLICY_PACKETS Counter "husk_policy_packets_total" ["verdict", "direction", "reason"] "Packets that network policy denied (by rule or default deny, from or to a pod that is not known, or of no connection), and new connections' packets that it let pass";
+    POLICY_PACKETS Counter "husk_policy_packets_total" ["verdict", "direction", "reason"] "Packets that network policy denied (by rule or default deny, from or to a pod that is not known, or of no connection), and packets of pods that it let pass";
     FLOWS Counter "husk_flows_recorded_total" [] "Flows that were recorded: denied ones and, while somebody asks for them, connections that began or ended";
     FLOWS_LOST Counter "husk_flows_lost_total" [] "Records of denied packets that the kernel had no room for, or that were not understood";
     XFRM_ERRORS Counter "husk_xfrm_errors_total" ["reason"] "Packets that IPsec did not let through, by the kernel's name of the reason (Documentation/networking/xfrm_proc.rst)";

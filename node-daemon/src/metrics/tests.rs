@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_dataplane::kernel::Table;
-use husk_dataplane::reconcile::Outcome;
+use husk_dataplane::reconcile::{Failure, Outcome};
 use husk_overlay::config::Config;
 use husk_overlay::ipc::Attaching;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
@@ -46,6 +46,9 @@ fn inputs(peers: u32, extra: &str) -> Inputs {
     let outcome = Outcome { applied: [(Table::Routes, 3), (Table::XfrmStates, 1)].into(), ..Outcome::default() };
     live.passed(&outcome, Duration::from_millis(3));
     live.gave_up();
+    let failure = Failure { table: Table::Fdb, change: None, error: husk_dataplane::Error::WithTheOthers };
+    let outcome = Outcome { failures: vec![failure], ..Outcome::default() };
+    live.passed(&outcome, Duration::from_millis(3));
     live.plugin_ended(Attaching::Add, Duration::from_millis(5), None);
     live.plugin_ended(Attaching::Add, Duration::from_millis(70), Some(11));
     live.plugin_ended(Attaching::Del, Duration::from_millis(2), Some(4_000_000_000));
@@ -145,12 +148,14 @@ fn values_are_those_that_were_gathered() {
         ("husk_issues{kind=\"BadConfig\",severity=\"warning\"}", 1.0),
         ("husk_passes_total{result=\"clean\"}", 1.0),
         ("husk_passes_total{result=\"given_up\"}", 1.0),
+        ("husk_passes_total{result=\"failures\"}", 1.0),
+        ("husk_table_failures_total{table=\"fdb\"}", 1.0),
         ("husk_table_changes_total{table=\"routes\"}", 3.0),
         ("husk_table_changes_total{table=\"xfrm_states\"}", 1.0),
         ("husk_table_failures_total{table=\"routes\"}", 0.0),
-        ("husk_pass_duration_seconds_bucket{le=\"0.004\"}", 1.0),
+        ("husk_pass_duration_seconds_bucket{le=\"0.004\"}", 2.0),
         ("husk_pass_duration_seconds_bucket{le=\"0.002\"}", 0.0),
-        ("husk_pass_duration_seconds_bucket{le=\"+Inf\"}", 1.0),
+        ("husk_pass_duration_seconds_bucket{le=\"+Inf\"}", 2.0),
         ("husk_cni_duration_seconds_count{command=\"ADD\",result=\"success\"}", 1.0),
         ("husk_cni_duration_seconds_sum{command=\"ADD\",result=\"failure\"}", 0.07),
         ("husk_cni_duration_seconds_count{command=\"DEL\",result=\"success\"}", 0.0),

@@ -1,0 +1,60 @@
+// Fetches the same page again: every few seconds, and while somebody types. Without it everything is there, too.
+"use strict";
+
+(() => {
+  const INTERVAL = 5000;
+  const TYPING = 200;
+  const part = document.getElementById("part");
+  const lost = document.getElementById("lost");
+  let timer;
+  let asked = 0;
+
+  const search = () => document.getElementById("search");
+
+  async function renew() {
+    const now = ++asked;
+    const field = search();
+    const wanted = field ? field.value : "";
+    try {
+      const answer = await fetch("/part?q=" + encodeURIComponent(wanted), { cache: "no-store" });
+      if (!answer.ok) throw new Error(String(answer.status));
+      const text = await answer.text();
+      // A later question was asked meanwhile.
+      if (now !== asked) return;
+      replace(text);
+      lost.hidden = true;
+    } catch {
+      if (now === asked) lost.hidden = false;
+    }
+    later(INTERVAL);
+  }
+
+  // What stands there was escaped by the daemon. The field keeps its cursor and what was typed since.
+  function replace(text) {
+    const before = search();
+    const typed = before && { value: before.value, start: before.selectionStart, end: before.selectionEnd };
+    const focused = document.activeElement === before;
+    part.innerHTML = text;
+    const after = search();
+    if (!typed || !after) return;
+    after.value = typed.value;
+    if (focused) {
+      after.focus({ preventScroll: true });
+      after.setSelectionRange(typed.start, typed.end);
+    }
+  }
+
+  function later(milliseconds) {
+    clearTimeout(timer);
+    timer = setTimeout(() => (document.hidden ? later(INTERVAL) : renew()), milliseconds);
+  }
+
+  document.addEventListener("input", (event) => {
+    if (event.target === search()) later(TYPING);
+  });
+  document.addEventListener("submit", (event) => {
+    event.preventDefault();
+    renew();
+  });
+  later(INTERVAL);
+})();
