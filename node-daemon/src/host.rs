@@ -23,6 +23,7 @@ use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
+use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -30,6 +31,7 @@ use husk_overlay::offload::Candidate;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
 use husk_overlay::{marks, probe};
+use tokio::sync::watch;
 
 use self::paths::Paths;
 use self::support::Support;
@@ -70,6 +72,8 @@ pub struct Host {
     probing: Option<Probing>,
     /// Who tests the offload of the VXLAN device, if anybody does.
     offload: Option<OffloadTesting>,
+    /// What other parts of the daemon may find wrong.
+    noticed: Vec<watch::Receiver<Option<Issue>>>,
 }
 
 impl Host {
@@ -94,7 +98,13 @@ impl Host {
             missing: BTreeSet::new(),
             probing: None,
             offload: None,
+            noticed: Vec::new(),
         })
+    }
+
+    /// Has an issue told that another part of the daemon may have.
+    pub fn notice(&mut self, issue: watch::Receiver<Option<Issue>>) {
+        self.noticed.push(issue);
     }
 
     /// Has the paths to the peers probed.
@@ -325,6 +335,10 @@ impl Node for Host {
 
     fn note_published(&mut self, epochs: &BTreeSet<u64>) -> Result<()> {
         self.keys.note_published(epochs, since_boot())
+    }
+
+    fn noticed(&mut self) -> Vec<Issue> {
+        self.noticed.iter().filter_map(|issue| issue.borrow().clone()).collect()
     }
 
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {

@@ -4,12 +4,16 @@
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
 mod capture;
+mod doctor;
 mod flows;
 mod mtu;
 mod policy;
 mod rotate;
+mod style;
 mod tables;
 mod trace;
+
+pub(crate) use self::tables::bytes;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -24,6 +28,7 @@ use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::style::Colour;
 use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
@@ -39,6 +44,9 @@ pub struct Arguments {
     /// Form of the output
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Colours in tables
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
+    color: Colour,
     /// Directory of the daemon's socket
     #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
     run_directory: PathBuf,
@@ -93,6 +101,11 @@ enum Command {
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
+    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
+    /// exit status 1 if something was found
+    ///
+    /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
+    Doctor(doctor::Options),
 }
 
 #[derive(Subcommand)]
@@ -125,8 +138,7 @@ enum IpamCommand {
 pub fn run(arguments: &Arguments) -> ExitCode {
     match answer(arguments) {
         Ok((text, found)) => {
-            // A reader that closed the pipe has read enough.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            style::print(&text);
             if found { ExitCode::from(1) } else { ExitCode::SUCCESS }
         }
         Err(error) => {
@@ -139,7 +151,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 /// The text to print, and whether something was found.
 fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
     let socket = arguments.run_directory.join(ipc::SOCKET_FILE);
-    let show = Show { output: arguments.output };
+    let show = Show { output: arguments.output, coloured: arguments.color.is_on() };
     match &arguments.command {
         Command::Status => {
             let status: Status = ask(&socket, &Request::Status)?;
@@ -164,6 +176,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
         Command::Trace(options) => trace::run(&socket, options, &show),
         Command::Capture(options) => capture::run(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {
@@ -180,14 +193,21 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
 
 struct Show {
     output: Output,
+    coloured: bool,
 }
 
 impl Show {
+    /// The report as a table or as JSON, ready to be written.
     fn text<T: Serialize>(&self, report: &T, table: impl Fn(&T) -> String) -> anyhow::Result<String> {
         match self.output {
-            Output::Table => Ok(table(report)),
+            Output::Table => Ok(self.finish(&table(report))),
             Output::Json => Ok(serde_json::to_string_pretty(report)? + "\n"),
         }
+    }
+
+    /// Makes what a table marked coloured, or not ([`style`]).
+    fn finish(&self, text: &str) -> String {
+        style::finish(text, self.coloured)
     }
 }
 

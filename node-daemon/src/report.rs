@@ -1,6 +1,7 @@
 //! What the daemon tells `huskctl`: the stable JSON of `--output json` and the source of every table.
 
 mod capture;
+mod doctor;
 mod ipam;
 mod keys;
 mod mtu;
@@ -12,6 +13,7 @@ mod trace;
 
 pub use crate::flows::{Flow, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use capture::{CaptureReport, Tap, TunnelPorts, VerifyPath};
+pub use doctor::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};

@@ -71,6 +71,15 @@ pub enum Request {
     },
     /// A pod's addresses were released: a wake-up, nothing is waited for.
     Released,
+    /// An ADD or DEL of the plugin is over; nothing is waited for. Of a DEL it is a wake-up, too, as [`Request::Released`] is.
+    Ended {
+        /// Which command it was.
+        command: Attaching,
+        /// Microseconds from the start of the plugin's process.
+        microseconds: u64,
+        /// Error code that the runtime is told (CNI specification, section 5); none if all went well.
+        error: Option<u32>,
+    },
     /// No address is left: answer when `node.json` has another block of each of these families.
     Blocks {
         /// Families that ran out.
@@ -139,6 +148,16 @@ pub enum Request {
         /// Cut off.
         on: bool,
     },
+}
+
+/// A command of the plugin that the daemon counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Attaching {
+    /// `ADD`
+    Add,
+    /// `DEL`
+    Del,
 }
 
 /// The daemon's answer.

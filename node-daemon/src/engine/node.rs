@@ -11,6 +11,7 @@ use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{Facts, SpentAssociation};
+use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -72,6 +73,11 @@ pub trait Node {
 
     /// Chains of other firewalls that may keep pods' packets from being forwarded; may be half a minute old.
     fn foreign_chains(&mut self) -> Vec<ForeignChain>;
+
+    /// What is wrong with other parts of the daemon, as far as the loop does not find it out by itself.
+    fn noticed(&mut self) -> Vec<Issue> {
+        Vec::new()
+    }
 
     /// Time since boot, suspended time included.
     fn uptime(&mut self) -> Duration;

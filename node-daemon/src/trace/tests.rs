@@ -67,6 +67,7 @@ fn probed(standing: Standing) -> Report {
         answered: 8,
         since: Duration::ZERO,
         concluded: None,
+        clock_skew: None,
     }
 }
 

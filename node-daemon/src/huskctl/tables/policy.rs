@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use husk_policy::object::Direction;
 use husk_policy::rules::Effect;
 
+use super::super::style::{Tone, paint};
 use super::{bytes, list, or_dash, table};
 use crate::flows::Flow;
 use crate::report::{
@@ -62,7 +63,8 @@ pub(in crate::huskctl) fn policy(report: &PolicyReport) -> String {
         let _ = writeln!(text, "\n{}", rows.trim_fmt());
     }
     for issue in &report.issues {
-        let _ = write!(text, "\n{:?} {}: {}\n  -> {}\n", issue.severity, issue.subject, issue.message, issue.remedy);
+        let severity = paint(issue.severity.into(), format!("{:?}", issue.severity));
+        let _ = write!(text, "\n{severity} {}: {}\n  -> {}\n", issue.subject, issue.message, issue.remedy);
     }
     text
 }
@@ -128,7 +130,7 @@ fn rules_table(rules: &[RuleReport]) -> String {
     for (index, rule) in rules.iter().enumerate() {
         rows.add_row(vec![
             format!("  {}", index + 1),
-            effect(rule.effect).to_owned(),
+            effect(rule.effect),
             rule.peers.join("; "),
             rule.ports.join("; "),
             rule.origin.to_string(),
@@ -137,11 +139,11 @@ fn rules_table(rules: &[RuleReport]) -> String {
     rows.trim_fmt()
 }
 
-pub(super) fn effect(effect: Effect) -> &'static str {
+pub(super) fn effect(effect: Effect) -> String {
     match effect {
-        Effect::Allow => "allow",
-        Effect::Deny => "DENY",
-        Effect::Pass => "next tier",
+        Effect::Allow => paint(Tone::Good, "allow"),
+        Effect::Deny => paint(Tone::Bad, "DENY"),
+        Effect::Pass => "next tier".into(),
     }
 }
 

@@ -6,6 +6,7 @@ use husk_policy::compile::path::Path;
 use husk_policy::object::Direction;
 use husk_policy::verdict::{Outcome, Verdict};
 
+use super::super::style::{Tone, paint};
 use super::policy::effect;
 use super::table;
 use crate::report::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TraceReport, TraceSide};
@@ -44,23 +45,24 @@ pub(in crate::huskctl) fn trace(report: &TraceReport, verbose: bool) -> String {
 }
 
 /// The answer in a word.
-fn verdict(report: &TraceReport) -> &'static str {
+fn verdict(report: &TraceReport) -> String {
     let denies = |name| matches!(name, HopName::EgressPolicy | HopName::IngressPolicy);
-    match (report.broken, report.verdict) {
-        (Some(name), _) if !denies(name) => "BROKEN",
-        (_, Verdict::Deny) => "DENIED",
-        (Some(_), Verdict::Allow) => "BROKEN",
-        (None, Verdict::Allow) if report.hops.is_empty() => "ALLOWED",
-        (None, Verdict::Allow) => "PASSES",
-    }
+    let (tone, word) = match (report.broken, report.verdict) {
+        (Some(name), _) if !denies(name) => (Tone::Bad, "BROKEN"),
+        (_, Verdict::Deny) => (Tone::Bad, "DENIED"),
+        (Some(_), Verdict::Allow) => (Tone::Bad, "BROKEN"),
+        (None, Verdict::Allow) if report.hops.is_empty() => (Tone::Good, "ALLOWED"),
+        (None, Verdict::Allow) => (Tone::Good, "PASSES"),
+    };
+    paint(tone, word)
 }
 
 fn line(hop: &Hop) -> String {
     let (mark, first) = match &hop.standing {
-        HopStanding::Passes => ("ok", None),
-        HopStanding::Broken { cause, .. } => ("!!", Some(cause)),
-        HopStanding::Unknown { why } => ("??", Some(why)),
-        HopStanding::NotHere => ("--", None),
+        HopStanding::Passes => (paint(Tone::Good, "ok"), None),
+        HopStanding::Broken { cause, .. } => (paint(Tone::Bad, "!!"), Some(cause)),
+        HopStanding::Unknown { why } => (paint(Tone::Warning, "??"), Some(why)),
+        HopStanding::NotHere => (paint(Tone::Faint, "--"), None),
     };
     // Of what is broken the end tells the rest.
     let rest = hop.evidence.iter().filter(|_| mark != "!!");
@@ -145,7 +147,7 @@ fn trace_side(it: &TraceSide) -> String {
             rows.add_row(vec![
                 format!("  {}", index + 1),
                 asked.origin.to_string(),
-                effect(asked.effect).to_owned(),
+                effect(asked.effect),
                 outcome.to_owned(),
             ]);
         }
