@@ -99,8 +99,8 @@ impl CaptureSocket {
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true).map_err(failed("take the time of packets of"))?;
         let hears = address(index).ok_or(Errno::EINVAL).map_err(failed("address"))?;
         bind(socket.as_raw_fd(), &hears).map_err(failed("listen on"))?;
-        let own: LinkAddr = nix::sys::socket::getsockname(socket.as_raw_fd()).map_err(failed("examine"))?;
-        let link = if [ETHERNET, LOOPBACK].contains(&own.hatype()) { Link::Ethernet } else { Link::None };
+        let kind = hardware(&socket).map_err(failed("examine"))?;
+        let link = if [ETHERNET, LOOPBACK].contains(&kind) { Link::Ethernet } else { Link::None };
         Ok(Self { socket, interface: interface.clone(), link, counted: Statistics::default() })
     }
 
@@ -179,6 +179,26 @@ fn address(index: u32) -> Option<LinkAddr> {
     let length = libc::socklen_t::try_from(size_of_val(&hears)).ok()?;
     // SAFETY: the pointer is to a whole `sockaddr_ll`, whose family and length are right.
     unsafe { LinkAddr::from_raw((&raw const hears).cast(), Some(length)) }
+}
+
+/// Kind of the device that a socket is bound to (`ARPHRD_*`). What the kernel says of its address is shorter than a whole
+/// `sockaddr_ll` (`packet_getname`, net/packet/af_packet.c), which nix does not take.
+#[allow(unsafe_code)]
+fn hardware(socket: &OwnedFd) -> nix::Result<u16> {
+    let mut own = libc::sockaddr_ll {
+        sll_family: 0,
+        sll_protocol: 0,
+        sll_ifindex: 0,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let mut size = libc::socklen_t::try_from(size_of_val(&own)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: the kernel writes at most `size` bytes, which is the size of `own`.
+    let result = unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut own).cast(), &raw mut size) };
+    Errno::result(result)?;
+    Ok(own.sll_hatype)
 }
 
 /// Attaches a filter.

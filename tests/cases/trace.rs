@@ -2,9 +2,10 @@
 //! found where it is. Only such things are broken as the daemon does not mend by itself.
 
 use std::fs;
+use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use husk_tests::policy::scene::Scene;
 use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
 use serde_json::{Value, json};
@@ -148,6 +149,11 @@ fn whole(scene: &Scene) -> Result<()> {
     let router = one.router(Family::Ipv4)?.to_string();
     ensure!(traced.report["source"]["address"] == router.as_str(), "{traced:#?}");
     Traced::ask(one, "default/web", "host1", &[])?.ensure_passes(&["source", "route", "destination"])?;
+    let traced = Traced::ask(one, "default/web", "host2", &[])?;
+    traced.ensure_passes(&["source", "route", "nat"])?;
+    ensure!(traced.report["destination"]["address"] == cluster.host(2).address(Family::Ipv4)?.to_string().as_str());
+    let [web, far] = ["web", "far"].map(|name| scene.pod(name).address(Family::Ipv6).map(|it| it.to_string()));
+    Traced::ask(one, &web?, &far?, &["--probe"])?.ensure_passes(&[&local[..], &remote].concat())?;
 
     let outside = Cluster::outside_address(Family::Ipv4).to_string();
     let traced = Traced::ask(one, "default/web", &outside, &[])?;
@@ -168,9 +174,7 @@ fn of_this_node(scene: &Scene) -> Result<()> {
     let traced = Traced::ask(one, &Cluster::outside_address(Family::Ipv4).to_string(), "default/web", &[])?;
     traced.ensure_broken("firewall", "to a pod's own address are dropped", "Service")?;
 
-    let cidr = scene.cluster.cluster_cidrs()[0].to_string();
-    let nobody =
-        cidr.split('/').next().map(|start| start.replace(".0.0", ".250.9")).context("a prefix has an address")?;
+    let nobody = nobodys_address(&scene.cluster)?.to_string();
     let traced = Traced::ask(one, "default/web", &nobody, &[])?;
     traced.ensure_broken("route", &format!("no node of the cluster owns {nobody}"), "huskctl peers")?;
 
@@ -189,6 +193,17 @@ fn of_this_node(scene: &Scene) -> Result<()> {
     await_whole(one)
 }
 
+/// An address of the cluster that is in no node's block.
+fn nobodys_address(cluster: &Cluster) -> Result<IpAddr> {
+    let mut blocks = cluster.host(1).blocks()?;
+    blocks.extend(cluster.host(2).blocks()?);
+    let cidrs = cluster.cluster_cidrs();
+    let cidr = cidrs.iter().find(|it| it.family() == Family::Ipv4).context("the cluster has IPv4")?;
+    let IpAddr::V4(first) = cidr.address() else { bail!("{cidr} is of IPv4") };
+    let mut candidates = (0..4).map(|number| IpAddr::from((u32::from(first) + 9 + number * 64).to_be_bytes()));
+    candidates.find(|it| !blocks.iter().any(|block| block.contains(*it))).context("two of four blocks are free")
+}
+
 /// A firewall on the way takes the tunnel's packets, and nothing else.
 fn filtered(scene: &Scene) -> Result<()> {
     let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
@@ -205,6 +220,10 @@ fn filtered(scene: &Scene) -> Result<()> {
 /// The other host is not on the network any more.
 fn cut_off(scene: &Scene) -> Result<()> {
     let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    // A neighbour that does not answer is found within seconds, not within a minute.
+    for (key, value) in [("base_reachable_time_ms", "1000"), ("delay_first_probe_time", "1")] {
+        one.netns().sysctl(&format!("net/ipv4/neigh/eth0/{key}"), value)?;
+    }
     cluster.set_cable(2, false)?;
     let traced = await_broken(one, "underlay")?;
     traced.ensure_broken("underlay", "does not answer on eth0", "is host2 up")?;

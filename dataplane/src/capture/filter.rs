@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 
-use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::prefix::Prefix;
 use nix::libc::sock_filter;
 use serde::{Deserialize, Serialize};
 
@@ -237,17 +237,6 @@ fn ports_ipv6(port: u32) -> Vec<sock_filter> {
             equal(port),
         ],
     )
-}
-
-impl Test {
-    /// The family that it is about; none for both.
-    #[must_use]
-    pub fn family(&self) -> Option<Family> {
-        match self {
-            Self::Address(prefix) => Some(prefix.family()),
-            Self::Protocol(_) | Self::Port(_) => None,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -169,14 +169,21 @@ fn trace_peer(peer: &PeerEvidence, report: &TraceReport, last: &Pass) -> TracePe
     }
 }
 
+/// Which end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Source,
+    Destination,
+}
+
 /// What people call this node.
 const THIS_HOST: &str = "host";
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// The addresses of both ends, of one family.
     fn ends(&mut self, cluster: &Cluster, question: &Question<'_>, last: &Pass) -> Result<(IpAddr, IpAddr), String> {
-        let sources = self.addresses_of(cluster, question.source, last)?;
-        let destinations = self.addresses_of(cluster, question.destination, last)?;
+        let sources = self.addresses_of(cluster, question.source, End::Source, last)?;
+        let destinations = self.addresses_of(cluster, question.destination, End::Destination, last)?;
         let of = |family, all: &[IpAddr]| all.iter().copied().find(|address| Family::of(*address) == family);
         let pair = Family::ALL.into_iter().find_map(|family| of(family, &sources).zip(of(family, &destinations)));
         let (source, destination) = pair.ok_or_else(|| {
@@ -197,10 +204,14 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         text == THIS_HOST || text == self.parts.node_name.as_str()
     }
 
-    fn addresses_of(&self, cluster: &Cluster, text: &str, last: &Pass) -> Result<Vec<IpAddr>, String> {
-        let all = |addresses: DualStack, of: &str| {
-            let addresses: Vec<IpAddr> = addresses.iter().collect();
-            if addresses.is_empty() { Err(format!("the node {of} has no address yet")) } else { Ok(addresses) }
+    fn addresses_of(&self, cluster: &Cluster, text: &str, end: End, last: &Pass) -> Result<Vec<IpAddr>, String> {
+        // A node talks to pods from its address inside the overlay; who talks to a node means its own.
+        let all = |router: DualStack, addresses: DualStack| {
+            let all: Vec<IpAddr> = match end {
+                End::Source => router.iter().chain(addresses.iter()).collect(),
+                End::Destination => addresses.iter().chain(router.iter()).collect(),
+            };
+            if all.is_empty() { Err(format!("the node {text} has no address yet")) } else { Ok(all) }
         };
         match find(cluster, text) {
             Ok(Named::Address(address)) => Ok(vec![address]),
@@ -215,12 +226,11 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                  (huskctl ipam show)"
             )),
             Err(_) if self.is_this_node(text) => {
-                // Its pods may all be of a family that the underlay has no address of.
                 let router = last.plan.record.as_ref().map(|record| record.router).unwrap_or_default();
-                all(router.iter().chain(last.facts.addresses.iter()).collect(), text)
+                all(router, last.facts.addresses)
             }
             Err(reason) => match self.snapshot.nodes.values().find(|record| record.name.as_str() == text) {
-                Some(record) => all(record.router.iter().chain(record.addresses.iter()).collect(), text),
+                Some(record) => all(record.router, record.addresses),
                 None if text.contains('/') => Err(reason),
                 None => Err(format!("{reason}; nor is there a node {text} (huskctl peers)")),
             },

@@ -18,10 +18,10 @@ use crate::report::{TraceEnd, TraceSide};
 /// All that [`super::hops`] needs to know. What could not be looked at is an error in words.
 #[derive(Debug, Clone)]
 pub struct Evidence {
-    /// Own name.
-    pub node: NodeName,
     /// Encapsulation.
     pub mode: Mode,
+    /// Where addresses of pods and nodes in the overlay lie.
+    pub cluster_cidrs: Vec<Prefix>,
     /// The connection.
     pub connection: Connection,
     /// Bytes of a packet of it; none means any.
@@ -44,8 +44,6 @@ pub struct Evidence {
     pub guard: Guard,
     /// The other node, if another one of the cluster has a part in it and the overlay leads there.
     pub peer: Option<PeerEvidence>,
-    /// The destination, or in its absence the source, lies in a cluster CIDR.
-    pub inside_cluster: bool,
     /// What pods exchange with addresses outside the cluster leaves under the node's address.
     pub masquerade: bool,
     /// Ports of this host that lead to the destination, in words, for example "TCP 8080 -> 80".
@@ -55,6 +53,12 @@ pub struct Evidence {
 }
 
 impl Evidence {
+    /// The address lies in a cluster CIDR.
+    #[must_use]
+    pub fn is_in_cluster(&self, address: IpAddr) -> bool {
+        self.cluster_cidrs.iter().any(|cidr| cidr.contains(address))
+    }
+
     /// Which part of the way is on this node.
     #[must_use]
     pub fn course(&self) -> Course {

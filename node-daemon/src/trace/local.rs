@@ -2,7 +2,7 @@
 
 use husk_dataplane::way::Way;
 use husk_overlay::marks;
-use husk_policy::object::Direction;
+use husk_policy::object::{Direction, Protocol};
 use husk_policy::verdict::Verdict;
 
 use super::{EndpointEvidence, Evidence, broken, not_here, passes, unknown};
@@ -18,9 +18,14 @@ pub(super) fn destination(evidence: &Evidence) -> Hop {
 
 fn end(name: HopName, end: &TraceEnd, endpoint: Option<&EndpointEvidence>, evidence: &Evidence) -> Hop {
     let ask = |node: &str| {
-        let Evidence { source, destination, .. } = evidence;
+        let Evidence { source, destination, connection, .. } = evidence;
         let named = |end: &TraceEnd| end.pod.as_ref().map_or_else(|| end.address.to_string(), ToString::to_string);
-        format!("node {node} knows; run there: huskctl trace {} {}", named(source), named(destination))
+        let how = match Protocol::of(connection.protocol) {
+            None => " --protocol icmp".to_owned(),
+            Some(Protocol::Tcp) => format!(" --port {}", connection.port),
+            Some(other) => format!(" --port {} --protocol {}", connection.port, other.to_string().to_lowercase()),
+        };
+        format!("node {node} knows; run there: huskctl trace {} {}{how}", named(source), named(destination))
     };
     match &end.place {
         Place::PodHere => endpoint.map_or_else(
@@ -45,18 +50,13 @@ fn end(name: HopName, end: &TraceEnd, endpoint: Option<&EndpointEvidence>, evide
         Place::OtherNode { node } => {
             unknown(name, ask(node), vec![format!("{} is an address of node {node}", end.address)])
         }
-        Place::External if evidence.inside_cluster && marks_as_cluster(end, evidence) => unknown(
+        Place::External if evidence.is_in_cluster(end.address) => unknown(
             name,
             format!("{} is in the cluster's address range, but no pod and no node is known to have it", end.address),
             Vec::new(),
         ),
         Place::External => unknown(name, "it is outside of the cluster, where Husk sees nothing", Vec::new()),
     }
-}
-
-/// Whether the address in a cluster CIDR is this end's.
-fn marks_as_cluster(end: &TraceEnd, evidence: &Evidence) -> bool {
-    end.address == evidence.destination.address
 }
 
 fn pod(name: HopName, endpoint: &EndpointEvidence) -> Hop {

@@ -3,6 +3,7 @@
 use husk_dataplane::way::Way;
 use husk_overlay::kernel::RouteTarget;
 use husk_overlay::marks;
+use husk_overlay::mtu::Ledger;
 use husk_policy::object::Protocol;
 use nix::errno::Errno;
 
@@ -36,7 +37,7 @@ pub(super) fn route(evidence: &Evidence) -> Hop {
             let via = via.map(|via| format!(" via {via}")).unwrap_or_default();
             let whose = match route.as_ref().map(|route| route.protocol) {
                 Some(marks::ROUTE_PROTOCOL) => ", Husk's".to_owned(),
-                Some(protocol) => format!(", of routing protocol {protocol}"),
+                Some(protocol) => format!(", {}", maker(protocol)),
                 None => String::new(),
             };
             let found = format!("{destination}{via} dev {interface} mtu {mtu}{whose}");
@@ -59,7 +60,10 @@ pub(super) fn route(evidence: &Evidence) -> Hop {
                     ),
                     vec![found],
                 ),
-                None if evidence.inside_cluster && evidence.course() != Course::In && is_foreign => {
+                None if evidence.is_in_cluster(evidence.destination.address)
+                    && evidence.course() != Course::In
+                    && is_foreign =>
+                {
                     let (cause, remedy) = nobody(evidence);
                     broken(NAME, cause, remedy, vec![found, "no route of Husk's covers the address".into()])
                 }
@@ -67,6 +71,26 @@ pub(super) fn route(evidence: &Evidence) -> Hop {
             }
         }
     }
+}
+
+/// Who made a route, by its routing protocol number (`RTPROT_*` in include/uapi/linux/rtnetlink.h).
+fn maker(protocol: u8) -> String {
+    match protocol {
+        2 => "the kernel's".into(),
+        3 => "made by hand".into(),
+        4 => "static".into(),
+        9 => "of a router advertisement".into(),
+        16 => "of DHCP".into(),
+        other => format!("of routing protocol {other}"),
+    }
+}
+
+/// The byte ledger in short.
+fn sum(ledger: &Ledger) -> String {
+    let layers: Vec<String> =
+        ledger.entries.iter().map(|entry| format!(" - {} {}", entry.layer, entry.bytes)).collect();
+    let inner = ledger.inner.map_or_else(|| "nothing".to_owned(), |inner| inner.to_string());
+    format!("underlay {}{} = {inner}", ledger.underlay_mtu, layers.concat())
 }
 
 /// Why there is no way, and what to do about it.
@@ -82,7 +106,7 @@ fn refusal(evidence: &Evidence, errno: Errno, planned: bool) -> (String, String)
             "huskctl diff shows what is missing; forwarding has to be on (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding)"
                 .into(),
         ),
-        _ if evidence.inside_cluster => nobody(evidence),
+        _ if evidence.is_in_cluster(evidence.destination.address) => nobody(evidence),
         Errno::ENETUNREACH => (
             format!("this node has no route to {destination}"),
             "give the host a route to it, or a default route".into(),
@@ -126,23 +150,22 @@ pub(super) fn mtu(evidence: &Evidence) -> Hop {
     };
     let endpoints = [&evidence.source_endpoint, &evidence.destination_endpoint];
     let of_pods = endpoints.into_iter().flatten().filter_map(|endpoint| endpoint.mtu);
-    let limits = of_route.into_iter().chain(of_pods).chain(evidence.peer.as_ref().and_then(|peer| peer.mtu));
+    // What comes from elsewhere was limited there.
+    let to_peer = evidence.peer.as_ref().filter(|_| evidence.course() == Course::Out);
+    let limits = of_route.into_iter().chain(of_pods).chain(to_peer.and_then(|peer| peer.mtu));
     let Some(largest) = limits.min() else {
         return passes(NAME, vec!["nothing but the host's loopback limits it".into()]);
     };
     let mut told = vec![format!("packets of up to {largest} bytes")];
-    if let Some(peer) = &evidence.peer {
-        told.push(peer.ledger.to_string());
+    if let Some(peer) = to_peer {
+        told.push(sum(&peer.ledger));
         told.extend(peer.probed.map(|probed| format!("probing found that {probed} bytes pass")));
     }
     if evidence.connection.protocol == Protocol::Tcp.number() {
         told.push("TCP's segments are clamped to it".into());
     }
-    if let Some((peer, promised)) = evidence
-        .peer
-        .as_ref()
-        .and_then(|peer| Some((peer, peer.mtu?)))
-        .filter(|(_, promised)| of_route > Some(*promised))
+    if let Some((peer, promised)) =
+        to_peer.and_then(|peer| Some((peer, peer.mtu?))).filter(|(_, promised)| of_route > Some(*promised))
     {
         let of_route = of_route.unwrap_or_default();
         return broken(
@@ -227,7 +250,7 @@ pub(super) fn nat(evidence: &Evidence) -> Hop {
         );
     }
     let leaves = matches!(evidence.destination.place, Place::External | Place::OtherNode { .. });
-    if evidence.source.place != Place::PodHere || !leaves || evidence.inside_cluster {
+    if evidence.source.place != Place::PodHere || !leaves || evidence.is_in_cluster(evidence.destination.address) {
         return not_here(NAME, "addresses stay as they are");
     }
     let interface = match &evidence.route {

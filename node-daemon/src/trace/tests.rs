@@ -79,8 +79,8 @@ fn healthy() -> Evidence {
         mtu: Some(1450),
     };
     Evidence {
-        node: NodeName::new("host1").unwrap(),
         mode: Mode::Vxlan,
+        cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap()],
         connection: Connection {
             originator: OWN.parse().unwrap(),
             responder: THEIRS.parse().unwrap(),
@@ -120,7 +120,6 @@ fn healthy() -> Evidence {
             }),
             probe: Some((probed(Standing::Verified), Some(Duration::from_secs(3)))),
         }),
-        inside_cluster: true,
         masquerade: true,
         host_ports: Vec::new(),
         mapped_to: None,
@@ -280,7 +279,7 @@ fn esp_without_keys_or_associations_is_broken_at_the_tunnel() {
 fn a_pod_that_talks_to_the_outside_is_masqueraded() {
     let mut evidence = healthy();
     evidence.destination = end("192.0.2.9", None, Place::External);
-    (evidence.peer, evidence.inside_cluster) = (None, false);
+    evidence.peer = None;
     evidence.route = Some(RouteEvidence { way: Ok(leaves("eth0", 1500, 3)), planned: None });
     assert_eq!(verdict(&evidence), None);
     let nat = path::nat(&evidence).evidence.join("; ");

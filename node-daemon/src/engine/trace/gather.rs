@@ -57,8 +57,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             RouteEvidence { way, planned: planned(destination.address, last) }
         });
         Evidence {
-            node: self.parts.node_name.clone(),
             mode: self.parts.config.mode,
+            cluster_cidrs: self.parts.config.cluster_cidrs.clone(),
             connection,
             size,
             source: source.clone(),
@@ -70,7 +70,6 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             route,
             guard: self.guard(last),
             peer,
-            inside_cluster: self.is_in_cluster(destination.address),
             masquerade: self.parts.config.masquerade,
             host_ports,
             mapped_to,

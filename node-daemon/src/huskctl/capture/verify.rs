@@ -65,7 +65,7 @@ pub(in crate::huskctl) struct Verified {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) enum Finding {
-    /// As many packets of the tunnel as datagrams, none with the marker.
+    /// As many packets of the tunnel as datagrams, and as large, none with the marker.
     Encrypted,
     /// The marker was seen.
     Plaintext,
@@ -117,7 +117,9 @@ fn look(report: &CaptureReport, path: &VerifyPath, marker: &[u8]) -> anyhow::Res
         session.run(&Limits { count: None, time: Some(time) }, |seen| {
             let Some(it) = seen.filter(|it| it.captured.outgoing) else { return Ok(true) };
             let content = decoder.content(it.captured.link, it.bytes);
-            encrypted += u64::from(content.is_encrypted());
+            // A smaller one, as a probe's answer or a keepalive is, cannot be one of those that were sent.
+            let is_large = it.captured.length > MARKER * REPEATED;
+            encrypted += u64::from(is_large && content.is_encrypted());
             verified.with_marker += u64::from(it.bytes.windows(marker.len()).any(|bytes| bytes == marker));
             *verified.packets.entry(content.protocol).or_default() += 1;
             Ok(true)

@@ -64,7 +64,9 @@ fn line(hop: &Hop) -> String {
         HopStanding::Unknown { why } => (paint(Tone::Warning, "??"), Some(why)),
         HopStanding::NotHere => (paint(Tone::Faint, "--"), None),
     };
-    let said: Vec<&str> = first.into_iter().chain(&hop.evidence).map(String::as_str).collect();
+    // Of what is broken the end tells the rest.
+    let rest = hop.evidence.iter().filter(|_| mark != "!!");
+    let said: Vec<&str> = first.into_iter().chain(rest).map(String::as_str).collect();
     format!("  {mark}  {:<NAME_WIDTH$}  {}\n", hop.name, said.join("; "))
 }
 
