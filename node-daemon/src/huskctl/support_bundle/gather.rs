@@ -270,7 +270,7 @@ fn first(pipe: &mut dyn Read, most: u64) -> Gathered {
 fn last(pipe: &mut dyn Read, most: u64) -> Gathered {
     let most = usize::try_from(most).unwrap_or(usize::MAX);
     let (mut content, mut truncated) = (Vec::new(), false);
-    while pipe.by_ref().take(most as u64).read_to_end(&mut content).is_ok_and(|read| read > 0) {
+    while Read::take(&mut *pipe, most as u64).read_to_end(&mut content).is_ok_and(|read| read > 0) {
         if content.len() > most {
             content.drain(..content.len() - most);
             truncated = true;
