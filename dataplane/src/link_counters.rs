@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn our_interfaces_are_counted_and_no_others() {
         let world = || {
-            let pod = marks::pod_interface("pods", "a", "eth0").to_string();
+            let pod = marks::pod_interface("husk", "a", "eth0").to_string();
             ip(&format!("link add {pod} type veth peer name other"));
             ip(&format!("link set {pod} up"));
             ip("link set other up");

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_dataplane::connections;
 use husk_overlay::marks::PROBE_PORT;
 use husk_tests::probe::{Datagram, EchoServer, tcp};
 use husk_tests::{Cluster, Family, Host, Mode, Pod, Signal, eventually};
@@ -75,6 +76,13 @@ fn await_line(path: &Path, what: &str, wanted: impl Fn(&Value) -> bool) -> Resul
     found.context("it was found")
 }
 
+/// Looks at all connections: the kernel forgets those that are over when somebody comes across them, and else within a minute
+/// or two (net/netfilter/nf_conntrack_core.c `gc_worker`).
+fn forget_what_is_over(host: &Host) -> Result<()> {
+    host.netns().run(connections::all)??;
+    Ok(())
+}
+
 /// A flow at this port, of a connection that began or ended.
 fn is_flow(flow: &Value, verdict: &str, protocol: &str, to: SocketAddr) -> bool {
     let (address, port) = (&flow["destination"]["address"], &flow["destination"]["port"]);
@@ -113,6 +121,7 @@ fn followed(stage: &Stage) -> Result<()> {
     tcp::transfer(stage.client.netns(), at, 50_000)?;
     let mut closed = Value::Null;
     let ended = eventually("the connection to be told, and its end", PATIENCE, || {
+        forget_what_is_over(host)?;
         let text = told()?;
         let flows: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let find = |verdict| flows.iter().find(|flow| is_flow(flow, verdict, "TCP", at)).cloned();
@@ -141,7 +150,10 @@ fn logged(stage: &Stage) -> Result<()> {
     let line = await_line(&path, "the connection in the log", |line| is_flow(&line["flow"], "new", "TCP", at))?;
     ensure!(line["node"] == "host1" && line["kind"] == "flow" && line["event"] == "new", "{line}");
     ensure!(line["flow"]["source"]["pod"] == "client" && line["flow"]["direction"] == "egress", "{line}");
-    await_line(&path, "its end", |line| is_flow(&line["flow"], "closed", "TCP", at))?;
+    eventually("its end in the log", PATIENCE, || {
+        forget_what_is_over(host)?;
+        Ok(lines(&path)?.iter().any(|line| is_flow(&line["flow"], "closed", "TCP", at)))
+    })?;
     let mode = fs::metadata(&path)?.permissions().mode();
     ensure!(mode & 0o777 == 0o640, "{mode:o}");
     let probes = lines(&path)?.iter().filter(|line| line["flow"]["destination"]["port"] == json!(PROBE_PORT)).count();

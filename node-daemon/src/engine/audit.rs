@@ -105,10 +105,10 @@ fn changed_issues(known: &mut BTreeMap<(IssueKind, String), Issue>, issues: &[Is
         stays
     });
     for (key, issue) in now {
-        if !known.contains_key(&key) {
+        known.entry(key).or_insert_with(|| {
             events.push(Event::IssueRaised { issue: issue.clone() });
-            known.insert(key, issue.clone());
-        }
+            issue.clone()
+        });
     }
     events
 }

@@ -110,7 +110,11 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
                 "connections are recorded only while somebody follows them (--follow), or they are logged (logs.flows)";
             tell([format!("huskctl: {hint}")]);
         }
-        return Ok((text(show, &flows, true)?, report.unavailable.is_some()));
+        let text = match show.output {
+            Output::Table if flows.is_empty() => "No flows were recorded.\n".to_owned(),
+            _ => text(show, &flows, true)?,
+        };
+        return Ok((text, report.unavailable.is_some()));
     }
     let mut first = true;
     let mut listening = false;

@@ -17,8 +17,11 @@ use crate::report::{
     QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport, WhatIfReport,
 };
 
+/// Makes the schema of a type.
+type Make = fn() -> Schema;
+
 /// Name, as for `huskctl schema NAME`, and schema of every report. Commands name theirs in [`super::reference`].
-pub(super) const ALL: &[(&str, fn() -> Schema)] = &[
+pub(super) const ALL: &[(&str, Make)] = &[
     ("capture", of::<capture::Packet>),
     ("capture-verify", of::<capture::Verified>),
     ("diff", of::<DiffReport>),
@@ -65,7 +68,7 @@ pub(super) fn run(options: &Options) -> Result<String> {
         return Ok(ALL.iter().fold(String::new(), |text, (name, _)| text + name + "\n"));
     };
     match ALL.iter().find(|(it, _)| it == name) {
-        Some((_, schema)) => text(name, schema),
+        Some((_, schema)) => text(name, *schema),
         None => bail!("there is no report {name}; huskctl schema lists all"),
     }
 }
@@ -74,12 +77,12 @@ fn write(directory: &Path) -> Result<String> {
     fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
     for (name, schema) in ALL {
         let path = directory.join(format!("{name}.json"));
-        fs::write(&path, text(name, schema)?).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(&path, text(name, *schema)?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(format!("{} schemas are in {}.\n", ALL.len(), directory.display()))
 }
 
-fn text(name: &str, schema: &fn() -> Schema) -> Result<String> {
+fn text(name: &str, schema: Make) -> Result<String> {
     let mut schema = schema();
     schema.insert("title".into(), format!("huskctl: {name}").into());
     Ok(serde_json::to_string_pretty(&schema)? + "\n")
@@ -114,7 +117,7 @@ mod tests {
             let file = fs::read_to_string(&path).unwrap_or_default();
             let differs = "hack/reference writes it anew; what a script may rely on must not go away";
             // Both texts are long.
-            assert!(file == text(name, schema).unwrap(), "{} is not up to date: {differs}", path.display());
+            assert!(file == text(name, *schema).unwrap(), "{} is not up to date: {differs}", path.display());
         }
         let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let expected: BTreeSet<String> = ALL.iter().map(|(name, _)| format!("{name}.json")).collect();

@@ -111,6 +111,7 @@ fn forms(secret: &[u8]) -> Vec<Zeroizing<Vec<u8>>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::duplicate_mod, reason = "the engine's tests look for secrets, too")]
 #[expect(unreachable_pub, reason = "the end-to-end harness, whose file it is, offers it")]
 #[path = "../../../../tests/src/secret.rs"]
 mod secret;
