@@ -74,6 +74,8 @@ pub enum IssueKind {
     ForeignFirewall,
     /// The cluster source does not answer or has not delivered yet.
     SourceUnavailable,
+    /// A part of the daemon has ended, which is a bug.
+    Defect,
 }
 
 /// One thing that is wrong.
