@@ -15,8 +15,9 @@ use anyhow::{Context as _, Result};
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
-use husk_dataplane::pod::{self, PodSpec};
+use husk_dataplane::pod::{self, PodMtu, PodSpec};
 use husk_dataplane::underlay;
+use husk_dataplane::way::{self, NeighbourStanding, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, napi, nft, policy, sysctl, xfrm};
 use husk_ipam::lease::since_boot;
@@ -24,6 +25,7 @@ use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
+use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -31,6 +33,7 @@ use husk_overlay::offload::Candidate;
 use husk_overlay::prefix::Family;
 use husk_overlay::record::{DualStack, Snapshot};
 use husk_overlay::{marks, probe};
+use tokio::sync::watch;
 
 use self::addresses::{advertised, carrier_of, foreign_prefixes};
 use self::ears::{Count, Ears};
@@ -74,6 +77,8 @@ pub struct Host {
     ears: Ears,
     /// Who tests the offload of the VXLAN device, if anybody does.
     offload: Option<OffloadTesting>,
+    /// What other parts of the daemon may find wrong.
+    noticed: Vec<watch::Receiver<Option<Issue>>>,
 }
 
 impl Host {
@@ -99,7 +104,13 @@ impl Host {
             probing: None,
             ears: Ears::default(),
             offload: None,
+            noticed: Vec::new(),
         })
+    }
+
+    /// Has an issue told that another part of the daemon may have.
+    pub fn notice(&mut self, issue: watch::Receiver<Option<Issue>>) {
+        self.noticed.push(issue);
     }
 
     /// Has the paths to the peers probed.
@@ -219,12 +230,25 @@ impl Node for Host {
     }
 
     fn set_pod_mtu(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<(), Error> {
-        pod::set_mtu(&PodSpec::of(endpoint, mtu), &open_netns(endpoint)?)
+        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?)
     }
 
     fn forget_paths(&mut self, endpoint: &Endpoint) -> Result<(), Error> {
         // Whatever its MTU is.
-        pod::forget_paths(&PodSpec::of(endpoint, 0), &open_netns(endpoint)?)
+        pod::forget_paths(&PodSpec::of(endpoint, 0), &netns_of(endpoint)?)
+    }
+
+    fn way(&mut self, packet: &way::Packet) -> Result<Way> {
+        Ok(way::of(&mut self.socket, packet)?)
+    }
+
+    fn neighbour(&mut self, interface: &InterfaceName, address: IpAddr) -> Option<NeighbourStanding> {
+        way::neighbour(&mut self.socket, interface, address).ok()
+    }
+
+    fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
+        // A plugin chained behind may have given the pod less.
+        Ok(pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))?)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
@@ -270,6 +294,10 @@ impl Node for Host {
 
     fn note_published(&mut self, epochs: &BTreeSet<u64>) -> Result<()> {
         self.keys.note_published(epochs, since_boot())
+    }
+
+    fn noticed(&mut self) -> Vec<Issue> {
+        self.noticed.iter().filter_map(|issue| issue.borrow().clone()).collect()
     }
 
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {
@@ -370,6 +398,20 @@ impl Node for Host {
     }
 }
 
+/// The network namespace of a pod, if it is still the one that the pod was connected in.
+fn netns_of(endpoint: &Endpoint) -> Result<Netns, Error> {
+    let netns = Netns::open(&endpoint.netns.path)?;
+    let found = netns.identity()?;
+    if (found.device, found.inode) != (endpoint.netns.device, endpoint.netns.inode) {
+        return Err(Error::Namespace {
+            operation: "use",
+            path: endpoint.netns.path.clone(),
+            source: io::Error::other("it is another one than the pod was connected in"),
+        });
+    }
+    Ok(netns)
+}
+
 fn send_greetings(routers: &[IpAddr]) {
     for router in routers {
         let from: IpAddr = match router {
@@ -387,20 +429,6 @@ fn send_greetings(routers: &[IpAddr]) {
 pub fn load_sysctls(path: &Path) -> BTreeMap<String, String> {
     let text = files::read_text(path, 1 << 20).ok().flatten().unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
-}
-
-/// The network namespace that a pod was connected in.
-fn open_netns(endpoint: &Endpoint) -> Result<Netns, Error> {
-    let netns = Netns::open(&endpoint.netns.path)?;
-    let found = netns.identity()?;
-    if (found.device, found.inode) == (endpoint.netns.device, endpoint.netns.inode) {
-        return Ok(netns);
-    }
-    Err(Error::Namespace {
-        operation: "use",
-        path: endpoint.netns.path.clone(),
-        source: io::Error::other("it is another one than the pod was connected in"),
-    })
 }
 
 #[cfg(test)]

@@ -3,11 +3,17 @@
 //! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
+mod capture;
+mod doctor;
 mod flows;
 mod mtu;
 mod policy;
 mod rotate;
+mod style;
 mod tables;
+mod trace;
+
+pub(crate) use self::tables::bytes;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -22,6 +28,7 @@ use husk_overlay::issue::Severity;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::style::Colour;
 use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
 
 /// How long the daemon may take to answer.
@@ -37,6 +44,9 @@ pub struct Arguments {
     /// Form of the output
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Colours in tables
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
+    color: Colour,
     /// Directory of the daemon's socket
     #[arg(long, global = true, env = "HUSK_RUN_DIRECTORY", default_value = husk_overlay::marks::RUN_DIRECTORY)]
     run_directory: PathBuf,
@@ -72,12 +82,18 @@ enum Command {
     /// Network policy: what is enforced on this node, and the rules of a pod
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
-    /// Is a connection allowed, who decides, by which rule, and do the rules in the kernel say the same; exit status 1 if it is
-    /// denied
+    /// What becomes of a connection, hop by hop: pod, antispoofing, policy, route, MTU, tunnel and keys, underlay, firewall, address
+    /// translation, live probe; exit status 1 if a hop is broken or denies it, the first of which is told with cause and remedy
     ///
-    /// Every rule that was asked is told. What another node decides is told as that node should see it; its own rules in the
-    /// kernel it tells itself.
-    Trace(policy::TraceOptions),
+    /// Nothing is sent but a knock at the other node where its daemon answers no probes, and probes with --probe. What another node
+    /// decides is told as that node should see it; what is on its side it tells itself.
+    Trace(trace::Options),
+    /// The packets of a pod, of another node or of this one, as pods see them or as the network between the nodes does: one line
+    /// each, or a pcap file; exit status 1 if some were lost, or if --verify-encrypted finds plaintext
+    ///
+    /// Needs root, in the network namespace of the host. Stops after 10,000 packets or 60 seconds if not told otherwise. Packets
+    /// are seen as the interface handles them: with segmentation offload larger than on the wire.
+    Capture(capture::Options),
     /// What policy has denied lately, with the pods and the policy behind it; -o json gives one line per flow
     Flows(flows::Options),
     /// Cuts a pod of this node off from everything but policy.quarantineAllowed, at once and for connections that exist too
@@ -85,6 +101,11 @@ enum Command {
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
+    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
+    /// exit status 1 if something was found
+    ///
+    /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
+    Doctor(doctor::Options),
 }
 
 #[derive(Subcommand)]
@@ -117,8 +138,7 @@ enum IpamCommand {
 pub fn run(arguments: &Arguments) -> ExitCode {
     match answer(arguments) {
         Ok((text, found)) => {
-            // A reader that closed the pipe has read enough.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            style::print(&text);
             if found { ExitCode::from(1) } else { ExitCode::SUCCESS }
         }
         Err(error) => {
@@ -131,7 +151,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 /// The text to print, and whether something was found.
 fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
     let socket = arguments.run_directory.join(ipc::SOCKET_FILE);
-    let show = Show { output: arguments.output };
+    let show = Show { output: arguments.output, coloured: arguments.color.is_on() };
     match &arguments.command {
         Command::Status => {
             let status: Status = ask(&socket, &Request::Status)?;
@@ -153,8 +173,10 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             Ok((show.text(&keys, |keys| tables::keys(keys, *verbose))?, false))
         }
         Command::Policy(command) => policy::run(&socket, command, &show),
-        Command::Trace(options) => policy::trace(&socket, options, &show),
+        Command::Trace(options) => trace::run(&socket, options, &show),
+        Command::Capture(options) => capture::run(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),
         Command::Ipam(command) => {
@@ -171,14 +193,21 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
 
 struct Show {
     output: Output,
+    coloured: bool,
 }
 
 impl Show {
+    /// The report as a table or as JSON, ready to be written.
     fn text<T: Serialize>(&self, report: &T, table: impl Fn(&T) -> String) -> anyhow::Result<String> {
         match self.output {
-            Output::Table => Ok(table(report)),
+            Output::Table => Ok(self.finish(&table(report))),
             Output::Json => Ok(serde_json::to_string_pretty(report)? + "\n"),
         }
+    }
+
+    /// Makes what a table marked coloured, or not ([`style`]).
+    fn finish(&self, text: &str) -> String {
+        style::finish(text, self.coloured)
     }
 }
 

@@ -50,6 +50,8 @@ pub enum IssueKind {
     MtuTooLarge,
     /// The path to a peer passes less than the underlay promises.
     PathMtu,
+    /// A firewall of this host drops the probes of paths.
+    ProbesDropped,
     /// The VXLAN device does without offload, which is broken.
     BrokenOffload,
     /// No address block could be had.
@@ -74,6 +76,8 @@ pub enum IssueKind {
     ForeignFirewall,
     /// The cluster source does not answer or has not delivered yet.
     SourceUnavailable,
+    /// An address at which the daemon was to serve metrics, or its page, is not to be had.
+    ListenFailed,
     /// A part of the daemon has ended, which is a bug.
     Defect,
 }

@@ -189,7 +189,7 @@ fn a_firewall_of_the_hosts_own_that_drops_probes_is_told_with_its_remedy() -> Re
     let deaf = || -> Result<Vec<Value>> {
         let status = one.huskctl_json(["status"])?;
         let issues = status["issues"].as_array().cloned().unwrap_or_default();
-        Ok(issues.into_iter().filter(|issue| issue["kind"] == "ForeignFirewall").collect())
+        Ok(issues.into_iter().filter(|issue| issue["kind"] == "ProbesDropped").collect())
     };
     // A peer whose daemon is dead does not answer either, which is not the firewall's fault.
     two.stop_daemon(Signal::SIGKILL)?;

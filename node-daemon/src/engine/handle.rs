@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel as std_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_dataplane::pod;
 use husk_ipam::lease::LeaseStore;
 use husk_overlay::endpoint::{AttachmentId, Endpoint};
-use husk_overlay::ipc::{Request, Response};
+use husk_overlay::ipc::{Attaching, Request, Response};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::plan::are_mapped;
@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::State;
 use super::policy_reports::answer;
 use crate::flows::Flows;
+use crate::metrics::Live;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -119,6 +120,7 @@ pub struct Handle {
     detaching: Arc<Semaphore>,
     index_of: IndexOf,
     flows: Flows,
+    live: Live,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -137,7 +139,8 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows: Flows::default() }, receiver)
+    let (flows, live) = (Flows::default(), Live::default());
+    (Handle { inbox, waker, state, leases: Arc::new(leases), detaching, index_of, flows, live }, receiver)
 }
 
 impl Handle {
@@ -151,6 +154,12 @@ impl Handle {
     #[must_use]
     pub fn flows(&self) -> &Flows {
         &self.flows
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn live(&self) -> &Live {
+        &self.live
     }
 
     /// The handle, with other eyes for interfaces.
@@ -167,7 +176,19 @@ impl Handle {
     /// Answers a client of the daemon's socket.
     pub async fn answer(&self, request: Request) -> Response {
         match request {
-            Request::Admit { id } => self.admit(id).await,
+            Request::Admit { id } => {
+                let began = Instant::now();
+                let response = self.admit(id).await;
+                self.live.admitted(response == Response::Done, began.elapsed());
+                response
+            }
+            Request::Ended { command, microseconds, error } => {
+                self.live.plugin_ended(command, Duration::from_micros(microseconds), error);
+                if command == Attaching::Del {
+                    self.waker.wake();
+                }
+                Response::Done
+            }
             Request::Released => {
                 self.waker.wake();
                 Response::Done

@@ -35,7 +35,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         });
         let deaf = self.parts.node.is_deaf().then(|| Issue {
             severity: Severity::Warning,
-            kind: IssueKind::ForeignFirewall,
+            kind: IssueKind::ProbesDropped,
             subject: "probes of paths".into(),
             message: format!(
                 "probes of other nodes arrive through the tunnel, and a firewall of this host drops all of them and the \

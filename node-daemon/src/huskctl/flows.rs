@@ -76,7 +76,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
 /// One line per flow.
 fn text(show: &Show, flows: &[Flow], with_header: bool) -> anyhow::Result<String> {
     match show.output {
-        Output::Table => Ok(tables::flows(flows, with_header)),
+        Output::Table => Ok(show.finish(&tables::flows(flows, with_header))),
         Output::Json => {
             let mut text = String::new();
             for flow in flows {

@@ -1,9 +1,11 @@
 //! Tables for people.
 
+mod doctor;
 mod keys;
 mod mtu;
 mod paths;
 mod policy;
+mod trace;
 
 use std::fmt::Write as _;
 
@@ -11,18 +13,23 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 use husk_overlay::issue::{Issue, Severity};
 
+use super::style::{Tone, paint};
+
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::paths;
-pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
+pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
+pub(super) use self::trace::trace;
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
-fn table(header: &[&str]) -> Table {
+/// A table without lines.
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(header.to_vec());
+        .set_header(header.iter().map(|name| paint(Tone::Strong, name)));
     table
 }
 
@@ -36,7 +43,7 @@ fn or_dash<T: ToString>(value: Option<T>) -> String {
 }
 
 /// Bytes in the unit a person would choose, powers of 1024.
-fn bytes(value: u64) -> String {
+pub(crate) fn bytes(value: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     let mut whole = value;
@@ -63,9 +70,9 @@ pub(super) fn status(status: &Status) -> String {
     let mut lines = Table::new();
     lines.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     let readiness = match (&status.ready, &status.reason) {
-        (true, _) => "yes".to_owned(),
-        (false, Some(reason)) => format!("NO: {reason}"),
-        (false, None) => "NO".to_owned(),
+        (true, _) => paint(Tone::Good, "yes"),
+        (false, Some(reason)) => format!("{}: {reason}", paint(Tone::Bad, "NO")),
+        (false, None) => paint(Tone::Bad, "NO"),
     };
     let interface = status.underlay_interface.as_ref().map_or_else(String::new, |name| format!(" on {name}"));
     let rows = [
@@ -146,8 +153,12 @@ fn issues(issues: &[Issue]) -> String {
         };
         let _ = writeln!(
             text,
-            "  {severity} {:?} {}: {}\n      -> {}",
-            issue.kind, issue.subject, issue.message, issue.remedy
+            "  {} {:?} {}: {}\n      -> {}",
+            paint(issue.severity.into(), severity),
+            issue.kind,
+            issue.subject,
+            issue.message,
+            issue.remedy
         );
     }
     text
@@ -164,16 +175,16 @@ pub(super) fn peers(peers: &[PeerReport]) -> String {
     ]);
     for peer in peers {
         let state = match peer.state {
-            PeerState::Connected => "connected",
-            PeerState::Idle => "idle",
-            PeerState::Waiting => "waiting for keys",
-            PeerState::Configured => "configured",
-            PeerState::Refused => "REFUSED",
+            PeerState::Connected => paint(Tone::Good, "connected"),
+            PeerState::Idle => "idle".into(),
+            PeerState::Waiting => paint(Tone::Warning, "waiting for keys"),
+            PeerState::Configured => "configured".into(),
+            PeerState::Refused => paint(Tone::Bad, "REFUSED"),
         };
         let [rtt, loss, path] = paths::columns(&peer.paths);
         rows.add_row(vec![
             peer.node.to_string(),
-            state.to_owned(),
+            state,
             or_dash(peer.endpoint.as_ref()),
             peer.handshake_age.or(peer.received_age).map_or_else(|| "-".into(), age),
             peer.received.map_or_else(|| "-".into(), bytes),

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::Table;
 use husk_overlay::mtu::Ledger;
 
+use super::super::style::{Tone, paint};
 use super::{or_dash, table};
 use crate::report::{MtuOrigin, MtuReport, MtuSource, WhatIfReport};
 
@@ -13,14 +14,15 @@ pub(in crate::huskctl) fn mtu(rows: &[MtuReport]) -> String {
     for row in rows {
         let whom =
             if row.own { format!("{} (this node: MTU of its pods)", row.node) } else { format!("to {}", row.node) };
-        let _ = writeln!(text, "{whom}");
+        let _ = writeln!(text, "{}", paint(Tone::Strong, whom));
         let mut lines = ledger(&row.ledger, &sources(row));
         if let Some(probed) = row.probed {
             lines.add_row(["  passes the path".to_owned(), String::new(), probed.to_string()]);
         }
         let _ = writeln!(text, "{}", lines.trim_fmt());
         for mismatch in &row.mismatches {
-            let _ = writeln!(text, "  !! {}\n      -> {}", mismatch.message, mismatch.remedy);
+            let tone = if mismatch.kind.is_fault() { Tone::Bad } else { Tone::Warning };
+            let _ = writeln!(text, "  {} {}\n      -> {}", paint(tone, "!!"), mismatch.message, mismatch.remedy);
         }
         text.push('\n');
     }
@@ -33,7 +35,7 @@ pub(in crate::huskctl) fn what_if(rows: &[WhatIfReport]) -> String {
         let _ = writeln!(text, "{} over {} ({})", row.mode, row.ledger.outer, row.ledger.stack);
         let _ = writeln!(text, "{}", ledger(&row.ledger, "").trim_fmt());
         for (family, reason) in &row.refused {
-            let _ = writeln!(text, "  !! no {family}: {reason}");
+            let _ = writeln!(text, "  {} no {family}: {reason}", paint(Tone::Bad, "!!"));
         }
         text.push('\n');
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::{Report, Standing};
 
+use super::super::style::{Tone, paint};
 use super::{or_dash, table};
 use crate::report::PathReport;
 
@@ -23,10 +24,12 @@ fn percent(per_mille: u16) -> String {
 fn standing(report: &Report) -> String {
     match report.standing {
         Standing::Unknown => "-".into(),
-        Standing::Verified => "ok".into(),
-        Standing::Searching { passes, fails } => format!("SEARCHING {passes} to {}", fails.saturating_sub(1)),
-        Standing::Limited { passes } => format!("ONLY {passes} of {}", report.promised),
-        Standing::Unreachable => "NO ANSWER".into(),
+        Standing::Verified => paint(Tone::Good, "ok"),
+        Standing::Searching { passes, fails } => {
+            paint(Tone::Warning, format!("SEARCHING {passes} to {}", fails.saturating_sub(1)))
+        }
+        Standing::Limited { passes } => paint(Tone::Warning, format!("ONLY {passes} of {}", report.promised)),
+        Standing::Unreachable => paint(Tone::Bad, "NO ANSWER"),
     }
 }
 
