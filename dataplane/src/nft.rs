@@ -27,6 +27,7 @@ use std::fmt;
 
 use husk_overlay::kernel::{Addressee, Chain, CounterName, ElementType, Map, MapValue, NftTable, SetElement};
 use husk_overlay::marks;
+use husk_overlay::plan::PROBE_ARRIVED;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -247,12 +248,24 @@ pub fn apply(changes: &[NftChange]) -> Result<(), Error> {
     program::run("change", &compile::transaction(changes))
 }
 
-/// Values of the named counters in the calling thread's network namespace; empty when there is no table.
+/// Values of the named counters of drops in the calling thread's network namespace; empty when there is no table.
 ///
 /// # Errors
 /// [`Error::Unsupported`] when the kernel has no nftables, and the errors of a broken netlink exchange.
 pub fn read_counters() -> Result<BTreeMap<CounterName, CounterValue>, Error> {
-    nfnetlink::counters(&mut nfnetlink::open()?, marks::NFT_TABLE)
+    let mut counters = nfnetlink::counters(&mut nfnetlink::open()?, marks::NFT_TABLE)?;
+    counters.remove(PROBE_ARRIVED);
+    Ok(counters)
+}
+
+/// Probes and answers to them that came through tunnels to the calling thread's network namespace, before firewalls of others had
+/// a say; none where nobody counts them.
+///
+/// # Errors
+/// As [`read_counters`].
+pub fn arrived_probes() -> Result<Option<u64>, Error> {
+    let counters = nfnetlink::counters(&mut nfnetlink::open()?, marks::NFT_TABLE)?;
+    Ok(counters.get(PROBE_ARRIVED).map(|counter| counter.packets))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod bandwidth;
 mod by_source;
 mod find;
 mod inspect;
+mod paths;
 mod request;
 mod sysctl;
 #[cfg(test)]
@@ -42,6 +43,7 @@ use netlink_packet_route::route::RouteType;
 use nix::errno::Errno;
 
 pub use inspect::PodMtu;
+pub use paths::forget_paths;
 pub use vacate::{detach_index, vacate};
 
 use self::find::{Ends, deleted, ends, existing, find, index_of};

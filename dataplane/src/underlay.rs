@@ -6,7 +6,7 @@ mod learned;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::facts::{RouteLimit, UnderlayRoute};
 use husk_overlay::mac::MacAddress;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
@@ -271,9 +271,11 @@ fn underlay_route(
     }
     let interface = interfaces.get(&output?)?;
     let mtu = interface.mtu_for(Family::of(destination));
+    let attribute = metric.filter(|metric| *metric < mtu);
     Some(UnderlayRoute {
         interface: interface.name.clone(),
-        mtu: metric.map_or(mtu, |metric| metric.min(mtu)),
+        mtu: attribute.unwrap_or(mtu),
+        limited_by: attribute.map_or(RouteLimit::Interface, |_| RouteLimit::Attribute),
         on_link: !gateway,
     })
 }

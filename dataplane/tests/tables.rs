@@ -23,6 +23,7 @@ use husk_dataplane::reconcile::{Outcome, reconcile};
 use husk_dataplane::routes::RouteChange;
 use husk_dataplane::underlay;
 use husk_dataplane::wireguard::KeyRing;
+use husk_overlay::facts::RouteLimit;
 use husk_overlay::kernel::{Address, Desired, FdbKey, Link, LinkKind, NeighbourKey, Route, RouteKey, RouteTarget};
 use husk_overlay::mac::MacAddress;
 use husk_overlay::name::InterfaceName;
@@ -725,6 +726,8 @@ fn the_underlay_is_described_as_it_is() {
         let wanted = ["192.168.7.2", "192.0.2.9", "10.9.1.1", "10.8.1.1", "10.7.1.1", "fd00:7::2", "2001:db8::9"];
         let routes = underlay::routes(&mut socket, wanted.map(address)).unwrap();
         let shape = |text: &str| routes.get(&address(text)).map(|it| (it.interface.as_str(), it.mtu, it.on_link));
+        let limit = |text: &str| routes[&address(text)].limited_by;
+        assert_eq!((limit("10.9.1.1"), limit("192.0.2.9")), (RouteLimit::Attribute, RouteLimit::Interface));
         assert_eq!(shape("192.168.7.2"), Some(("eth0", 1400, true)));
         assert_eq!(shape("192.0.2.9"), Some(("eth0", 1400, false)));
         assert_eq!(shape("10.9.1.1"), Some(("eth0", 1300, false)));

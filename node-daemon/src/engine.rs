@@ -118,6 +118,8 @@ pub struct Engine<K, S, N> {
     told: endpoints::Told,
     /// Pods whose MTU could not be set, or only at one end.
     untuned: BTreeSet<InterfaceName>,
+    /// Whether pods have to forget what they know of paths, and when they last had to.
+    outgrown: pods::Outgrown,
     /// The smaller underlay MTU in bytes that the source did not take before the own devices were touched.
     untold: Option<u32>,
     pace: Pace,
@@ -175,6 +177,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             held,
             told: endpoints::Told::new(),
             untuned: BTreeSet::new(),
+            outgrown: pods::Outgrown::default(),
             untold: None,
             pace: Pace::default(),
             counted: usage::Counted::default(),
@@ -303,10 +306,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.note_policy(&plan.desired, &outcome);
         self.take_back(&outcome);
         self.tune_pods(&growing, &mut issues);
+        self.forget_paths(&plan, !growing.is_empty());
         failures::report(&outcome, &mut issues);
         issues.extend(self.parts.node.foreign_chains().iter().filter_map(forwarding::issue));
         issues.extend(self.parts.node.noticed());
         issues.extend(mismatch::issues(&self.parts.config.ipsec, &facts, &plan));
+        issues.extend(self.probing_issues());
         self.start_sessions(&plan, &outcome);
         let published = self.publish(&plan, &mut issues);
         if unwritten.is_some() {

@@ -1,5 +1,7 @@
 //! The node as it really is: its addresses, its routes to the peers, what its kernel can, its private keys.
 
+mod addresses;
+mod ears;
 mod paths;
 mod support;
 
@@ -15,7 +17,7 @@ use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
 use husk_dataplane::pod::{self, PodMtu, PodSpec};
-use husk_dataplane::underlay::{self, HostAddress, Interface};
+use husk_dataplane::underlay;
 use husk_dataplane::way::{self, NeighbourStanding, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, link_counters, napi, nft, policy, sysctl, xfrm};
@@ -29,11 +31,13 @@ use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::offload::Candidate;
-use husk_overlay::prefix::{Family, Prefix};
+use husk_overlay::prefix::Family;
 use husk_overlay::record::{DualStack, Snapshot};
 use husk_overlay::{marks, probe};
 use tokio::sync::watch;
 
+use self::addresses::{advertised, carrier_of, foreign_prefixes};
+use self::ears::{Count, Ears};
 use self::paths::Paths;
 use self::support::Support;
 use crate::companion::{Companions, Job, Keeper};
@@ -71,6 +75,7 @@ pub struct Host {
     missing: BTreeSet<IpAddr>,
     /// Who probes the paths to the peers, if anybody does.
     probing: Option<Probing>,
+    ears: Ears,
     /// Who tests the offload of the VXLAN device, if anybody does.
     offload: Option<OffloadTesting>,
     /// What other parts of the daemon may find wrong.
@@ -98,6 +103,7 @@ impl Host {
             chosen: DualStack::default(),
             missing: BTreeSet::new(),
             probing: None,
+            ears: Ears::default(),
             offload: None,
             noticed: Vec::new(),
         })
@@ -126,58 +132,6 @@ impl Host {
         let held: Vec<u64> = self.keys.epochs(now)?.into_keys().collect();
         let theirs = held.into_iter().filter(|generation| marks::wireguard_interface(*generation) == *interface);
         theirs.filter(|_| self.config.mode.uses_wireguard()).try_for_each(|generation| self.keys.retire(generation))
-    }
-
-    /// The node's underlay address of a family: configured, else the one in use as long as it is there, else on the
-    /// configured interface, else where the default route leaves, else the only one there is.
-    fn choose_address(&mut self, family: Family, all: &[HostAddress]) -> Result<Option<IpAddr>> {
-        if let Some(configured) = self.config.underlay.addresses.get(family) {
-            return Ok(self.configured_address(configured, all));
-        }
-        let ours = |interface: &InterfaceName| interface.as_str().starts_with(marks::INTERFACE_PREFIX);
-        let wanted = self.config.underlay.interface.as_ref();
-        // Other nodes do not reach this one at an address of the cluster, which somebody put on a bridge or on loopback.
-        // Where there is no other, one of the tunnels' family counts, so that the plan can tell what is wrong with it.
-        let inside = |it: &&HostAddress| self.config.cluster_cidrs.iter().any(|cidr| cidr.contains(it.address));
-        let (overlapping, mut usable): (Vec<&HostAddress>, Vec<_>) = all
-            .iter()
-            .filter(|it| it.lasting && Family::of(it.address) == family && !ours(&it.interface))
-            .filter(|it| wanted.is_none_or(|wanted| it.interface == *wanted))
-            .partition(inside);
-        if usable.is_empty() && family == self.config.underlay.family {
-            usable = overlapping;
-        }
-        if let Some(kept) = self.chosen.get(family).filter(|kept| usable.iter().any(|it| it.address == *kept)) {
-            return Ok(Some(kept));
-        }
-        if let Some(route) = underlay::default_route(&mut self.socket, family)? {
-            if usable.iter().any(|it| it.address == route.source) {
-                return Ok(Some(route.source));
-            }
-            if let Some(there) = usable.iter().find(|it| it.interface == route.interface) {
-                return Ok(Some(there.address));
-            }
-        }
-        match usable.as_slice() {
-            [only] => Ok(Some(only.address)),
-            [first, ..] if wanted.is_some() => Ok(Some(first.address)),
-            _ => Ok(None),
-        }
-    }
-
-    /// A configured address counts only where an interface has it: nobody else would get an answer from it.
-    fn configured_address(&mut self, configured: IpAddr, all: &[HostAddress]) -> Option<IpAddr> {
-        if all.iter().any(|it| it.address == configured) {
-            self.missing.remove(&configured);
-            return Some(configured);
-        }
-        if self.missing.insert(configured) {
-            tracing::error!(
-                address = %configured,
-                "no interface has the address that underlay.addresses names; give it to one, or correct the configuration"
-            );
-        }
-        None
     }
 
     fn esp(&mut self, now: Duration) -> Result<EspFacts> {
@@ -278,6 +232,11 @@ impl Node for Host {
 
     fn set_pod_mtu(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<(), Error> {
         pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?)
+    }
+
+    fn forget_paths(&mut self, endpoint: &Endpoint) -> Result<(), Error> {
+        // Whatever its MTU is.
+        pod::forget_paths(&PodSpec::of(endpoint, 0), &netns_of(endpoint)?)
     }
 
     fn way(&mut self, packet: &way::Packet) -> Result<Way> {
@@ -398,6 +357,27 @@ impl Node for Host {
         self.probing.as_ref().map(Probing::reports).unwrap_or_default()
     }
 
+    fn probes_of(&mut self, peer: &NodeName) -> BTreeMap<probe::Path, probe::Report> {
+        self.probing.as_ref().map(|probing| probing.reports_of(peer)).unwrap_or_default()
+    }
+
+    fn is_deaf(&mut self) -> bool {
+        let silent = self.probing.as_ref().filter(|probing| probing.is_silent());
+        // Asked in this order: what has arrived may not have been heard yet.
+        let count = silent.and_then(|probing| {
+            let heard = probing.received();
+            let arrived = nft::arrived_probes().ok().flatten()?;
+            Some(Count { arrived, heard })
+        });
+        self.ears.are_stopped(count)
+    }
+
+    fn ended(&mut self) -> Vec<&'static str> {
+        let probing = self.probing.as_ref().filter(|probing| probing.is_over()).map(|_| "husk-probe");
+        let offload = self.offload.as_ref().filter(|offload| offload.is_over()).map(|_| "husk-offload");
+        probing.into_iter().chain(offload).collect()
+    }
+
     fn demand_probe(&mut self, peer: &NodeName) -> Option<Duration> {
         self.probing.as_ref().map(|probing| probing.demand(peer))
     }
@@ -456,34 +436,6 @@ fn send_greetings(routers: &[IpAddr]) {
 pub fn load_sysctls(path: &Path) -> BTreeMap<String, String> {
     let text = files::read_text(path, 1 << 20).ok().flatten().unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
-}
-
-fn carrier_of<'a>(address: IpAddr, all: &[HostAddress], interfaces: &'a [Interface]) -> Option<&'a Interface> {
-    let name = &all.iter().find(|it| it.address == address)?.interface;
-    interfaces.iter().find(|interface| interface.name == *name)
-}
-
-/// Networks on the host's own interfaces.
-fn foreign_prefixes(all: &[HostAddress], interfaces: &[Interface]) -> BTreeSet<Prefix> {
-    let counts = |name: &InterfaceName| {
-        interfaces.iter().any(|interface| interface.name == *name && !interface.loopback && !interface.is_husk())
-    };
-    all.iter()
-        .filter(|it| it.lasting && counts(&it.interface))
-        .filter_map(|it| Prefix::containing(it.address, it.length).ok())
-        .collect()
-}
-
-/// Interfaces of the host whose `accept_ra` is 1 or was made 2 by Husk: 1 stops working once the host forwards
-/// (Documentation/networking/ip-sysctl.rst), and their default routes would go.
-fn advertised(interfaces: &[Interface]) -> BTreeSet<InterfaceName> {
-    let foreign = interfaces.iter().filter(|interface| !interface.loopback && !interface.is_husk());
-    let accepts = |interface: &&Interface| {
-        let path = format!("net/ipv6/conf/{}/accept_ra", interface.name);
-        let found = sysctl::read([&path]).unwrap_or_default();
-        found.get(&path).is_some_and(|value| value == "1" || value == "2")
-    };
-    foreign.filter(accepts).map(|interface| interface.name.clone()).collect()
 }
 
 #[cfg(test)]

@@ -51,6 +51,7 @@ const RECEIVED: u8 = b'!';
 pub struct OffloadTesting {
     shared: Arc<Mutex<Shared>>,
     nudge: Nudge,
+    thread: Arc<thread::JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -95,8 +96,8 @@ impl OffloadTesting {
             tried: None,
             known: None,
         };
-        thread::Builder::new().name("husk-offload".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge })
+        let thread = thread::Builder::new().name("husk-offload".into()).spawn(move || thread.run(&changed))?;
+        Ok(Self { shared, nudge, thread: Arc::new(thread) })
     }
 
     /// Who can be reached through the VXLAN device now. To be called after each pass: the device may be as wanted by then.
@@ -111,6 +112,12 @@ impl OffloadTesting {
         }
         drop(shared);
         self.nudge.wake();
+    }
+
+    /// The thread has ended, which only a panic brings about; the log tells of it.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// What is to be done with the device, and why.

@@ -30,6 +30,10 @@ use self::responder::Responder;
 use self::sockets::Sockets;
 use crate::nudge::{self, Nudge, Nudged};
 
+/// Least time between two times that the loop is told of other limits: where the node's own uplink swallows, one path after the
+/// other is found to.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Pause before an own address that could not be bound is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -53,6 +57,8 @@ struct Shared {
     targets: BTreeMap<Path, Target>,
     /// The sockets may have to be others.
     moved: bool,
+    /// Messages that came in so far, whatever they are.
+    received: u64,
 }
 
 impl Probing {
@@ -64,14 +70,14 @@ impl Probing {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).map_err(io::Error::other)?;
         let prober = Prober::new(u64::from_ne_bytes(seed));
-        let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false }));
+        let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false, received: 0 }));
         let (nudge, nudged) = nudge::pair()?;
         let thread = Thread {
             shared: Arc::clone(&shared),
             nudged,
             sockets: Sockets::default(),
             responder: Responder::default(),
-            limits: BTreeMap::new(),
+            told: Told::default(),
         };
         let thread = thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
         Ok(Self { shared, nudge, thread: Arc::new(thread) })
@@ -102,11 +108,37 @@ impl Probing {
     /// Peers to which less passes than is promised, with the bytes of the largest packet that passes.
     #[must_use]
     pub fn limits(&self) -> BTreeMap<NodeName, u32> {
-        if self.thread.is_finished() {
-            // Only a panic, which the log tells of, ends it. Nobody would ever find that a path is whole again.
+        if self.is_over() {
+            // Nobody would ever find that a path is whole again.
             return BTreeMap::new();
         }
         lock(&self.shared).prober.limits()
+    }
+
+    /// The thread has ended, which only a panic brings about; the log tells of it.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// No path is known to be answered.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        lock(&self.shared).prober.is_silent()
+    }
+
+    /// Messages that came in so far, whatever they are.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        lock(&self.shared).received
+    }
+
+    /// The paths to a peer.
+    #[must_use]
+    pub fn reports_of(&self, peer: &NodeName) -> BTreeMap<Path, Report> {
+        let shared = lock(&self.shared);
+        let paths = Family::ALL.into_iter().map(|family| Path { peer: peer.clone(), family });
+        paths.filter_map(|path| shared.prober.report(&path).map(|report| (path, report))).collect()
     }
 
     /// All paths.
@@ -130,8 +162,40 @@ struct Thread {
     nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
-    /// As the loop was told of last.
-    limits: BTreeMap<NodeName, u32>,
+    told: Told,
+}
+
+/// What the loop knows of limits.
+#[derive(Debug, Default)]
+struct Told {
+    /// Revision of the limits that it was told of last.
+    revision: u64,
+    /// When that was, as time since boot.
+    at: Option<Duration>,
+}
+
+impl Told {
+    /// What is to be done of limits that have this revision by now: tell at once, or tell later, as time since boot, or nothing.
+    fn tell(&mut self, revision: u64, now: Duration) -> Tell {
+        if revision == self.revision {
+            return Tell::Nothing;
+        }
+        match self.at.map(|at| at + TELL_INTERVAL).filter(|earliest| now < *earliest) {
+            Some(earliest) => Tell::Later(earliest),
+            None => {
+                *self = Self { revision, at: Some(now) };
+                Tell::Now
+            }
+        }
+    }
+}
+
+/// When to tell the loop of other limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tell {
+    Nothing,
+    Now,
+    Later(Duration),
 }
 
 impl Thread {
@@ -140,10 +204,16 @@ impl Thread {
         loop {
             self.follow_targets();
             let next = self.send();
-            if self.limits_changed() {
-                changed();
-            }
-            let due = [next, self.sockets.next_try()].into_iter().flatten().min();
+            let revision = lock(&self.shared).prober.revision();
+            let later = match self.told.tell(revision, since_boot()) {
+                Tell::Now => {
+                    changed();
+                    None
+                }
+                Tell::Later(at) => Some(at),
+                Tell::Nothing => None,
+            };
+            let due = [next, self.sockets.next_try(), later].into_iter().flatten().min();
             if let Err(error) = self.nudged.wait(self.sockets.all().map(|socket| socket.as_fd()), due) {
                 // A wait that fails at once would make a busy loop.
                 tracing::debug!(%error, "waiting for the answers to probes");
@@ -201,17 +271,11 @@ impl Thread {
         }
     }
 
-    fn limits_changed(&mut self) -> bool {
-        let limits = lock(&self.shared).prober.limits();
-        let changed = limits != self.limits;
-        self.limits = limits;
-        changed
-    }
-
     /// Takes what came: answers for the prober, probes of others to be answered.
     fn receive(&mut self, buffer: &mut [u8]) {
         let mut answered = Vec::new();
         let mut broken = Vec::new();
+        let mut count = 0;
         for socket in self.sockets.all() {
             for _ in 0..AT_ONCE {
                 let received = match socket.receive(buffer) {
@@ -223,6 +287,7 @@ impl Thread {
                         break;
                     }
                 };
+                count += 1;
                 // Both ends have the same port: nobody but a node's own daemon is meant.
                 if received.from.port() != marks::PROBE_PORT || !self.responder.knows(received.from.ip()) {
                     continue;
@@ -242,9 +307,10 @@ impl Thread {
         for own in broken {
             self.sockets.give_up(own);
         }
-        if !answered.is_empty() {
+        if count > 0 {
             let (now, wall) = (since_boot(), since_1970());
             let mut shared = lock(&self.shared);
+            shared.received += count;
             for (id, time) in answered {
                 if let Some(theirs) = time {
                     shared.prober.told_time(id, theirs, wall, now);
@@ -252,5 +318,27 @@ impl Thread {
                 shared.prober.answered(id, now);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_change_all_the_time_are_told_once_a_second() {
+        let at = |milliseconds| Duration::from_millis(100_000 + milliseconds);
+        let mut told = Told::default();
+        assert_eq!(told.tell(0, at(0)), Tell::Nothing);
+        assert_eq!(told.tell(1, at(0)), Tell::Now, "the first at once");
+        assert_eq!(told.tell(1, at(10)), Tell::Nothing);
+        let times = (0..5000_u64)
+            .step_by(30)
+            .zip(2_u64..)
+            .filter(|(time, revision)| told.tell(*revision, at(*time)) == Tell::Now);
+        assert_eq!(times.count(), 4);
+        assert_eq!(told.tell(1000, at(5000)), Tell::Later(at(5080)), "none is forgotten");
+        assert_eq!(told.tell(1000, at(5080)), Tell::Now);
+        assert_eq!(told.tell(1000, at(5081)), Tell::Nothing);
     }
 }

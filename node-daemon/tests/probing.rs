@@ -107,7 +107,7 @@ fn pair(mtu: u32) -> [Node; 2] {
 fn targets(number: usize, promised: u32) -> BTreeMap<Path, Target> {
     let target = |(family, addresses): (Family, [&str; 2])| {
         let (own, to) = (address(addresses[number]), address(addresses[1 - number]));
-        (Path { peer: peer(), family }, Target { address: to, own, promised, floor: 1280 })
+        (Path { peer: peer(), family }, Target { address: to, own, promised, floor: 1280, handshakes: false })
     };
     FAMILIES.map(target).into()
 }

@@ -134,6 +134,18 @@ pub struct AssociationUse {
     pub age: Duration,
 }
 
+/// What an underlay route's MTU is that of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RouteLimit {
+    /// The outgoing interface.
+    Interface,
+    /// The route itself: its `mtu` attribute.
+    Attribute,
+    /// A router on the way, which said so (packet too big).
+    Router,
+}
+
 /// Where packets to an underlay address go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -142,6 +154,8 @@ pub struct UnderlayRoute {
     pub interface: InterfaceName,
     /// Bytes: the route's `mtu` metric, or the interface's MTU if that is smaller or the route has none.
     pub mtu: u32,
+    /// Whose that is.
+    pub limited_by: RouteLimit,
     /// The address is reached without a router.
     pub on_link: bool,
 }

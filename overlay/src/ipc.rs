@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::endpoint::AttachmentId;
 use crate::issue::Issue;
-use crate::name::InterfaceName;
+use crate::name::{InterfaceName, NodeName};
 use crate::prefix::{Family, Prefix};
 use crate::record::DualStack;
 
@@ -97,6 +97,11 @@ pub enum Request {
     Mtu,
     /// What probing found: all paths, a list of [`crate::probe::Path`] with [`crate::probe::Report`].
     Probes,
+    /// The same of the paths to one peer.
+    ProbesOf {
+        /// Node name.
+        peer: NodeName,
+    },
     /// Probe the paths to a peer now, and look for what passes anew: answered when it is begun.
     ProbePeer {
         /// Node name.

@@ -52,6 +52,8 @@ pub enum IssueKind {
     MtuTooLarge,
     /// The path to a peer passes less than the underlay promises.
     PathMtu,
+    /// A firewall of this host drops the probes of paths.
+    ProbesDropped,
     /// The VXLAN device does without offload, which is broken.
     BrokenOffload,
     /// No address block could be had.
@@ -80,6 +82,8 @@ pub enum IssueKind {
     SourceUnavailable,
     /// An address at which the daemon was to serve metrics, or its page, is not to be had.
     ListenFailed,
+    /// A part of the daemon has ended, which is a bug.
+    Defect,
 }
 
 /// One thing that is wrong.

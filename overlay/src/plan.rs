@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use esp::PROTECT_PRIORITY;
 pub use firewall::port_mappings::{HostPorts, are_mapped, host_ports, is_of_tunnel, loopback_parameter};
-pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, PROBE_OUTSIDE, SPOOFED, UNKNOWN_VTEP};
+pub use firewall::{PLAINTEXT_IN, PLAINTEXT_OUT, POD_TO_VTEP, PROBE_ARRIVED, PROBE_OUTSIDE, SPOOFED, UNKNOWN_VTEP};
 pub use peers::PeerPlan;
 
 use crate::config::Config;
@@ -149,7 +149,7 @@ pub fn plan(config: &Config, snapshot: &Snapshot, facts: &Facts, endpoints: &End
                 }
             }
         }
-        paths::render(&context, &mut peers, &desired, &mut issues);
+        paths::render(&context, &mut peers, &mut desired, &mut issues);
     }
     let peers = peers.into_iter().map(|(name, peer)| (name, peer.plan)).collect();
     issues.sort();

@@ -10,8 +10,11 @@
 
 mod chance;
 mod clock;
+mod pace;
+mod phase;
 mod prober;
 mod search;
+mod sessions;
 mod statistics;
 mod suspicion;
 mod track;
@@ -29,7 +32,7 @@ use crate::name::NodeName;
 use crate::prefix::Family;
 
 /// Most probes a node sends within any second. The peers together send it as many, on the average over the cluster, and both
-/// sorts are answered: 160 packets per second.
+/// sorts are answered: 160 packets per second. What handshakes cost comes off these ([`Target::handshakes`]).
 pub const PROBES_PER_SECOND: u32 = 40;
 
 /// What is probed on its own.
@@ -55,6 +58,8 @@ pub struct Target {
     pub promised: u32,
     /// Bytes below which no limit is looked for: hosts rely on this much (1280 where the cluster has IPv6, else 576).
     pub floor: u32,
+    /// A probe may cost a handshake with the peer before it (WireGuard).
+    pub handshakes: bool,
 }
 
 /// A probe to send.

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoints;
-use husk_overlay::facts::{Facts, OwnEpoch, SessionUse, UnderlayRoute, WireguardSupport};
+use husk_overlay::facts::{Facts, OwnEpoch, RouteLimit, SessionUse, UnderlayRoute, WireguardSupport};
 use husk_overlay::kernel::{LinkKind, RouteTarget};
 use husk_overlay::keys::PublicKey;
 use husk_overlay::name::{InstanceId, InterfaceName, NodeName};
@@ -215,7 +215,17 @@ impl World {
             underlay_interface: Some(eth0()),
             foreign_prefixes: BTreeSet::new(),
             routes: (0..count)
-                .map(|it| (underlay(it), UnderlayRoute { interface: eth0(), mtu: 1500, on_link: true }))
+                .map(|it| {
+                    (
+                        underlay(it),
+                        UnderlayRoute {
+                            interface: eth0(),
+                            mtu: 1500,
+                            limited_by: RouteLimit::Interface,
+                            on_link: true,
+                        },
+                    )
+                })
                 .collect(),
             wireguard: Some(if userspace { WireguardSupport::Userspace } else { WireguardSupport::Kernel }),
             probed: BTreeMap::new(),

@@ -291,6 +291,25 @@ fn in_a_large_cluster_nobody_is_forgotten_and_the_budget_is_kept() {
 }
 
 #[test]
+fn handshakes_included_a_node_among_5000_has_fewer_than_200_packets_per_second() {
+    let mut world = World::new(5000, &Family::ALL, 8941, 37);
+    world.take_handshakes();
+    world.run(Duration::from_secs(900));
+    assert!(world.all_stand(Standing::Verified));
+    let before = world.sent_to.clone();
+    world.run(Duration::from_secs(900));
+    assert!(world.sent_to.iter().all(|(path, sent)| *sent > before[path]), "somebody was left out");
+    // Many are out of reach, and some swallow: doubts and searches come on top.
+    (1000..2000).for_each(|index| world.peer(index, Model::dead()));
+    (3000..3010).for_each(|index| world.peer(index, Model::passing(1400)));
+    world.run(Duration::from_secs(900));
+    // What this node begins, and as much that the others begin with it.
+    let most = 2 * world.most_packets;
+    eprintln!("at most {most} packets in a second for 10,000 paths with handshakes");
+    assert!(most < 200, "{most} packets");
+}
+
+#[test]
 fn when_every_path_is_limited_all_are_found_and_recover() {
     let mut world = verified(100, &Family::ALL, 8941, 29);
     world.all(Model::passing(1440));

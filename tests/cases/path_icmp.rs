@@ -9,7 +9,7 @@ use etherparse::icmpv4::DestUnreachableHeader;
 use etherparse::{Icmpv4Type, Icmpv6Type, LaxSlicedPacket, PacketBuilder, TransportSlice};
 use husk_overlay::mac::MacAddress;
 use husk_tests::cluster::Router;
-use husk_tests::netns::Netns;
+use husk_tests::paths::{self, is_exact};
 use husk_tests::pod::Served;
 use husk_tests::policy::scene::{Scene, Service};
 use husk_tests::probe::{Datagram, Echo, EchoServer, Reach, Stream, path_mtu, tcp};
@@ -41,20 +41,6 @@ fn router(cluster: &Cluster) -> Result<Router<'_>> {
 /// The path between the hosts takes so much, both ways.
 fn limit(cluster: &Cluster, family: Family, mtu: Option<usize>) -> Result<()> {
     cluster.hosts().iter().try_for_each(|host| router(cluster)?.limit(host.address(family)?, mtu))
-}
-
-/// A packet of exactly this size passes, and the sender's own kernel knows that none of one byte more does.
-fn is_exact(from: &Netns, to: IpAddr, mtu: usize) -> Result<bool> {
-    let ask = |size| Echo::to(to).packet_size(size).limit(patience(Duration::from_millis(300))).run(from);
-    Ok(ask(mtu)?.arrived() && ask(mtu + 1)? == Reach::TooBig { path_mtu: mtu, local: true })
-}
-
-/// Asks until the path is exact, with packets of the size that passed before, since only what is too large is told so.
-fn await_exact(from: &Netns, to: IpAddr, before: usize, mtu: usize) -> Result<()> {
-    eventually(&format!("{} to learn that {mtu} bytes pass to {to}", from.name()), PATIENCE, || {
-        Echo::to(to).packet_size(before).limit(Duration::from_millis(50)).run(from)?;
-        is_exact(from, to, mtu)
-    })
 }
 
 /// Whether an IPv4 packet says that no router may cut it.
@@ -90,14 +76,10 @@ fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result
     let wire = cluster.capture()?;
     limit(&cluster, underlay, Some(1400))?;
     let since = Instant::now();
-    // The kernel's WireGuard device lets routers cut its IPv4 packets (drivers/net/wireguard/socket.c `send4`), and so is told
-    // nothing.
-    let is_told = mode == Mode::Vxlan || underlay == Family::Ipv6 || cluster.host(1).wireguard_process().is_some();
-    if is_told {
-        for family in Family::ALL {
-            for (from, to) in [(&a.pod, &b.pod), (&b.pod, &a.pod)] {
-                await_exact(from.netns(), to.address(family)?, full, left).context(what.clone())?;
-            }
+    for family in Family::ALL {
+        for (from, to) in [(&a.pod, &b.pod), (&b.pod, &a.pod)] {
+            let to = to.address(family)?;
+            paths::await_exact(from.netns(), to, full, left, PATIENCE).context(what.clone())?;
         }
     }
     let learned = since.elapsed();
@@ -121,9 +103,8 @@ fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result
         }
     }
     eprintln!(
-        "{what}: the path shrank from 1500 to 1400 with packet-too-big: {} after {learned:?}, TCP stood still for {stalls:?}, \
+        "{what}: the path shrank from 1500 to 1400 with packet-too-big: exact after {learned:?}, TCP stood still for {stalls:?}, \
          {:.0} Mbit/s before and {:.0} after, {} fragments on the wire, {whole} packets with DF, {cut} without",
-        if is_told { "exact" } else { "cut by the router" },
         before / 1e6,
         after / 1e6,
         trace.fragments(),
@@ -147,7 +128,7 @@ fn a_path_that_recovers_is_used_again_when_the_kernel_tries_it() -> Result<()> {
         }
         limit(&cluster, underlay, Some(1400))?;
         for family in Family::ALL {
-            await_exact(a.netns(), b.address(family)?, full, left)?;
+            paths::await_exact(a.netns(), b.address(family)?, full, left, PATIENCE)?;
         }
         limit(&cluster, underlay, None)?;
         for family in Family::ALL {

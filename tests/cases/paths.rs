@@ -1,7 +1,6 @@
 //! A path that swallows big packets without a word is found, and is left alone when it does not: what is between two hosts is
 //! what the receiving one does with packets of the sender before anything else sees them.
 
-use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,9 +10,10 @@ use husk_dataplane::probe::{ProbeSocket, Sent};
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::probe::wire;
 use husk_tests::netns::Netns;
+use husk_tests::paths::{await_verified, is_exact, issues, probed, routes_have, send_and_wait};
 use husk_tests::pod::{Served, await_answers_among};
-use husk_tests::probe::{Echo, Reach, path_mtu, payload, tcp};
-use husk_tests::{Cluster, Family, Host, Mode, Pod, eventually, patience};
+use husk_tests::probe::{Echo, Reach, tcp};
+use husk_tests::{Cluster, Family, Mode, Pod, Signal, eventually};
 use serde_json::Value;
 
 /// How long a path that swallows may go unnoticed.
@@ -41,6 +41,11 @@ fn a_vxlan_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
 }
 
 #[test]
+fn a_direct_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
+    black_hole(Mode::Direct, 1500, Hole { underlay: 1400, passes: 1400 })
+}
+
+#[test]
 fn a_wireguard_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
     // 60 bytes of overhead. Senders pad to a multiple of 16, which 1328 is: it costs no more there.
     black_hole(Mode::Wireguard, 1440, Hole { underlay: 1388, passes: 1328 })
@@ -55,63 +60,21 @@ struct Hole {
     passes: usize,
 }
 
-/// Makes something happen to packets of the first host as they arrive at the second.
-fn disturb(cluster: &Cluster, what: &str) -> Result<()> {
-    let from = cluster.host(1).address(Family::Ipv4)?;
+/// Makes something happen to what the first host sends, as it arrives at the second: be it of the host, or in mode `direct` of its
+/// pods.
+fn disturb(cluster: &Cluster, rules: &[&str]) -> Result<()> {
+    let links = cluster.host(1).netns().ip_json(["link", "show", "dev", "eth0"])?;
+    let from = links[0]["address"].as_str().context("eth0 has no Ethernet address")?;
+    let rules: Vec<_> = rules.iter().map(|rule| format!("iifname eth0 ether saddr {from} {rule};")).collect();
     let table = format!(
-        "table {TABLE} {{ chain arriving {{ type filter hook prerouting priority -400; iifname eth0 ip saddr {from} {what}; }}; }}"
+        "table {TABLE} {{ chain arriving {{ type filter hook prerouting priority -400; {} }}; }}",
+        rules.join(" ")
     );
     cluster.host(2).netns().command("nft", [table.as_str()]).map(drop)
 }
 
 fn calm(cluster: &Cluster) -> Result<()> {
     cluster.host(2).netns().command("nft", ["delete", "table", "inet", "path"]).map(drop)
-}
-
-/// What probing says of the paths to a host, by family.
-fn paths(host: &Host, peer: &str) -> Result<Value> {
-    let peers = host.huskctl_json(["peers"])?;
-    let row = peers.as_array().into_iter().flatten().find(|row| row["node"] == peer);
-    Ok(row.with_context(|| format!("{} does not know {peer}: {peers}", host.name()))?["paths"].clone())
-}
-
-fn await_verified(host: &Host, peer: &str, limit: Duration) -> Result<()> {
-    let mut last = Value::Null;
-    let awaited = eventually("paths to be verified", limit, || {
-        last = paths(host, peer)?;
-        Ok(["ipv4", "ipv6"].iter().all(|family| last[family]["standing"]["state"] == "verified"))
-    });
-    awaited.with_context(|| format!("{} to {peer}: {last}", host.name()))
-}
-
-/// Issues about paths.
-fn path_issues(host: &Host) -> Result<Vec<Value>> {
-    let status = host.huskctl_json(["status"])?;
-    let issues = status["issues"].as_array().cloned().unwrap_or_default();
-    Ok(issues.into_iter().filter(|issue| issue["kind"] == "PathMtu").collect())
-}
-
-/// The host's routes to a pod have this MTU, in both families.
-fn routes_have(host: &Host, to: &Pod, mtu: usize) -> Result<bool> {
-    for family in Family::ALL {
-        if path_mtu(host.netns(), to.address(family)?)? != mtu {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Sends over a connection and waits until all has come back; how long that took.
-fn send_and_wait(mut stream: &std::net::TcpStream) -> Result<Duration> {
-    let limit = Some(patience(Duration::from_secs(120)));
-    stream.set_read_timeout(limit)?;
-    stream.set_write_timeout(limit)?;
-    let started = Instant::now();
-    stream.write_all(&payload::of_length(BYTES)).context("sending")?;
-    let mut back = vec![0; BYTES];
-    stream.read_exact(&mut back).context("waiting for what was sent to come back")?;
-    payload::verify(0, &back)?;
-    Ok(started.elapsed())
 }
 
 fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
@@ -123,16 +86,17 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
     for (host, peer) in [(one, "host2"), (one, "host3"), (two, "host1")] {
         await_verified(host, peer, PATIENCE)?;
     }
-    ensure!(path_issues(one)?.is_empty() && routes_have(one, &b.pod, promised)?);
+    ensure!(issues(one)?.is_empty() && routes_have(one, &b.pod, promised)?);
     let connections = Family::ALL.map(|family| tcp::connect(a.netns(), b.server.at(b.pod.address(family)?), PATIENCE));
 
-    disturb(&cluster, &format!("ip length > {} drop", hole.underlay))?;
+    let (ipv4, ipv6) = (hole.underlay, hole.underlay - 40);
+    disturb(&cluster, &[&format!("ip length > {ipv4} drop"), &format!("ip6 length > {ipv6} drop")])?;
     let started = Instant::now();
     let stalled =
-        connections.into_iter().map(|connection| connection.map(|it| thread::spawn(move || send_and_wait(&it))));
+        connections.into_iter().map(|connection| connection.map(|it| thread::spawn(move || send_and_wait(&it, BYTES))));
     let stalled = stalled.collect::<Result<Vec<_>>>()?;
     let found = eventually("the routes to the host to be limited", FOUND, || routes_have(one, &b.pod, hole.passes));
-    found.with_context(|| format!("{mode}: {}", paths(one, "host2").unwrap_or_default()))?;
+    found.with_context(|| format!("{mode}: {}", probed(one, "host2").unwrap_or_default()))?;
     eprintln!("{mode}: found {} of {promised} bytes after {:?}", hole.passes, started.elapsed());
     for (family, connection) in Family::ALL.into_iter().zip(stalled) {
         let took = connection.join().map_err(|_| anyhow!("the connection's thread panicked"))?;
@@ -144,9 +108,15 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
     calm(&cluster)?;
     let started = Instant::now();
     eventually("the routes to climb back", RECOVERED, || routes_have(one, &b.pod, promised))
-        .with_context(|| format!("{mode}: {}", paths(one, "host2").unwrap_or_default()))?;
+        .with_context(|| format!("{mode}: {}", probed(one, "host2").unwrap_or_default()))?;
     eprintln!("{mode}: back at {promised} bytes after {:?}", started.elapsed());
-    eventually("the issue to go", PATIENCE, || Ok(path_issues(one)?.is_empty()))?;
+    eventually("the issue to go", PATIENCE, || Ok(issues(one)?.is_empty()))?;
+    for family in Family::ALL {
+        // Its kernel would remember for ten minutes what it was told.
+        let to = b.pod.address(family)?;
+        eventually("the pod to use the whole path again", PATIENCE, || is_exact(a.netns(), to, promised))
+            .with_context(|| format!("{mode}, {family}"))?;
+    }
     let probe = one.huskctl(["mtu", "probe", "host2"])?;
     ensure!(probe.status.code() == Some(0), "{probe:?}");
     ensure!(one.huskctl(["mtu"])?.status.code() == Some(0));
@@ -170,13 +140,13 @@ fn limited(cluster: &Cluster, a: &Pod, [b, c]: [&Pod; 2], promised: usize, hole:
         let back = Echo::to(c.address(family)?).packet_size(promised).run(b.netns())?;
         ensure!(back.arrived(), "{what}: from the second host to the third: {back:?}");
     }
-    let issues = path_issues(one)?;
-    ensure!(issues.len() == 1 && issues[0]["subject"] == "host2", "{issues:?}");
-    let message = issues[0]["message"].as_str().unwrap_or_default();
+    let found = issues(one)?;
+    ensure!(found.len() == 1 && found[0]["subject"] == "host2", "{found:?}");
+    let message = found[0]["message"].as_str().unwrap_or_default();
     let told = [hole.passes, promised].iter().all(|bytes| message.contains(&bytes.to_string()));
     ensure!(told && message.contains("1500"), "{message}");
     for host in [cluster.host(2), cluster.host(3)] {
-        ensure!(path_issues(host)?.is_empty(), "{}: {:?}", host.name(), path_issues(host)?);
+        ensure!(issues(host)?.is_empty(), "{}: {:?}", host.name(), issues(host)?);
     }
 
     let table = one.huskctl(["mtu"])?;
@@ -197,18 +167,49 @@ fn random_losses_are_no_black_hole() -> Result<()> {
     let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
     let (one, b) = (cluster.host(1), cluster.host(2).add_pod("b")?);
     await_verified(one, "host2", PATIENCE)?;
-    disturb(&cluster, "numgen random mod 1000 < 50 drop")?;
+    disturb(&cluster, &["numgen random mod 1000 < 50 drop"])?;
     let started = Instant::now();
     let mut looks = 0;
     while started.elapsed() < LOSSY {
         // Every answer that is asked for is one more chance to be misled.
         let probe = one.huskctl(["mtu", "probe", "host2"])?;
         ensure!(probe.status.code() == Some(0), "{probe:?}");
-        ensure!(path_issues(one)?.is_empty() && routes_have(one, &b, 1450)?, "{:?}", path_issues(one)?);
+        ensure!(issues(one)?.is_empty() && routes_have(one, &b, 1450)?, "{:?}", issues(one)?);
         looks += 1;
     }
-    eprintln!("5 % loss for {LOSSY:?}: nothing limited in {looks} looks, {}", paths(one, "host2")?["ipv4"]);
+    eprintln!("5 % loss for {LOSSY:?}: nothing limited in {looks} looks, {}", probed(one, "host2")?["ipv4"]);
     Ok(())
+}
+
+#[test]
+fn a_firewall_of_the_hosts_own_that_drops_probes_is_told_with_its_remedy() -> Result<()> {
+    let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
+    let (one, two) = (cluster.host(1), cluster.host(2));
+    await_verified(one, "host2", PATIENCE)?;
+    let deaf = || -> Result<Vec<Value>> {
+        let status = one.huskctl_json(["status"])?;
+        let issues = status["issues"].as_array().cloned().unwrap_or_default();
+        Ok(issues.into_iter().filter(|issue| issue["kind"] == "ProbesDropped").collect())
+    };
+    // A peer whose daemon is dead does not answer either, which is not the firewall's fault.
+    two.stop_daemon(Signal::SIGKILL)?;
+    let silent = || Ok(probed(one, "host2")?["ipv4"]["standing"]["state"] == "unreachable");
+    eventually("the peer to be out of reach", FOUND, silent)?;
+    ensure!(deaf()?.is_empty(), "{:?}", deaf()?);
+    two.start()?;
+    await_verified(one, "host2", FOUND)?;
+
+    let strict = "table inet strict { chain input { type filter hook input priority 0; iifname \"husk-*\" udp dport 4875 drop; }; }";
+    one.netns().command("nft", [strict])?;
+    let started = Instant::now();
+    eventually("the firewall to be told of", 2 * FOUND, || Ok(!deaf()?.is_empty()))
+        .with_context(|| format!("{:?}", probed(one, "host2")))?;
+    eprintln!("told of a firewall that drops probes after {:?}", started.elapsed());
+    let told = deaf()?;
+    ensure!(told[0]["severity"] == "Warning" && told[0]["remedy"].to_string().contains("4875"), "{told:?}");
+    one.netns().command("nft", ["delete", "table", "inet", "strict"])?;
+    await_verified(one, "host2", FOUND)?;
+    eventually("the issue to go", PATIENCE, || Ok(deaf()?.is_empty()))
 }
 
 /// Whether somebody who sends a probe from an address and a port gets an answer.

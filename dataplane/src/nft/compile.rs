@@ -28,6 +28,9 @@ const ICMP_HEADER: u32 = 8;
 /// Where in a UDP header the destination port is (RFC 768).
 const UDP_DESTINATION: u32 = 2;
 
+/// The DF bit in the field of an IPv4 header that holds flags and fragment offset (RFC 791 section 3.1).
+const DONT_FRAGMENT: u32 = 0x4000;
+
 /// The comment that marks a rule as ours: `husk:<name>:<digest>`, the digest being the first 16 hexadecimal digits of
 /// SHA-256 over the compiled statements. A rule whose comment is missing or differs is not the rule we want.
 pub(super) fn rule_comment(rule: &Rule) -> String {
@@ -330,6 +333,8 @@ fn statement(statement: &Statement) -> Value {
             "key": { "tcp option": { "name": "maxseg", "field": "size" } },
             "value": { "rt": { "key": "mtu" } },
         } }),
+        // nft knows the field as one of 16 bits.
+        Statement::DontFragment => json!({ "mangle": { "key": payload("ip", "frag-off"), "value": DONT_FRAGMENT } }),
     }
 }
 
@@ -338,6 +343,7 @@ fn match_statement(it: &Match) -> Value {
         MatchOperator::Equal => "==",
         MatchOperator::NotEqual => "!=",
         MatchOperator::Less => "<",
+        MatchOperator::Greater => ">",
     };
     json!({ "match": { "op": operator, "left": left(it), "right": right(&it.value) } })
 }
@@ -353,6 +359,8 @@ fn left(it: &Match) -> Value {
         }
         MatchKey::DestinationKind => json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
         MatchKey::Protocol => meta("l4proto"),
+        MatchKey::Length => meta("length"),
+        MatchKey::UdpSourcePort => payload("udp", "sport"),
         MatchKey::UdpDestinationPort => payload("udp", "dport"),
         MatchKey::TcpDestinationPort => payload("tcp", "dport"),
         MatchKey::IcmpType(Family::Ipv4) => payload("icmp", "type"),

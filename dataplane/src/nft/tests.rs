@@ -197,6 +197,16 @@ fn everything() -> NftTable {
         rule("unencrypted", vec![equal(MatchKey::Transformation, MatchValue::Missing), counter(), Statement::Accept]),
         quoting(v4, "parameter-problem"),
         quoting(v6, "packet-too-big"),
+        rule(
+            "whole",
+            vec![
+                equal(MatchKey::Destination(v4), in_set("nodes4")),
+                equal(MatchKey::Protocol, MatchValue::Number(17)),
+                equal(MatchKey::UdpSourcePort, MatchValue::Number(51820)),
+                matches(MatchKey::Length, MatchOperator::Greater, MatchValue::Number(1340)),
+                Statement::DontFragment,
+            ],
+        ),
     ];
     let mut table = NftTable {
         counters: ["leaked".to_owned(), "spoofed".to_owned()].into(),

@@ -337,6 +337,54 @@ fn the_mtu_changes_while_the_pod_lives() {
 }
 
 /// The daemon follows the underlay while a pod is being wired.
+/// A pod whose kernel was told that little passes to another.
+fn told(host: &Host, pod: &Netns) {
+    host.attach(&spec(1, &["10.42.0.1", "fd42::1"]), pod).unwrap();
+    let other = Netns::new_unnamed().unwrap();
+    host.attach(&spec(2, &["10.42.0.2", "fd42::2"]), &other).unwrap();
+    // A host forwards by a route's MTU only if that is locked.
+    run(&host.0, "ip route change 10.42.0.2 dev husk00000000002 proto 72 scope link mtu lock 1300");
+    run(&host.0, "ip -6 route change fd42::2 dev husk00000000002 proto 72 metric 1024 mtu lock 1300");
+    for (from, to) in [("10.42.0.1", "10.42.0.2"), ("fd42::1", "fd42::2")] {
+        let sent = pod.run_in(|| UdpSocket::bind((from, 0)).unwrap().send_to(&[0; 1372], (to, 9))).unwrap();
+        sent.unwrap();
+    }
+    let known = remembered(pod);
+    assert!(known.iter().all(|route| route.contains("mtu 1300")), "{known:?}");
+}
+
+/// What a pod's kernel says of its ways to the other pod.
+fn remembered(pod: &Netns) -> [String; 2] {
+    ["ip route get 10.42.0.2", "ip -6 route get fd42::2"].map(|line| run(pod, line))
+}
+
+#[test]
+fn what_a_pod_was_told_of_paths_is_forgotten_and_its_routes_stay() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    told(&host, &pod);
+    let routes = || ["ip route show", "ip -6 route show"].map(|line| run(&pod, line));
+    let before = routes();
+    host.0.run_in(|| forget_paths(&spec(1, &["10.42.0.1", "fd42::1"]), &pod)).unwrap().unwrap();
+    let known = remembered(&pod);
+    assert!(known.iter().all(|route| !route.contains("mtu")), "{known:?}");
+    assert_eq!(routes(), before);
+    assert_eq!(host.check(&spec(1, &["10.42.0.1", "fd42::1"]), &pod), [""; 0]);
+    connects(&pod, &host.0, "2001:db8::1");
+}
+
+#[test]
+fn a_default_route_of_somebody_else_is_not_replaced() {
+    let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());
+    told(&host, &pod);
+    run(&pod, "ip link add net1 type veth peer name peer1");
+    run(&pod, "ip link set net1 up");
+    // The kernel takes the two for one route with two next hops, or the other for the first.
+    run(&pod, "ip -6 route prepend default via fe80::9 dev net1 metric 1024");
+    let before = run(&pod, "ip -6 route show default");
+    host.0.run_in(|| forget_paths(&spec(1, &["10.42.0.1", "fd42::1"]), &pod)).unwrap().unwrap();
+    assert_eq!(run(&pod, "ip -6 route show default"), before);
+}
+
 #[test]
 fn what_the_daemon_was_faster_with_is_wanted_whatever_mtu_it_knew_of() {
     let (host, pod) = (Host::new(), Netns::new_unnamed().unwrap());

@@ -74,7 +74,9 @@ fn teller(kind: IssueKind) -> Teller {
         | IssueKind::ApplyFailed
         | IssueKind::SourceUnavailable
         | IssueKind::ListenFailed
-        | IssueKind::LogUnwritable => Teller::Rest,
+        | IssueKind::LogUnwritable
+        | IssueKind::ProbesDropped
+        | IssueKind::Defect => Teller::Rest,
     }
 }
 

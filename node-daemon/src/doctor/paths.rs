@@ -78,6 +78,10 @@ fn source(source: &crate::report::MtuSource) -> String {
     match &source.origin {
         MtuOrigin::Interface { interface } => format!("{interface} of this host: {bytes} bytes"),
         MtuOrigin::Route { interface } => format!("the route by {interface}: {bytes} bytes"),
+        MtuOrigin::RouteAttribute { interface } => {
+            format!("the mtu attribute of the route by {interface}: {bytes} bytes")
+        }
+        MtuOrigin::Router { interface } => format!("a router on the path by {interface}: {bytes} bytes"),
         MtuOrigin::Configuration => format!("underlay.mtu: {bytes} bytes"),
         MtuOrigin::PeerRecord => format!("published by the peer: {bytes} bytes"),
     }

@@ -1,7 +1,7 @@
 //! Where the MTU towards a peer comes from, and what does not go together.
 
 use husk_dataplane::kernel::Kernel;
-use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::facts::{RouteLimit, UnderlayRoute};
 use husk_overlay::name::InterfaceName;
 
 use super::{Engine, Node, Pass};
@@ -81,9 +81,14 @@ impl Underlay {
     fn sources(&self, towards: &Towards<'_>) -> Vec<MtuSource> {
         let mut sources = self.own_sources();
         let other = |route: &&UnderlayRoute| route.mtu != self.mtu || Some(&route.interface) != self.interface.as_ref();
-        sources.extend(towards.route.filter(other).map(|route| MtuSource {
-            origin: MtuOrigin::Route { interface: route.interface.clone() },
-            bytes: route.mtu,
+        sources.extend(towards.route.filter(other).map(|route| {
+            let interface = route.interface.clone();
+            let origin = match route.limited_by {
+                RouteLimit::Interface => MtuOrigin::Route { interface },
+                RouteLimit::Attribute => MtuOrigin::RouteAttribute { interface },
+                RouteLimit::Router => MtuOrigin::Router { interface },
+            };
+            MtuSource { origin, bytes: route.mtu }
         }));
         sources.extend(towards.published.map(|bytes| MtuSource { origin: MtuOrigin::PeerRecord, bytes }));
         sources
@@ -125,9 +130,21 @@ impl Underlay {
             mismatches.push(MtuMismatch {
                 kind: MismatchKind::RouteSmaller,
                 message: format!(
-                    "the route to the peer by {interface} carries {bytes} bytes, though both ends could do {least}"
+                    "{} carries {bytes} bytes, though both ends could do {least}",
+                    match route.limited_by {
+                        RouteLimit::Interface => format!("{interface}, by which the route to the peer leaves,"),
+                        RouteLimit::Attribute => format!("the route to the peer by {interface} has an mtu attribute and"),
+                        RouteLimit::Router => format!("a router on the path to the peer by {interface} says that it"),
+                    }
                 ),
-                remedy: format!("if that is not meant, raise the route's mtu attribute or the MTU of {interface}"),
+                remedy: match route.limited_by {
+                    RouteLimit::Interface => format!("if that is not meant, raise the MTU of {interface}"),
+                    RouteLimit::Attribute => "if that is not meant, remove or raise the route's mtu attribute".into(),
+                    RouteLimit::Router => format!(
+                        "let everything on the path carry {least} bytes; this node tries it again ten minutes after it was \
+                         told (net.ipv4.route.mtu_expires)"
+                    ),
+                },
             });
         }
         if let (Some(passes), Some(promised)) = (towards.probed, towards.promised)
@@ -158,7 +175,7 @@ mod tests {
     }
 
     fn route(name: &str, mtu: u32) -> UnderlayRoute {
-        UnderlayRoute { interface: interface(name), mtu, on_link: true }
+        UnderlayRoute { interface: interface(name), mtu, limited_by: RouteLimit::Interface, on_link: true }
     }
 
     fn kinds(mismatches: &[MtuMismatch]) -> Vec<MismatchKind> {
@@ -201,6 +218,28 @@ mod tests {
             matches!(&underlay.sources(&towards)[2].origin, MtuOrigin::Route { interface } if interface.as_str() == "eth1")
         );
         assert!(underlay.mismatches(&towards).is_empty());
+    }
+
+    #[test]
+    fn whose_the_mtu_of_a_route_is_shows_in_its_origin_and_in_the_remedy() {
+        let underlay = underlay(None);
+        let told = |limited_by| {
+            let route = UnderlayRoute { limited_by, ..route("eth0", 1400) };
+            let towards = Towards { route: Some(&route), published: None, promised: Some(1350), probed: None };
+            let mismatch = underlay.mismatches(&towards).swap_remove(0);
+            assert_eq!(mismatch.kind, MismatchKind::RouteSmaller);
+            (underlay.sources(&towards)[1].origin.clone(), mismatch.remedy)
+        };
+        let eth0 = || interface("eth0");
+        let (origin, remedy) = told(RouteLimit::Attribute);
+        assert!(
+            origin == MtuOrigin::RouteAttribute { interface: eth0() } && remedy.contains("mtu attribute"),
+            "{remedy}"
+        );
+        let (origin, remedy) = told(RouteLimit::Router);
+        assert!(origin == MtuOrigin::Router { interface: eth0() } && remedy.contains("ten minutes"), "{remedy}");
+        let (origin, remedy) = told(RouteLimit::Interface);
+        assert!(origin == MtuOrigin::Route { interface: eth0() } && remedy.contains("MTU of eth0"), "{remedy}");
     }
 
     #[test]

@@ -72,6 +72,14 @@ pub trait Node {
     /// When the pod's network namespace is not to be had, or is another by now; when the kernel refuses.
     fn set_pod_mtu(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<(), Error>;
 
+    /// Has the kernel of a pod forget what it was told of paths, which may be less than they take by now.
+    ///
+    /// # Errors
+    /// As for [`Self::set_pod_mtu`].
+    fn forget_paths(&mut self, _endpoint: &Endpoint) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Chains of other firewalls that may keep pods' packets from being forwarded; may be half a minute old.
     fn foreign_chains(&mut self) -> Vec<ForeignChain>;
 
@@ -155,6 +163,23 @@ pub trait Node {
     /// What probing found so far.
     fn probes(&mut self) -> BTreeMap<Path, Report> {
         BTreeMap::new()
+    }
+
+    /// The same of one peer.
+    fn probes_of(&mut self, peer: &NodeName) -> BTreeMap<Path, Report> {
+        let mut probes = self.probes();
+        probes.retain(|path, _| path.peer == *peer);
+        probes
+    }
+
+    /// Probes of others arrive through tunnels, and a firewall of this host drops all of them.
+    fn is_deaf(&mut self) -> bool {
+        false
+    }
+
+    /// Threads that should go on and have ended, by their names.
+    fn ended(&mut self) -> Vec<&'static str> {
+        Vec::new()
     }
 
     /// Probes the paths to a peer at once. When that began, as time since boot; none where nothing is probed.

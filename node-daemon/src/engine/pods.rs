@@ -1,6 +1,7 @@
 //! What a pass does for pods that live, and for the leases of those that are gone.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use husk_dataplane::kernel::Kernel;
 use husk_ipam::lease::BootTime;
@@ -25,6 +26,24 @@ impl Mistuned {
     fn shrinks(&self) -> bool {
         self.planned < self.actual
     }
+}
+
+/// Least time between two times that all pods are made to forget what they know of paths: nodes of a large cluster may get a
+/// larger MTU one after the other.
+const FORGET_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What pods know of paths is older than the routes.
+#[derive(Debug, Default)]
+pub(super) struct Outgrown {
+    due: bool,
+    /// When they were made to forget last, as time since boot.
+    last: Option<Duration>,
+}
+
+/// A route to some peer takes more than it did.
+fn grows(before: &Plan, after: &Plan) -> bool {
+    let mtu_before = |name| before.peers.get(name).and_then(|peer| peer.mtu);
+    after.peers.iter().any(|(name, peer)| mtu_before(name).zip(peer.mtu).is_some_and(|(before, after)| before < after))
 }
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
@@ -72,6 +91,29 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         if tuned > 0 {
             tracing::info!(pods = tuned, mtu = pods.first().map(|pod| pod.planned), "adapted the MTU of pods");
+        }
+    }
+
+    /// After routes and pods have their MTU: where a route takes more than before, or pods send more, what their kernels were
+    /// told of paths holds them back for nothing, for up to ten minutes.
+    pub(super) fn forget_paths(&mut self, plan: &Plan, pods_grow: bool) {
+        self.outgrown.due |= pods_grow || self.last.as_ref().is_some_and(|last| grows(&last.plan, plan));
+        let now = self.parts.node.uptime();
+        let rests = self.outgrown.last.is_some_and(|last| now < last + FORGET_INTERVAL);
+        if !self.outgrown.due || rests {
+            return;
+        }
+        self.outgrown = Outgrown { due: false, last: Some(now) };
+        for endpoint in self.leases.endpoints.values() {
+            match self.parts.node.forget_paths(endpoint) {
+                Ok(()) => {}
+                // It has just gone, or is not there yet.
+                Err(error) if failures::lacks_interface(&error) => {}
+                Err(error) => tracing::debug!(
+                    pod = endpoint.display_name(), %error,
+                    "the pod may send smaller packets than it could for up to ten minutes"
+                ),
+            }
         }
     }
 

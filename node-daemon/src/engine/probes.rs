@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use husk_dataplane::kernel::Kernel;
 use husk_overlay::ipc::Response;
+use husk_overlay::issue::{Issue, IssueKind, Severity};
+use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::name::NodeName;
 use husk_overlay::plan::Plan;
 use husk_overlay::prefix::Family;
@@ -17,6 +19,39 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// After a pass: the kernel has the routes that probes go by.
     pub(super) fn probe_paths(&mut self, plan: &Plan) {
         self.parts.node.probe(&targets(plan));
+    }
+
+    /// What keeps paths from being probed as they should.
+    pub(super) fn probing_issues(&mut self) -> Vec<Issue> {
+        let ended = self.parts.node.ended().into_iter().map(|thread| Issue {
+            severity: Severity::Error,
+            kind: IssueKind::Defect,
+            subject: thread.into(),
+            message: format!(
+                "the daemon's thread {thread} has ended, which is a bug: what it looks after is left alone"
+            ),
+            remedy: "restart huskd, which leaves the data plane as it is, and report what its log says of the panic"
+                .into(),
+        });
+        let deaf = self.parts.node.is_deaf().then(|| Issue {
+            severity: Severity::Warning,
+            kind: IssueKind::ProbesDropped,
+            subject: "probes of paths".into(),
+            message: format!(
+                "probes of other nodes arrive through the tunnel, and a firewall of this host drops all of them and the \
+                 answers to its own: no path is watched, and a black hole is not found"
+            ),
+            remedy: format!(
+                "let UDP and TCP to port {PROBE_PORT} in from the interfaces husk-*, for example: \
+                 nft insert rule inet filter input iifname \"husk-*\" meta l4proto {{ tcp, udp }} th dport {PROBE_PORT} accept"
+            ),
+        });
+        ended.chain(deaf).collect()
+    }
+
+    /// The paths to a peer that are probed.
+    pub(super) fn paths_of(&mut self, peer: &NodeName) -> Vec<PathReport> {
+        self.parts.node.probes_of(peer).into_iter().map(|(path, report)| PathReport { path, report }).collect()
     }
 
     /// All paths that are probed.

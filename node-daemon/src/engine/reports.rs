@@ -36,6 +36,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::Top => self.report(Self::counted),
             Request::Mtu => self.report(Self::mtu),
             Request::Probes => self.report(|engine, _| engine.paths()),
+            Request::ProbesOf { peer } => self.report(|engine, _| engine.paths_of(peer)),
             Request::ProbePeer { peer } => self.probe_peer(peer),
             Request::Diff => self.difference(),
             Request::Ipam => self.report(Self::ipam),

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use husk_dataplane::netlink::Socket;
 use husk_dataplane::underlay;
 use husk_overlay::config::Config;
-use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::facts::{RouteLimit, UnderlayRoute};
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
 
@@ -52,7 +52,7 @@ impl Paths {
                 && *mtu < route.mtu
             {
                 tracing::debug!(%address, mtu, "a router on the way to a peer takes less than the link");
-                route.mtu = *mtu;
+                (route.mtu, route.limited_by) = (*mtu, RouteLimit::Router);
             }
         }
     }

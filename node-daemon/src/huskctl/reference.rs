@@ -113,7 +113,10 @@ pub(super) const ENTRIES: &[Entry] = &[
         found: Some("packets were lost, or --verify-encrypted found plaintext or proved nothing"),
         examples: &[
             ("What does a pod send and receive?", "huskctl capture shop/web-0"),
-            ("The tunnel to another node as the network sees it, for Wireshark", "huskctl capture node-b --outer -w node-b.pcap"),
+            (
+                "The tunnel to another node as the network sees it, for Wireshark",
+                "huskctl capture node-b --outer -w node-b.pcap",
+            ),
             ("Is what goes to another node encrypted?", "huskctl capture node-b --verify-encrypted"),
         ],
     },
@@ -144,6 +147,7 @@ pub(super) const ENTRIES: &[Entry] = &[
             ("One moment, for a script", "huskctl top --once -o json"),
         ],
     },
+    Entry { command: "ui", schemas: &["ui"], found: None, examples: &[("Where is this node's page?", "huskctl ui")] },
     Entry {
         command: "quarantine",
         schemas: &["quarantine", "quarantined"],

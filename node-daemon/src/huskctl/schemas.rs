@@ -13,8 +13,9 @@ use schemars::{JsonSchema, Schema};
 use super::{capture, mtu, support_bundle};
 use crate::line_log::LogLine;
 use crate::report::{
-    CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport, PolicyReport, QuarantineReport,
-    QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport, WhatIfReport,
+    CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport,
+    PolicyReport, QuarantineReport, QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport,
+    WhatIfReport,
 };
 
 /// Makes the schema of a type.
@@ -46,6 +47,7 @@ pub(super) const ALL: &[(&str, Make)] = &[
     ("support-bundle", of::<support_bundle::Summary>),
     ("top", of::<Top>),
     ("trace", of::<TraceReport>),
+    ("ui", of::<UiReport>),
 ];
 
 /// Which schema.

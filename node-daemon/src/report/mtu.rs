@@ -18,9 +18,19 @@ pub enum MtuOrigin {
         /// Its name.
         interface: InterfaceName,
     },
-    /// The own host's route to the peer: its `mtu` attribute, or the MTU of another interface that it leaves by.
+    /// MTU of another interface, by which the own host's route to the peer leaves.
     Route {
-        /// Interface that it leaves by.
+        /// Its name.
+        interface: InterfaceName,
+    },
+    /// The `mtu` attribute of the own host's route to the peer.
+    RouteAttribute {
+        /// Interface that the route leaves by.
+        interface: InterfaceName,
+    },
+    /// What a router on the way to the peer said that it takes.
+    Router {
+        /// Interface that the route leaves by.
         interface: InterfaceName,
     },
     /// `underlay.mtu` of the own configuration.

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 
 use husk_overlay::name::NodeName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `huskctl ui`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct UiReport {
     /// Name of the node whose page it is.

@@ -199,6 +199,9 @@ pub enum Statement {
     },
     /// Clamp the TCP MSS option of SYN packets to the route's MTU.
     ClampMss,
+    /// Set the DF bit of an IPv4 packet (RFC 791 section 3.1), and clear the other flags and the offset that share its field: for
+    /// packets that are no fragments. The header's checksum follows. Implies the family.
+    DontFragment,
 }
 
 /// A comparison.
@@ -230,6 +233,10 @@ pub enum MatchKey {
     DestinationKind,
     /// Layer 4 protocol, also behind IPv6 extension headers.
     Protocol,
+    /// Bytes of the packet, its IP header included.
+    Length,
+    /// UDP source port.
+    UdpSourcePort,
     /// UDP destination port.
     UdpDestinationPort,
     /// TCP destination port.
@@ -281,6 +288,8 @@ pub enum MatchOperator {
     NotEqual,
     /// Less than a number.
     Less,
+    /// More than a number.
+    Greater,
 }
 
 /// Right-hand side of a comparison.

@@ -11,7 +11,9 @@
 //! input       -150  VXLAN that ESP should have protected       drop, counter plaintext_in
 //!                   VXLAN from an address that is no node      drop, counter unknown_vtep
 //! input       -150  a path MTU to a node below the floor       drop, counter path_mtu_below_floor
-//! input       -150  a probe or transfer that came by no tunnel drop, counter probe_outside
+//! input       -150  a probe that came by a tunnel              counter probe_arrived
+//!                   a probe or transfer that came by none      drop, counter probe_outside
+//! output      -150  what WireGuard sends over IPv4             may not be cut on the way, see [`path_mtu`]
 //! forward     -150  TCP SYN to or from the overlay             MSS clamped to the route's MTU
 //! postrouting  100  into the tunnel from a foreign address     source NAT: the peer drops what is not this node's
 //!                   pod to an address outside the cluster      masquerade random,fully-random
@@ -25,6 +27,7 @@
 //! underlay's interface, and a second time as ESP between nodes. What ESP protected on its way here is known by its security
 //! path; in tunnel mode it also comes out of the xfrm interface.
 
+mod path_mtu;
 pub(super) mod port_mappings;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,17 +62,15 @@ pub const UNKNOWN_VTEP: &str = "unknown_vtep";
 /// Counter of VXLAN packets that pods sent.
 pub const POD_TO_VTEP: &str = "pod_to_vtep";
 
-/// Counter of ICMP errors that named an MTU for the path to a node under which the overlay could not work.
-pub(super) const PATH_MTU_BELOW_FLOOR: &str = "path_mtu_below_floor";
-
 /// Set of the nodes' underlay addresses.
 const NODES: &str = "nodes";
 
-/// Code of "fragmentation needed" among the ICMP errors of type "destination unreachable" (RFC 792).
-const FRAGMENTATION_NEEDED: u32 = 4;
-
 /// Counter of probes that came by no tunnel: from pods of this node, or from outside.
 pub const PROBE_OUTSIDE: &str = "probe_outside";
+
+/// Counter of probes, and of answers to them, that came through a tunnel. It counts no drops: what arrives here and in no socket was
+/// dropped by somebody else's firewall.
+pub const PROBE_ARRIVED: &str = "probe_arrived";
 
 /// IANA protocol numbers.
 const UDP: u32 = 17;
@@ -117,13 +118,12 @@ pub(super) fn render(
         }
         postrouting.extend(plaintext_rules(context, PLAINTEXT_OUT));
         insert(&mut table, "postrouting-guard", ChainKind::Filter, Hook::Postrouting, 300, postrouting);
-        table.counters.insert(PROBE_OUTSIDE.into());
+        table.counters.extend([PROBE_OUTSIDE.into(), PROBE_ARRIVED.into()]);
         insert(&mut table, "input-probe", ChainKind::Filter, Hook::Input, -150, probe_guard());
     }
     if guarded {
         nodes(context, peers, &mut table);
-        table.counters.insert(PATH_MTU_BELOW_FLOOR.into());
-        insert(&mut table, "input-path-mtu", ChainKind::Filter, Hook::Input, -150, path_mtu_floor(context));
+        path_mtu::render(context, &mut table);
     }
     insert(&mut table, "prerouting-guard", ChainKind::Filter, Hook::Prerouting, -300, prerouting);
     if context.config.mode.uses_vxlan() {
@@ -274,49 +274,6 @@ fn nodes(context: &Context<'_>, peers: &BTreeMap<NodeName, Peer>, table: &mut Nf
     table.sets.insert(NODES.into(), set);
 }
 
-/// Anybody can send an ICMP error in a router's name, and the kernel believes it: it cannot tell whether the packet that is
-/// quoted was ever sent, and asks no socket where the answer to a ping is quoted (net/ipv4/icmp.c `icmp_err`). For ten minutes it then
-/// sends what goes to that node in packets of the size named, if that is 552 bytes at least (`net.ipv4.route.min_pmtu`; over
-/// IPv6 1280), and a tunnel that takes less than IPv6 needs takes no IPv6 at all. What names less than the least that Husk
-/// works with is not believed: a path like that could not be used anyway.
-///
-/// The connection is the one of the packet quoted; either side may have begun it. Which packet is quoted cannot be read from
-/// the error as simply: its header may have options.
-fn path_mtu_floor(context: &Context<'_>) -> Vec<Rule> {
-    let family = context.config.underlay.family;
-    let floor = context.config.least_underlay_mtu();
-    let too_small = || {
-        let error = match family {
-            Family::Ipv4 => "destination-unreachable",
-            Family::Ipv6 => "packet-too-big",
-        };
-        let mut statements = vec![equal(MatchKey::IcmpType(family), MatchValue::AnyOf(vec![error.to_owned()]))];
-        if family == Family::Ipv4 {
-            statements.push(equal(MatchKey::IcmpCode, MatchValue::Number(FRAGMENTATION_NEEDED)));
-        }
-        let value = MatchValue::Number(floor);
-        statements.push(Statement::Match(Match {
-            key: MatchKey::IcmpMtu(family),
-            operator: MatchOperator::Less,
-            value,
-        }));
-        statements
-    };
-    let nodes = || MatchValue::Set(NODES.into());
-    [
-        ("unknown", equal(MatchKey::ConnectionState, MatchValue::Text("invalid".into()))),
-        ("to-node", equal(MatchKey::ConnectionDestination(family), nodes())),
-        ("from-node", equal(MatchKey::ConnectionSource(family), nodes())),
-    ]
-    .into_iter()
-    .map(|(name, connection)| {
-        let mut statements = too_small();
-        statements.extend([connection, Statement::Counter(PATH_MTU_BELOW_FLOOR.into()), Statement::Drop]);
-        rule(format!("{PATH_MTU_BELOW_FLOOR}-{name}"), statements)
-    })
-    .collect()
-}
-
 /// The VTEP takes packets from known nodes only, and where ESP protects them only those it has protected.
 fn vtep(context: &Context<'_>, table: &mut NftTable) {
     let family = context.config.underlay.family;
@@ -349,7 +306,14 @@ fn probe_guard() -> Vec<Rule> {
         ];
         rule(name, statements)
     };
+    let arrived = vec![
+        input("husk-*"),
+        equal(MatchKey::Protocol, MatchValue::Number(UDP)),
+        equal(MatchKey::UdpDestinationPort, MatchValue::Number(marks::PROBE_PORT.into())),
+        Statement::Counter(PROBE_ARRIVED.into()),
+    ];
     vec![
+        rule(PROBE_ARRIVED, arrived),
         guard(PROBE_OUTSIDE.to_owned(), UDP, MatchKey::UdpDestinationPort),
         guard(format!("{PROBE_OUTSIDE}-transfer"), TCP, MatchKey::TcpDestinationPort),
     ]

@@ -10,7 +10,7 @@ use super::Context;
 use super::local::route_key;
 use super::peers::Peer;
 use crate::issue::{Issue, IssueKind, Severity};
-use crate::kernel::{Desired, RouteTarget};
+use crate::kernel::{Desired, Route, RouteTarget};
 use crate::mode::Mode;
 use crate::mtu::underlay_needed;
 use crate::name::NodeName;
@@ -27,7 +27,7 @@ pub(super) fn probed(context: &Context<'_>, peer: &NodeName, promised: Option<u3
 pub(super) fn render(
     context: &Context<'_>,
     peers: &mut BTreeMap<NodeName, Peer>,
-    desired: &Desired,
+    desired: &mut Desired,
     issues: &mut Vec<Issue>,
 ) {
     for peer in peers.values_mut() {
@@ -40,13 +40,29 @@ pub(super) fn render(
         // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are answered
         // only by who probes it.
         let floor = context.config.least_inner_mtu().min(promised);
-        let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor });
+        let handshakes = context.config.mode.uses_wireguard();
+        let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor, handshakes });
         let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
             Mode::Direct => next_hops(context, peer, desired),
             Mode::Vxlan | Mode::Wireguard | Mode::Ipsec | Mode::VxlanIpsec => routers(context, peer, desired),
         };
+        if context.config.mode == Mode::Ipsec && peer.plan.probed.is_some() {
+            ends.iter().for_each(|(_, router)| route_around_limit(peer, *router, promised, desired));
+        }
         peer.plan.probe = ends.into_iter().map(target).collect();
     }
+}
+
+/// Whether a limited path has recovered is tried with packets above its limit. Their socket does not care for the MTU of the route
+/// that they go by, and neither do most tunnels; but an xfrm interface takes no packet larger than the route that led to it
+/// (`xfrm_init_pmtu`, net/xfrm/xfrm_policy.c; `xfrmi_xmit2`, net/xfrm/xfrm_interface_core.c), and drops it without a word. What
+/// probes are sent to therefore has a route of its own, without the limit. Nobody else has business there.
+fn route_around_limit(peer: &Peer, router: IpAddr, promised: u32, desired: &mut Desired) {
+    let block = peer.record.blocks.iter().find(|block| block.contains(router));
+    let Some(route) = block.and_then(|block| desired.routes.get(&route_key(*block))) else { return };
+    let route = Route { mtu: Some(promised), ..route.clone() };
+    // A block of one address has its route.
+    desired.routes.entry(route_key(Prefix::host(router))).or_insert(route);
 }
 
 /// Own and peer's address inside the overlay, in every family in which there is a route to the peer.

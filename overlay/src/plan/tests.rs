@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
-use crate::facts::{OwnEpoch, UnderlayRoute, WireguardSupport};
+use crate::facts::{OwnEpoch, RouteLimit, UnderlayRoute, WireguardSupport};
 use crate::kernel::{LinkKind, MatchValue, Route, RouteKey, RouteTarget, SetElement, Statement};
 use crate::keys::PrivateKey;
 use crate::name::{ContainerId, InstanceId, InterfaceName, NetworkName};
@@ -82,7 +82,8 @@ pub(super) fn snapshot(count: u8) -> Snapshot {
 /// Facts of `host0` among so many nodes.
 pub(super) fn facts(count: u8) -> Facts {
     let own = record(0);
-    let route = || UnderlayRoute { interface: interface("eth0"), mtu: 1500, on_link: true };
+    let route =
+        || UnderlayRoute { interface: interface("eth0"), mtu: 1500, limited_by: RouteLimit::Interface, on_link: true };
     Facts {
         node: own.name.clone(),
         instance: own.instance.clone(),

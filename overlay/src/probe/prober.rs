@@ -5,8 +5,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::chance::Chance;
-use super::track::{Due, Fired, Shared, Track};
-use super::{ClockSkew, PROBES_PER_SECOND, Path, Report, Shot, Target, wire};
+use super::pace::Pace;
+use super::phase::{Due, Fired, Shared};
+use super::sessions::{self, Sessions};
+use super::track::Track;
+use super::{ClockSkew, PROBES_PER_SECOND, Path, Report, Shot, Standing, Target, wire};
 use crate::marks;
 use crate::name::NodeName;
 use crate::prefix::Family;
@@ -17,15 +20,8 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest time between two checks of a path, unless there are many.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Probes that may be sent at once after a quiet time.
-const BURST: u32 = 4;
-
-/// Time that earns one probe. What is saved up counts among the probes of a second, too.
-const COST: Duration = Duration::from_nanos(1_000_000_000 / (PROBES_PER_SECOND - BURST) as u64);
-
-/// Share of a path in the interval: the checks of all paths, which come after nine tenths of it on the average, take 32
-/// probes per second. The others are for doubts and searches.
-const SHARE: Duration = Duration::from_nanos(1_000_000_000 / 32 * 10 / 9);
+/// Packets per second that the checks of all paths take, of twice [`PROBES_PER_SECOND`]. The others are for doubts and searches.
+const ROUTINE: u32 = PROBES_PER_SECOND * 2 * 4 / 5;
 
 /// Probes to settle doubts for each one that is a matter of course, where both sorts are due.
 const URGENT_TURNS: u8 = 3;
@@ -40,7 +36,7 @@ const SPREAD: Duration = Duration::from_secs(1);
 /// Decides what to send, and what answers mean.
 ///
 /// With up to 288 paths each is checked every 8 to 10 seconds, with more as often as the budget allows: the 10,000 paths of a
-/// node among 5,000 with both families every 350 seconds at most. Both families of a peer share one tunnel and are checked
+/// node among 5,000 with both families every 350 seconds at most, or 870 where checks so rare cost a handshake each. Both families of a peer share one tunnel and are checked
 /// at random times, and what is found in one is looked for in the other at once.
 #[derive(Debug)]
 pub struct Prober {
@@ -56,8 +52,10 @@ pub struct Prober {
     order: VecDeque<(Duration, u64)>,
     limits: BTreeMap<Path, u32>,
     shared: Shared,
-    credit: Duration,
-    credited: Duration,
+    pace: Pace,
+    sessions: Sessions,
+    /// How often limits have changed.
+    revision: u64,
 }
 
 impl Prober {
@@ -73,8 +71,9 @@ impl Prober {
             order: VecDeque::new(),
             limits: BTreeMap::new(),
             shared: Shared { chance: Chance::new(seed), interval: INTERVAL, guess: None, alarm: false },
-            credit: Duration::ZERO,
-            credited: Duration::ZERO,
+            pace: Pace::default(),
+            sessions: Sessions::default(),
+            revision: 0,
         }
     }
 
@@ -84,9 +83,13 @@ impl Prober {
         for path in gone {
             self.unschedule(&path);
             self.tracks.remove(&path);
-            self.limits.remove(&path);
+            self.note_limit(&path, None);
         }
-        let all = SHARE * u32::try_from(targets.len()).unwrap_or(u32::MAX);
+        let costly = || targets.iter().filter(|(_, target)| target.handshakes).map(|(path, _)| &path.peer);
+        let peers: BTreeSet<&NodeName> = costly().collect();
+        self.sessions.retain(|peer| peers.contains(peer));
+        // They come after nine tenths of it on the average.
+        let all = sessions::interval(targets.len(), peers.len(), ROUTINE) * 10 / 9;
         self.shared.interval = INTERVAL.max(all);
         for (path, target) in targets {
             let target = Target { promised: target.promised.min(wire::LARGEST), ..target.clone() };
@@ -111,10 +114,9 @@ impl Prober {
                 self.with(&path, now, |track, shared| track.outcome(fired, false, now, shared));
             }
         }
-        self.credit = (COST * BURST).min(self.credit + now.saturating_sub(self.credited));
-        self.credited = self.credited.max(now);
+        self.pace.earn(now);
         let mut shots = Vec::new();
-        while self.credit >= COST {
+        while self.pace.affords() {
             let Some(path) = self.choose(now) else { break };
             let Some(fired) = self.with(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
                 continue;
@@ -123,9 +125,10 @@ impl Prober {
             let id = self.shared.chance.number();
             let to = SocketAddr::new(target.address, marks::PROBE_PORT);
             shots.push(Shot { path: path.clone(), own: target.own, target: to, size: fired.size, id });
+            let (handshakes, peer) = (target.handshakes, path.peer.clone());
             self.flying.insert(id, (path, fired));
             self.order.push_back((now, id));
-            self.credit -= COST;
+            self.pace.spend(handshakes && self.sessions.send(&peer, now));
         }
         shots
     }
@@ -133,7 +136,7 @@ impl Prober {
     /// When to call [`Prober::due`] again, as time since boot; none while there is nothing to probe.
     #[must_use]
     pub fn next(&self) -> Option<Duration> {
-        let affordable = self.credited + COST.saturating_sub(self.credit);
+        let affordable = self.pace.next();
         let routine = self.routine.first().map(|(at, _)| *at);
         let wanted = self.urgent.values().copied().chain(routine).min();
         let missing = self.order.front().map(|(sent, _)| *sent + TIMEOUT);
@@ -197,6 +200,19 @@ impl Prober {
         limits
     }
 
+    /// How often [`Self::limits`] has changed.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Nobody answers, as far as is known: there are paths, and not one of them is in any other state.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        // As a rule the first one tells.
+        !self.tracks.is_empty() && self.tracks.values().all(|track| track.standing() == Standing::Unreachable)
+    }
+
     /// The path that is to send next: doubts and matters of course take turns, so that neither waits for all of the others.
     fn choose(&mut self, now: Duration) -> Option<Path> {
         let routine = self.routine.first().filter(|(at, _)| *at <= now).map(|(_, path)| path.clone());
@@ -222,12 +238,18 @@ impl Prober {
         self.unschedule(path);
         let track = self.tracks.get_mut(path)?;
         let result = act(track, &mut self.shared);
-        match track.limit() {
+        let limit = track.limit();
+        self.note_limit(path, limit);
+        self.schedule(path);
+        Some(result)
+    }
+
+    fn note_limit(&mut self, path: &Path, limit: Option<u32>) {
+        let before = match limit {
             Some(limit) => self.limits.insert(path.clone(), limit),
             None => self.limits.remove(path),
         };
-        self.schedule(path);
-        Some(result)
+        self.revision += u64::from(before != limit);
     }
 
     fn schedule(&mut self, path: &Path) {

@@ -11,82 +11,12 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::chance::Chance;
+use super::phase::{Aim, Check, Due, Fired, Phase, Shared};
 use super::search::{Progress, Search};
 use super::statistics::Statistics;
 use super::suspicion::{Judgement, Suspicion};
 use super::wire::SMALL;
 use super::{ClockSkew, Report, Standing, Target};
-
-/// Time between two tries whether a limited path passes more, as a multiple in tenths of the longest time between two checks.
-const RECHECK: u32 = 18;
-
-/// When a path wants to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Due {
-    /// Not before an outcome is known.
-    Never,
-    /// As a matter of course, from this time on.
-    Routine(Duration),
-    /// To settle a doubt, or for somebody who waits.
-    Urgent(Duration),
-}
-
-/// What the paths of a node share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) chance: Chance,
-    /// Longest time between two checks of a path.
-    pub(super) interval: Duration,
-    /// What passed on the path that was found limited last.
-    pub(super) guess: Option<u32>,
-    /// A path turned out not to pass what is promised.
-    pub(super) alarm: bool,
-}
-
-impl Shared {
-    fn recheck(&self) -> Duration {
-        self.interval / 10 * RECHECK
-    }
-}
-
-/// What an outcome belongs to: those of an earlier phase mean nothing to a later one.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Fired {
-    pub(super) size: u32,
-    pub(super) sent: Duration,
-    phase: u64,
-    /// In a doubt: the pair, and whether it is its small one.
-    pair: (usize, bool),
-}
-
-#[derive(Debug)]
-enum Phase {
-    Waiting,
-    Checking(Check),
-    Doubting(Suspicion, Aim),
-    Searching(Search),
-}
-
-/// Why a size is doubted.
-#[derive(Debug)]
-enum Aim {
-    /// It passed so far, or is promised to.
-    Promise,
-    /// It is the end of a search.
-    Byte(Search),
-}
-
-/// Probes at regular times.
-#[derive(Debug)]
-struct Check {
-    queue: VecDeque<u32>,
-    open: usize,
-    /// Largest size that was answered; 0 if none was.
-    best: u32,
-    /// Somebody waits.
-    urgent: bool,
-}
 
 /// A path.
 #[derive(Debug)]
@@ -125,6 +55,10 @@ impl Track {
 
     pub(super) fn target(&self) -> &Target {
         &self.target
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        self.standing
     }
 
     pub(super) fn due(&self) -> Due {

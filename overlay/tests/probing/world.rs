@@ -58,7 +58,16 @@ pub(crate) struct World {
     chance: u64,
     /// The own kernel refuses probes larger than this.
     pub(crate) device: u32,
+    /// When sessions with peers were made, where that takes handshakes.
+    sessions: BTreeMap<NodeName, Duration>,
+    /// Packets within the last second: when, and how many at once.
+    packets: VecDeque<(Duration, usize)>,
+    /// The most of them.
+    pub(crate) most_packets: usize,
 }
+
+/// Age of a session from which on who sends makes another (`REKEY_AFTER_TIME`, WireGuard's paper, section 6.1).
+const SESSION: Duration = Duration::from_secs(120);
 
 pub(crate) fn peer(index: usize) -> NodeName {
     NodeName::new(&format!("host{index}")).unwrap()
@@ -76,7 +85,13 @@ impl World {
                 Family::Ipv4 => ("10.42.0.64", "10.42.0.0"),
                 Family::Ipv6 => ("fd42::40", "fd42::"),
             };
-            Target { address: address.parse().unwrap(), own: own.parse().unwrap(), promised, floor: FLOOR }
+            Target {
+                address: address.parse().unwrap(),
+                own: own.parse().unwrap(),
+                promised,
+                floor: FLOOR,
+                handshakes: false,
+            }
         };
         let paths = (0..peers).flat_map(|index| families.iter().map(move |family| path(index, *family)));
         let targets: BTreeMap<Path, Target> = paths.map(|path| (path.clone(), target(path.family))).collect();
@@ -91,9 +106,30 @@ impl World {
             sent_to: BTreeMap::new(),
             chance: seed ^ 0x5555,
             device: u32::MAX,
+            sessions: BTreeMap::new(),
+            packets: VecDeque::new(),
+            most_packets: 0,
         };
         world.prober.set_targets(&world.targets, world.now);
         world
+    }
+
+    /// From now on a probe takes a handshake where there is no session.
+    pub(crate) fn take_handshakes(&mut self) {
+        self.targets.values_mut().for_each(|target| target.handshakes = true);
+        self.prober.set_targets(&self.targets, self.now);
+    }
+
+    /// Counts what is on the wire for a probe: itself and its answer; initiation, response, and the keepalive that ends it all.
+    fn count_packets(&mut self, path: &Path) {
+        let young = self.sessions.get(&path.peer).is_some_and(|made| self.now < *made + SESSION);
+        let handshake = self.targets[path].handshakes && !young;
+        if handshake {
+            self.sessions.insert(path.peer.clone(), self.now);
+        }
+        self.packets.retain(|(at, _)| *at + SECOND > self.now);
+        self.packets.push_back((self.now, if handshake { 5 } else { 2 }));
+        self.most_packets = self.most_packets.max(self.packets.iter().map(|(_, packets)| packets).sum());
     }
 
     /// Changes what all paths to all peers do.
@@ -157,6 +193,7 @@ impl World {
         self.recent.push_back(self.now);
         assert!(self.recent.len() <= PROBES_PER_SECOND as usize, "{} probes within a second", self.recent.len());
         assert!(shot.size <= self.targets[&shot.path].promised, "{shot:?}");
+        self.count_packets(&shot.path);
         if shot.size > self.device {
             self.prober.refused(shot.id, self.now);
             return;

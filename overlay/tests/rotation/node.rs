@@ -7,7 +7,7 @@ use std::time::Duration;
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoints;
 use husk_overlay::esp::{Association, AssociationId};
-use husk_overlay::facts::{AssociationUse, EspFacts, Facts, OwnEpoch, SpentAssociation, UnderlayRoute};
+use husk_overlay::facts::{AssociationUse, EspFacts, Facts, OwnEpoch, RouteLimit, SpentAssociation, UnderlayRoute};
 use husk_overlay::kernel::{XfrmAction, XfrmDirection, XfrmPolicy, XfrmPolicyKey, XfrmStateKey};
 use husk_overlay::keys::PublicKey;
 use husk_overlay::name::{InstanceId, InterfaceName, NodeName};
@@ -159,7 +159,12 @@ impl Node {
             };
             installed.insert(*key, usage);
         }
-        let route = UnderlayRoute { interface: InterfaceName::new("eth0").unwrap(), mtu: 1500, on_link: true };
+        let route = UnderlayRoute {
+            interface: InterfaceName::new("eth0").unwrap(),
+            mtu: 1500,
+            limited_by: RouteLimit::Interface,
+            on_link: true,
+        };
         let addresses = self.view.values().flat_map(|record| record.addresses.iter());
         let addresses = addresses.chain((0..count).map(first_address));
         Facts {

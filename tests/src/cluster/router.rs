@@ -107,7 +107,7 @@ impl<'a> Router<'a> {
     /// # Errors
     /// When the kernel refuses.
     pub fn swallow(&self, over: usize) -> Result<()> {
-        self.rules(&format!("ip length > {over} drop\n ip6 length > {} drop", over - 40))
+        self.rules(&format!("ip length > {over} drop\nip6 length > {} drop", over - 40))
     }
 
     /// From now on every packet vanishes with this probability.
@@ -129,7 +129,7 @@ impl<'a> Router<'a> {
     fn rules(&self, rules: &str) -> Result<()> {
         let text = format!(
             "table {TABLE}\ndelete table {TABLE}\n\
-             table {TABLE} {{ chain forward {{ type filter hook forward priority 0; {rules}\n }} }}\n"
+             table {TABLE} {{\nchain forward {{\ntype filter hook forward priority 0;\n{rules}\n}}\n}}\n"
         );
         self.netns
             .program("nft")

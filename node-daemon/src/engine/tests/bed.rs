@@ -18,7 +18,7 @@ use husk_ipam::lease::{BootTime, Demand, Lease, LeaseStore, Supply};
 use husk_overlay::config::Config;
 use husk_overlay::endpoint::{AttachmentId, Endpoint, NetnsIdentity};
 use husk_overlay::esp::{Aead, AssociationId};
-use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, SpentAssociation, UnderlayRoute, WireguardSupport};
+use husk_overlay::facts::{EspFacts, Facts, OwnEpoch, RouteLimit, SpentAssociation, UnderlayRoute, WireguardSupport};
 use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE, NodeFile, Request, Response};
 use husk_overlay::issue::IssueKind;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyTable, PolicyValue};
@@ -324,7 +324,12 @@ impl Node for FakeNode {
         if let Some(reason) = state.blind {
             anyhow::bail!("{reason}");
         }
-        let route = || UnderlayRoute { interface: interface("eth0"), mtu: 1500, on_link: true };
+        let route = || UnderlayRoute {
+            interface: interface("eth0"),
+            mtu: 1500,
+            limited_by: RouteLimit::Interface,
+            on_link: true,
+        };
         let others = snapshot.nodes.values().filter(|record| record.name != name(0));
         let interfaces = self.kernel.state().interfaces.clone();
         let esp = if state.mode.uses_esp() { Some(state.esp()?) } else { None };

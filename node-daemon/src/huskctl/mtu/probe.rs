@@ -42,8 +42,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
     let asked = Instant::now();
     let mut told = String::new();
     loop {
-        let mut paths: Vec<PathReport> = ask(socket, &Request::Probes)?;
-        paths.retain(|it| it.path.peer == started.peer);
+        let paths: Vec<PathReport> = ask(socket, &Request::ProbesOf { peer: started.peer.clone() })?;
         anyhow::ensure!(!paths.is_empty(), "{} is not probed any more; see huskctl peers", started.peer);
         let finished = paths.iter().all(|it| is_done(it, &started));
         if finished || asked.elapsed() >= limit {

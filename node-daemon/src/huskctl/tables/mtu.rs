@@ -75,6 +75,8 @@ fn origin(source: &MtuSource) -> String {
     match &source.origin {
         MtuOrigin::Interface { interface } => interface.to_string(),
         MtuOrigin::Route { interface } => format!("route by {interface}"),
+        MtuOrigin::RouteAttribute { interface } => format!("mtu of the route by {interface}"),
+        MtuOrigin::Router { interface } => format!("a router on the path by {interface}"),
         MtuOrigin::Configuration => "underlay.mtu".to_owned(),
         MtuOrigin::PeerRecord => "peer's record".to_owned(),
     }

@@ -9,7 +9,7 @@ use super::*;
 use crate::config::Config;
 use crate::endpoint::Endpoints;
 use crate::esp::{Aead, Association};
-use crate::facts::{AssociationUse, Facts, OwnEpoch, UnderlayRoute};
+use crate::facts::{AssociationUse, Facts, OwnEpoch, RouteLimit, UnderlayRoute};
 use crate::kernel::{XfrmPolicy, XfrmStateKey};
 use crate::keys::PublicKey;
 use crate::name::InstanceId;
@@ -81,7 +81,12 @@ impl Bed {
             snapshot.blocks.extend(record.blocks.iter().map(|block| (*block, record.name.clone())));
             snapshot.nodes.insert(record.name.clone(), record);
         }
-        let route = UnderlayRoute { interface: InterfaceName::new("eth0").unwrap(), mtu: 1500, on_link: true };
+        let route = UnderlayRoute {
+            interface: InterfaceName::new("eth0").unwrap(),
+            mtu: 1500,
+            limited_by: RouteLimit::Interface,
+            on_link: true,
+        };
         let facts = Facts {
             node: name(0),
             instance: snapshot.nodes[&name(0)].instance.clone(),
@@ -325,6 +330,13 @@ fn what_probing_found_limits_the_routes_to_that_peer() {
         assert_eq!((mtus(1), mtus(2)), ([Some(1333)].into(), [Some(promised)].into()), "{mode}");
         assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::PathMtu]), "{mode}");
         assert_eq!(plan.probe_targets(), before.probe_targets(), "{mode}");
+        // What is larger than the route gets through no xfrm interface: probes have routes of their own to find more with.
+        for target in plan.peers[&name(1)].probe.values() {
+            let key = super::super::local::route_key(crate::prefix::Prefix::host(target.address));
+            let own = plan.desired.routes.get(&key).and_then(|route| route.mtu);
+            assert_eq!(own, (mode == Mode::Ipsec).then_some(promised), "{mode}");
+            assert!(!before.desired.routes.contains_key(&key), "{mode}: only while there is a limit");
+        }
     }
     let bed = Bed::new(Mode::Ipsec, 1, &[1]);
     assert!(bed.plan().probe_targets().is_empty(), "nothing can be sent before the associations are there");

@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
+use super::path_mtu::{FRAGMENTATION_NEEDED, PATH_MTU_BELOW_FLOOR};
 use super::*;
 use crate::config::Config;
 use crate::endpoint::Endpoints;
-use crate::facts::Facts;
+use crate::facts::{Facts, WireguardSupport};
 use crate::mtu::{MINIMUM_IPV6, underlay_needed};
 use crate::plan::plan;
 use crate::record::Snapshot;
@@ -23,6 +24,10 @@ struct Packet {
     destination: &'static str,
     /// UDP port it is for; other packets have none.
     port: Option<u16>,
+    /// UDP port it comes from.
+    from: u16,
+    /// Bytes, IP header included.
+    length: u32,
     /// An ICMP error of this type, and the UDP port of the packet that it quotes.
     error: Option<(&'static str, u16)>,
     /// What an ICMP error says of a path.
@@ -38,6 +43,8 @@ struct TooBig {
     mtu: u32,
     /// Between whom the connection is of which it quotes a packet; none if there is no such connection.
     connection: Option<(&'static str, &'static str)>,
+    /// Protocol of the packet that it quotes.
+    quotes: u32,
 }
 
 /// Between two underlay addresses; what is not said of the packet is as in plaintext.
@@ -47,6 +54,8 @@ const UNDERLAY: Packet = Packet {
     source: "192.0.2.1",
     destination: "192.0.2.2",
     port: None,
+    from: 51820,
+    length: 1500,
     error: None,
     too_big: None,
     decrypted: false,
@@ -65,6 +74,8 @@ const TUNNEL: Packet = Packet { port: VXLAN, ..UNDERLAY };
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
     Pass,
+    /// With DF.
+    Whole,
     Drop(Option<String>),
 }
 
@@ -130,7 +141,16 @@ fn matches(table: &NftTable, packet: &Packet, it: &Match) -> bool {
         MatchKey::ConnectionDestination(family) => {
             within(connection(packet).and_then(|(_, destination)| address(family, destination)))
         }
-        MatchKey::QuotedProtocol(_) => it.value == MatchValue::Number(UDP),
+        MatchKey::QuotedProtocol(_) => {
+            it.value == MatchValue::Number(packet.too_big.map_or(UDP, |too_big| too_big.quotes))
+        }
+        MatchKey::UdpSourcePort => it.value == MatchValue::Number(packet.from.into()),
+        MatchKey::Length => {
+            let (MatchOperator::Greater, MatchValue::Number(number)) = (it.operator, &it.value) else {
+                panic!("{it:?}")
+            };
+            return packet.length > *number;
+        }
         MatchKey::QuotedUdpDestinationPort(_) => {
             packet.error.is_some_and(|(_, port)| it.value == MatchValue::Number(port.into()))
         }
@@ -162,6 +182,7 @@ fn verdict(table: &NftTable, chain: &str, packet: Packet) -> Verdict {
                 }
                 Statement::Accept => return Verdict::Pass,
                 Statement::Drop => return Verdict::Drop(counter),
+                Statement::DontFragment => return Verdict::Whole,
                 Statement::Masquerade
                 | Statement::TranslateSource(_)
                 | Statement::TranslateDestination { .. }
@@ -181,6 +202,11 @@ fn table(mode: Mode) -> NftTable {
 
 /// The same with an underlay of this family.
 fn table_over(mode: Mode, family: Family) -> NftTable {
+    table_with(mode, family, None)
+}
+
+/// The same where WireGuard can be had so.
+fn table_with(mode: Mode, family: Family, wireguard: Option<WireguardSupport>) -> NftTable {
     let mut config = Config::new(["10.42.0.0/16", "fd42::/48"].map(|cidr| cidr.parse().unwrap()).to_vec());
     config.mode = mode;
     config.underlay.family = family;
@@ -193,7 +219,7 @@ fn table_over(mode: Mode, family: Family) -> NftTable {
         underlay_interface: Some(ETHERNET.parse().unwrap()),
         foreign_prefixes: BTreeSet::new(),
         routes: BTreeMap::new(),
-        wireguard: None,
+        wireguard,
         probed: BTreeMap::new(),
         offload: crate::offload::Offload::default(),
         wireguard_epochs: BTreeMap::new(),
@@ -304,13 +330,14 @@ fn a_path_mtu_under_which_the_overlay_could_not_work_is_not_believed() {
             let mut config = Config::new(Vec::new());
             config.mode = mode;
             let floor = underlay_needed(&config.stack(), family, MINIMUM_IPV6);
-            let told = |mtu, code, connection| {
+            let about = |mtu, code, connection, quotes| {
                 // From any router on the way.
-                let too_big = Some(TooBig { code, mtu, connection });
+                let too_big = Some(TooBig { code, mtu, connection, quotes });
                 let packet =
                     Packet { source: other, destination: own, error: Some((error, 4789)), too_big, ..UNDERLAY };
                 verdict(&table, "input-path-mtu", packet)
             };
+            let told = |mtu, code, connection| about(mtu, code, connection, UDP);
             for connection in [Some((own, node)), Some((node, own)), None] {
                 let what = format!("{mode} over {family}, {connection:?}");
                 for mtu in [0, 552, floor - 1] {
@@ -320,12 +347,39 @@ fn a_path_mtu_under_which_the_overlay_could_not_work_is_not_believed() {
             }
             // The host's own business elsewhere is none of Husk's.
             assert_eq!(told(floor - 1, code, Some((own, other))), Verdict::Pass, "{mode} over {family}");
+            // Nor is TCP that the host does not track: the kernel asks the connection whether it is true.
+            assert_eq!(about(floor - 1, code, None, TCP), Verdict::Pass, "{mode} over {family}");
+            assert_eq!(about(floor - 1, code, Some((own, node)), TCP), counted(PATH_MTU_BELOW_FLOOR), "{mode}");
             if family == Family::Ipv4 {
                 assert_eq!(told(0, code - 1, Some((own, node))), Verdict::Pass, "{mode}: no word of a size");
             }
         }
     }
     assert!(!table(Mode::Direct).chains.contains_key("input-path-mtu"));
+}
+
+#[test]
+fn what_the_kernel_lets_be_cut_on_the_way_to_nodes_may_not_be() {
+    let kernel = Some(WireguardSupport::Kernel);
+    let mut table = table_with(Mode::Wireguard, Family::Ipv4, kernel.clone());
+    table.sets.get_mut(NODES).unwrap().elements.insert(SetElement::Address(TUNNEL.destination.parse().unwrap()));
+    let out = |packet| verdict(&table, "output-whole", packet);
+    // 1280 bytes for a pod, and 60 of the tunnel's.
+    let large = Packet { length: 1341, ..TUNNEL };
+    assert_eq!(out(large), Verdict::Whole);
+    assert_eq!(out(Packet { from: 51821, ..large }), Verdict::Whole, "the other device");
+    assert_eq!(out(Packet { length: 1340, ..large }), Verdict::Pass, "what has to pass in any case may be cut");
+    assert_eq!(out(Packet { from: 53, ..large }), Verdict::Pass, "not of the tunnel");
+    assert_eq!(out(Packet { destination: "198.51.100.1", ..large }), Verdict::Pass, "of another tunnel");
+    // Everything else does that by itself.
+    for (mode, family, wireguard) in [
+        (Mode::Wireguard, Family::Ipv6, kernel),
+        (Mode::Wireguard, Family::Ipv4, Some(WireguardSupport::Userspace)),
+        (Mode::Vxlan, Family::Ipv4, None),
+        (Mode::Ipsec, Family::Ipv4, None),
+    ] {
+        assert!(!table_with(mode, family, wireguard).chains.contains_key("output-whole"), "{mode} over {family}");
+    }
 }
 
 #[test]

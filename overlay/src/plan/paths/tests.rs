@@ -104,13 +104,20 @@ fn router_addresses_are_probed_through_tunnels_and_underlay_addresses_where_ther
         let plan = plan_of(&config(mode), &snapshot(3), &facts(3));
         let promised = plan.pod_mtu.unwrap();
         for (family, own, there) in [(Family::Ipv4, "10.42.0.0", "10.42.0.64"), (Family::Ipv6, "fd42::", "fd42::40")] {
-            let expected = Target { address: address(there), own: address(own), promised, floor: 1280 };
+            let handshakes = mode == Mode::Wireguard;
+            let expected = Target { address: address(there), own: address(own), promised, floor: 1280, handshakes };
             assert_eq!(target(&plan, family), expected, "{mode}");
         }
         assert_eq!(plan.probe_targets().len(), 4, "{mode}: two peers, two families");
     }
     let plan = plan_of(&config(Mode::Direct), &snapshot(3), &facts(3));
-    let expected = Target { address: address("192.0.2.2"), own: address("192.0.2.1"), promised: 1500, floor: 1280 };
+    let expected = Target {
+        address: address("192.0.2.2"),
+        own: address("192.0.2.1"),
+        promised: 1500,
+        floor: 1280,
+        handshakes: false,
+    };
     assert_eq!(target(&plan, Family::Ipv4), expected);
     assert_eq!(target(&plan, Family::Ipv6).address, address("2001:db8::2"));
     let plan = plan_of(&only_ipv4(Mode::Direct), &snapshot(3), &facts(3));

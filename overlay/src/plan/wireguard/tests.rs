@@ -8,7 +8,7 @@ use super::offers::{LAST_GENERATION, LEAP};
 use super::*;
 use crate::config::Config;
 use crate::endpoint::Endpoints;
-use crate::facts::{Facts, OwnEpoch, SessionUse, UnderlayRoute};
+use crate::facts::{Facts, OwnEpoch, RouteLimit, SessionUse, UnderlayRoute};
 use crate::kernel::{Address, LinkKind, RouteTarget, WireguardDevice, WireguardPeer};
 use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName};
@@ -94,7 +94,12 @@ impl World {
         world.publish(0, held);
         for (index, generations) in (1..).zip(peers) {
             world.publish(index, generations);
-            let route = UnderlayRoute { interface: interface("eth0"), mtu: 1500, on_link: true };
+            let route = UnderlayRoute {
+                interface: interface("eth0"),
+                mtu: 1500,
+                limited_by: RouteLimit::Interface,
+                on_link: true,
+            };
             world.facts.routes.insert(underlay(index), route);
         }
         for generation in held {
