@@ -14,7 +14,7 @@ use super::{capture, mtu, support_bundle};
 use crate::line_log::LogLine;
 use crate::report::{
     CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport,
-    PolicyReport, QuarantineReport, QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport,
+    PolicyReport, QuarantineReport, QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport, UiReport,
     WhatIfReport,
 };
 

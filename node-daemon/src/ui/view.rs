@@ -7,7 +7,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
 use serde::Serialize;
 
-use crate::flows::Flow;
+use crate::flows::{Flow, Kinds};
 use crate::metrics::gather::Gathering;
 use crate::metrics::{PathSample, PeerSample, Sample, standing_name, state_name};
 use crate::report::PeerState;
@@ -227,7 +227,7 @@ impl View {
     /// Of what is known now.
     pub(super) fn of(gathering: &Gathering, query: &Query) -> Self {
         let (sample, age) = gathering.live.sample();
-        let mut flows = gathering.flows.report(None);
+        let mut flows = gathering.flows.report(None, Kinds { denied: true, connections: false }, false);
         flows.flows.reverse();
         flows.flows.truncate(FLOWS);
         let state = gathering.states.borrow();
