@@ -80,11 +80,14 @@ fn address(text: &str) -> Test {
     Test::Address(text.parse().unwrap())
 }
 
+/// What a filter is for, its clauses, and the ports of what passes.
+type Case = (&'static str, Vec<Vec<Test>>, &'static [u16]);
+
 #[test]
 fn the_kernel_filters_by_address_protocol_and_port() {
     let (here, there) = pair();
     let last = || Test::Port(LAST);
-    let cases: [(&str, Vec<Vec<Test>>, &[u16]); 8] = [
+    let cases: [Case; 8] = [
         ("everything", vec![], &[1, 2, 3, 4]),
         ("an address of IPv4", vec![vec![address("192.0.2.2/32"), last()]], &[1, 2]),
         ("a prefix of IPv6", vec![vec![address("2001:db8::/36"), last()]], &[3, 4]),

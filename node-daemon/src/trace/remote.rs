@@ -307,29 +307,24 @@ pub struct Knocks {
 /// only its daemon is silent; one that answers on the underlay alone has its tunnel's packets filtered.
 pub fn knocked(report: &mut TraceReport, peer: &TracePeer, knocks: Knocks) {
     let node = &peer.node;
-    for hop in &mut report.hops {
-        let is_probe = hop.name == HopName::Probe;
-        if !is_probe && hop.name != HopName::Tunnel {
-            continue;
+    let Some(hop) = report.hops.iter_mut().find(|hop| hop.name == HopName::Probe) else { return };
+    let HopStanding::Broken { cause, remedy } = &mut hop.standing else { return };
+    match (knocks.inside, knocks.underlay) {
+        (Some(Knock::Answered), _) => {
+            hop.standing = HopStanding::Passes;
+            let told = format!("{node} answers through the tunnel (TCP), its daemon does not: is huskd running there?");
+            hop.evidence.insert(0, told);
         }
-        let HopStanding::Broken { cause, .. } = &mut hop.standing else { continue };
-        match (knocks.inside, knocks.underlay) {
-            (Some(Knock::Answered), _) if is_probe => {
-                hop.standing = HopStanding::Passes;
-                hop.evidence.insert(
-                    0,
-                    format!("{node} answers through the tunnel (TCP), its daemon does not: is huskd running there?"),
-                );
-            }
-            (_, Some(Knock::Answered)) if is_probe => {
-                *cause +=
-                    ", though the host itself answers on the underlay: packets of the tunnel are filtered on the way";
-            }
-            (_, Some(Knock::Silent)) if is_probe => {
-                *cause += ", and the host does not answer on the underlay either: it is down, cut off, or silent to strangers";
-            }
-            _ => {}
+        (_, Some(Knock::Answered)) => {
+            *cause += ", though the host itself answers on the underlay: packets of the tunnel are filtered on the way";
         }
+        (_, Some(Knock::Silent | Knock::NoWay)) => {
+            *cause +=
+                ", and the host does not answer on the underlay either: it is down, cut off, or silent to strangers";
+            let address = peer.underlay.map_or_else(String::new, |address| format!(" ({address})"));
+            *remedy = format!("is {node}{address} up, and its underlay interface? If it is: {remedy}");
+        }
+        _ => {}
     }
     report.broken = super::first_broken(&report.hops);
 }
