@@ -8,7 +8,7 @@ use husk_overlay::probe::{ClockSkew, Report, Standing};
 
 use super::issues::{self, Teller};
 use super::words::{peers, several};
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 use crate::report::{MismatchKind, MtuOrigin, MtuReport, PeerReport};
 
 /// MTU.
@@ -162,6 +162,13 @@ fn paths(evidence: &Evidence) -> Looked {
         findings.push(Finding::warning(cause, vec![format!("probes lost lately to {}", several(&some))], loss_fix()));
     }
     let all = all(peers).count();
+    if all == 0 {
+        return Ok(Outcome::does_not_apply("there is no path to probe"));
+    }
+    if verified == 0 && findings.is_empty() {
+        let why = "no peer has answered a full-sized packet yet, or none answers at all, which the check peers tells";
+        return Err(Unknown::because(why));
+    }
     Ok(Outcome::of(findings, format!("{verified} of {all} paths carry what was promised")))
 }
 

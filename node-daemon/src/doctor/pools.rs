@@ -34,9 +34,11 @@ fn look(evidence: &Evidence) -> Looked {
     if findings.is_empty() {
         findings = issues::findings(evidence, Teller::Pools)?;
     }
-    // The number saturates (IPv6), and nobody reads twenty digits.
-    let total = |it: &PoolReport| if it.total_blocks > MANY { "plenty".into() } else { it.total_blocks.to_string() };
-    let pool = |it: &PoolReport| format!("{}: {} of {} blocks", it.pool.name, it.used_blocks, total(it));
+    let pool = |it: &PoolReport| match it.total_blocks {
+        // The number saturates (IPv6), and nobody reads twenty digits.
+        MANY.. => format!("{}: {} blocks of very many", it.pool.name, it.used_blocks),
+        total => format!("{}: {} of {total} blocks", it.pool.name, it.used_blocks),
+    };
     let seen: Vec<String> = ipam.pools.iter().map(pool).collect();
     Ok(Outcome::of(findings, seen.join(", ")))
 }
