@@ -44,8 +44,8 @@ fn tunnel(mode: Mode) -> Option<&'static str> {
 /// Largest MTU that the kernel gives a route (net/ipv4/metrics.c `ip_metrics_convert`); an interface may have more.
 const LARGEST_OF_ROUTE: usize = 65520;
 
-/// The pods of a host. What the kernel of a busy one knows of its paths may be older than the underlay: it keeps for ten minutes
-/// what it was told, also within the moment in which its own interface had grown and the route to the other host had not.
+/// The pods of a host. The kernel of a busy one is told of its paths while they change: within the moment in which its own interface
+/// has grown and the route to the other host has not, it learns that little passes, and would keep to that for ten minutes.
 struct Pods<'a> {
     quiet: &'a Pod,
     busy: Option<&'a Pod>,
@@ -94,6 +94,20 @@ fn follows(cluster: &Cluster, pods: &[Pods<'_>; 2], underlay: usize, since: Inst
     });
     followed.with_context(|| wrong.unwrap_or_default())?;
     Ok(since.elapsed())
+}
+
+/// Waits until the kernels of busy pods have forgotten what does not hold any more, a few seconds after the routes have followed.
+fn busy_pods_follow(cluster: &Cluster, pods: &[Pods<'_>; 2], underlay: usize) -> Result<()> {
+    let inner = underlay - overhead(cluster.mode(), cluster.families()[0]);
+    for (here, there) in [(0, 1), (1, 0)] {
+        let Some(busy) = pods[here].busy else { continue };
+        for to in pods[there].quiet.addresses().into_iter().chain(pods[there].busy.iter().flat_map(|it| it.addresses()))
+        {
+            let what = format!("{} to send {inner} bytes to {to}", busy.name());
+            eventually(&what, PATIENCE, || Ok(path_mtu(busy.netns(), to)? == inner))?;
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -185,11 +199,12 @@ fn everything_follows(mode: Mode, underlay: Family) -> Result<()> {
             Ok((adding.join().map_err(|_| anyhow!("adding a pod panicked"))??, followed))
         })?;
         took.push(followed);
+        busy_pods_follow(&cluster, &pods, mtu).context(what.clone())?;
         let inner = mtu - overhead(mode, underlay);
         eventually("a pod that was made meanwhile to be tuned", PATIENCE, || Ok(created.mtu()? == inner))?;
         for stream in streams {
             let report = stream?.stop()?;
-            // A pod that was busy when the MTU grew may still remember the smaller one, and have every full packet refused.
+            // When it shrinks, what is larger is refused.
             ensure!(
                 !grows || (report.lossless() && report.received > 0),
                 "{what}: a packet was lost, though the MTU grew: {report}"

@@ -206,7 +206,7 @@ fn a_firewall_of_the_hosts_own_that_drops_probes_is_told_with_its_remedy() -> Re
         .with_context(|| format!("{:?}", probed(one, "host2")))?;
     eprintln!("told of a firewall that drops probes after {:?}", started.elapsed());
     let told = deaf()?;
-    ensure!(told[0]["severity"] == "Warning" && told[0]["remedy"].to_string().contains("4875"), "{told:?}");
+    ensure!(told[0]["severity"] == "warning" && told[0]["remedy"].to_string().contains("4875"), "{told:?}");
     one.netns().command("nft", ["delete", "table", "inet", "strict"])?;
     await_verified(one, "host2", FOUND)?;
     eventually("the issue to go", PATIENCE, || Ok(deaf()?.is_empty()))

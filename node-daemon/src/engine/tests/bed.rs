@@ -271,6 +271,10 @@ pub(super) struct NodeState {
     pub(super) targets: BTreeMap<Path, Target>,
     /// What was found.
     pub(super) probes: BTreeMap<Path, Report>,
+    /// Probes of others are dropped by a firewall.
+    pub(super) deaf: bool,
+    /// Threads that have ended.
+    pub(super) ended: Vec<&'static str>,
     pub(super) probed: BTreeMap<NodeName, u32>,
     /// Peers that somebody wants to be probed at once.
     pub(super) demanded: Vec<NodeName>,
@@ -513,6 +517,14 @@ impl Node for FakeNode {
         self.state().probes.clone()
     }
 
+    fn is_deaf(&mut self) -> bool {
+        self.state().deaf
+    }
+
+    fn ended(&mut self) -> Vec<&'static str> {
+        self.state().ended.clone()
+    }
+
     fn demand_probe(&mut self, peer: &NodeName) -> Option<Duration> {
         let mut state = self.state();
         state.demanded.push(peer.clone());
@@ -579,6 +591,8 @@ impl Bed {
             targets: BTreeMap::new(),
             probes: BTreeMap::new(),
             probed: BTreeMap::new(),
+            deaf: false,
+            ended: Vec::new(),
             demanded: Vec::new(),
         };
         let node = FakeNode { state: Arc::new(Mutex::new(state)), kernel: kernel.clone() };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use husk_dataplane::routes::ActualRoute;
 use husk_overlay::ipc::{Request, Response};
-use husk_overlay::issue::IssueKind;
+use husk_overlay::issue::{IssueKind, Severity};
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::{Path, Report, Standing};
@@ -76,6 +76,27 @@ fn every_peer_with_a_route_is_probed_in_both_families_until_it_leaves() {
 }
 
 #[test]
+fn what_keeps_paths_from_being_watched_is_told_of_with_its_remedy() {
+    let mut bed = Bed::new(Mode::Vxlan, 2);
+    bed.pass();
+    assert!(bed.state.borrow().issues.is_empty());
+    bed.node.state().deaf = true;
+    bed.node.state().ended = vec!["husk-probe"];
+    bed.pass();
+    let issues = bed.state.borrow().issues.clone();
+    let kinds: BTreeSet<_> = issues.iter().map(|issue| (issue.kind, issue.severity)).collect();
+    assert_eq!(kinds, [(IssueKind::ProbesDropped, Severity::Warning), (IssueKind::Defect, Severity::Error)].into());
+    let remedy = |kind| issues.iter().find(|it| it.kind == kind).map(|it| it.remedy.clone()).unwrap_or_default();
+    assert!(remedy(IssueKind::ProbesDropped).contains("4875"), "{issues:?}");
+    assert!(remedy(IssueKind::Defect).contains("restart huskd"), "{issues:?}");
+    assert!(bed.state.borrow().ready, "pods are served all the same");
+    bed.node.state().deaf = false;
+    bed.node.state().ended.clear();
+    bed.pass();
+    assert!(bed.state.borrow().issues.is_empty());
+}
+
+#[test]
 fn a_path_that_carries_less_limits_the_routes_to_its_peer_and_is_told_of() {
     let mut bed = Bed::new(Mode::Vxlan, 3);
     bed.pass();
@@ -110,6 +131,8 @@ fn what_was_found_is_told_and_asked_for() {
     let paths: Vec<PathReport> = report(&mut bed, Request::Probes);
     let both = [(path(Family::Ipv4), four.clone()), (path(Family::Ipv6), six.clone())];
     assert_eq!(paths, both.map(|(path, report)| PathReport { path, report }));
+    assert_eq!(report::<Vec<PathReport>>(&mut bed, Request::ProbesOf { peer: name(1) }), paths);
+    assert!(report::<Vec<PathReport>>(&mut bed, Request::ProbesOf { peer: name(2) }).is_empty());
     let peers: Vec<PeerReport> = report(&mut bed, Request::Peers);
     assert_eq!(peers[0].paths, [(Family::Ipv4, four), (Family::Ipv6, six)].into());
 
