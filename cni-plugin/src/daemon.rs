@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use husk_overlay::ipc::{Request, Response, read_message, write_message};
+use husk_overlay::ipc::{Attaching, Request, Response, read_message, write_message};
 use husk_overlay::issue::Issue;
 use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
@@ -135,6 +135,16 @@ pub(crate) fn notify_released(path: &Path) {
     if let Ok(mut stream) = connect_within(path, NOTICE) {
         // A daemon that does not listen misses nothing but the wake-up.
         let _ = write_message(&mut stream, &Request::Released);
+    }
+}
+
+/// Tells the daemon how an ADD or DEL went, if it is there; after a DEL this wakes it up, too.
+pub(crate) fn notify_end(path: &Path, command: Attaching, took: Duration, error: Option<Code>) {
+    if let Ok(mut stream) = connect_within(path, NOTICE) {
+        let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let request = Request::Ended { command, microseconds, error: error.map(|code| code as u32) };
+        // What is not counted is missing from the metrics, and nowhere else.
+        let _ = write_message(&mut stream, &request);
     }
 }
 

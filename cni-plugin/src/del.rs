@@ -29,7 +29,5 @@ pub(crate) fn del(conf: &NetConf, container: &Container, deadline: Deadline) -> 
     if let Ok(Some(index)) = pod::host_interface_index(&interface) {
         daemon::vacate(&socket, interface, index);
     }
-    attachment::remove(&attachment::leases(conf, deadline), &id)?;
-    daemon::notify_released(&socket);
-    Ok(())
+    attachment::remove(&attachment::leases(conf, deadline), &id)
 }

@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use husk_ipam::lease::since_boot;
+use husk_overlay::ipc::{Attaching, SOCKET_FILE};
 use serde_json::Value;
 
 use deadline::Deadline;
@@ -106,12 +107,31 @@ fn serve(
     let conf = || NetConf::parse(stdin);
     match invocation {
         Invocation::Version => Ok(Some(version::answer(stdin))),
-        Invocation::Add(attach) => add::add(&conf()?, attach, deadline).map(Some),
-        Invocation::Del(container) => del::del(&conf()?, container, deadline).map(|()| None),
+        Invocation::Add(attach) => {
+            let conf = conf()?;
+            counted(&conf, Attaching::Add, started, || add::add(&conf, attach, deadline).map(Some))
+        }
+        Invocation::Del(container) => {
+            let conf = conf()?;
+            counted(&conf, Attaching::Del, started, || del::del(&conf, container, deadline).map(|()| None))
+        }
         Invocation::Check(attach) => check::check(&conf()?, attach, deadline).map(|()| None),
         Invocation::Status => status::status(&conf()?, deadline).map(|()| None),
         Invocation::Gc => gc::gc(&conf()?, started, deadline).map(|()| None),
     }
+}
+
+/// Does it, and tells the daemon how long it took and how it ended.
+fn counted<T>(
+    conf: &NetConf,
+    command: Attaching,
+    started: Duration,
+    attach: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let result = attach();
+    let took = since_boot().saturating_sub(started);
+    daemon::notify_end(&conf.run_file(SOCKET_FILE), command, took, result.as_ref().err().map(|failure| failure.code));
+    result
 }
 
 /// The version an error is reported in: the configuration's if it can be read and is known.

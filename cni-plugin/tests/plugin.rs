@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use husk_dataplane::netns::Netns;
 use husk_ipam::lease::{BootTime, Demand, Supply};
 use husk_overlay::endpoint::AttachmentId;
-use husk_overlay::ipc::{NODE_FILE, Request, Response};
+use husk_overlay::ipc::{Attaching, NODE_FILE, Request, Response};
 use husk_overlay::prefix::Family;
 use serde_json::{Value, json};
 use world::{Host, MTU, Pod, outcome};
@@ -71,7 +71,11 @@ fn a_pod_lives_and_dies_in_every_version() {
         }
     }
     assert!(host.asked.lock().unwrap().contains(&Request::Admit { id: id(&Pod::new("abc")) }));
-    assert!(host.asked.lock().unwrap().contains(&Request::Released));
+    for ended in [Attaching::Add, Attaching::Del] {
+        host.await_asked(|request| {
+            matches!(request, Request::Ended { command, error: None, microseconds: 1.. } if *command == ended)
+        });
+    }
 }
 
 #[test]
@@ -563,4 +567,16 @@ fn version_and_the_tool() {
     assert!(String::from_utf8(tool(&["--help"]).stdout).unwrap().contains("install"));
     assert!(tool(&["version"]).status.success() && tool(&["--version"]).status.success());
     assert!(!tool(&[]).status.success());
+}
+
+#[test]
+fn the_daemon_is_told_how_an_add_failed() {
+    let host = Host::new();
+    host.serve(|request| {
+        let not_ready = Response::NotReady { reason: "no key yet".into(), issues: Vec::new() };
+        Some(if matches!(request, Request::Admit { .. }) { not_ready } else { Response::Done })
+    });
+    assert_eq!(host.add(&Pod::new("abc")).code(), 11);
+    let told = |request: &Request| matches!(request, Request::Ended { command: Attaching::Add, error: Some(11), .. });
+    host.await_asked(told);
 }

@@ -36,6 +36,17 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// Packets of an interface could not be captured.
+    #[error("cannot {operation} {interface} to capture its packets: {source}")]
+    Capture {
+        /// What was tried, for example "listen on".
+        operation: &'static str,
+        /// The interface.
+        interface: String,
+        /// The system's word.
+        source: io::Error,
+    },
+
     /// The kernel did not answer in time. What became of the request is unknown; the next read tells.
     #[error("cannot {operation} {object}: the kernel did not answer within {seconds} s")]
     TimedOut {
@@ -220,6 +231,7 @@ impl Error {
             Self::Refused(refusal) => Some(refusal.errno),
             Self::Socket { source, .. }
             | Self::ProbeSocket { source, .. }
+            | Self::Capture { source, .. }
             | Self::Namespace { source, .. }
             | Self::File { source, .. } => source.raw_os_error().map(Errno::from_raw),
             _ => None,
@@ -246,6 +258,15 @@ impl Error {
             }
             Self::ProbeSocket { .. } => match self.errno() {
                 Some(Errno::EADDRINUSE) => "stop the program that listens at this UDP port (`ss -ulnp`)",
+                Some(errno) => remedy(errno),
+                None => TRIED_AGAIN,
+            },
+            Self::Capture { .. } => match self.errno() {
+                Some(Errno::EPERM | Errno::EACCES) => "capture as root, or with the capability CAP_NET_RAW",
+                Some(Errno::ENODEV | Errno::ENXIO) => {
+                    "look for the interface with `ip link`; it may have gone just now"
+                }
+                Some(Errno::ENETDOWN) => "set the interface up with `ip link set ... up`, and capture again",
                 Some(errno) => remedy(errno),
                 None => TRIED_AGAIN,
             },
@@ -373,6 +394,7 @@ mod tests {
             refusal(Errno::EINVAL, Some("why")),
             Error::Socket { operation, protocol: "NETLINK_ROUTE", source: Errno::EPERM.into() },
             Error::ProbeSocket { operation, address: ([192, 0, 2, 1], 4875).into(), source: Errno::EADDRINUSE.into() },
+            Error::Capture { operation, interface: object.clone(), source: Errno::EPERM.into() },
             Error::TimedOut { operation, object: object.clone(), seconds: 10 },
             Error::Interrupted { operation, object: object.clone(), attempts: 8 },
             Error::Overrun { operation, object: object.clone() },

@@ -3,17 +3,20 @@
 //! Reading order: [`netlink`] is the wire and [`netns`] says in which namespace; each kernel table has a module of its own
 //! with `diff` and what it takes to read and apply; [`kernel`] joins the tables, [`linux`] is the real kernel and [`fake`]
 //! the one for tests, and [`reconcile`] is the pass that makes either as desired. [`underlay`] finds facts, [`events`]
-//! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size;
+//! wakes, [`pod`] wires pods; [`nflog`] hears of packets that rules tell of; [`probe`] sends packets of exactly some size, [`echo`] pings;
 //! [`conntrack`] ends connections that a change of port mappings leaves behind; [`connections`] hears of all that begin and
-//! end.
+//! end; [`way`] asks what becomes of a packet; [`capture`] sees packets as they pass.
 
 pub mod addresses;
+pub mod capture;
 pub mod connections;
 pub mod conntrack;
+pub mod echo;
 pub mod error;
 pub mod events;
 pub mod fake;
 pub mod fdb;
+pub mod features;
 mod interfaces;
 pub mod kernel;
 pub mod link_counters;
@@ -37,6 +40,7 @@ pub mod sweep;
 pub mod sysctl;
 mod sysfs;
 pub mod underlay;
+pub mod way;
 pub mod wireguard;
 pub mod xfrm;
 

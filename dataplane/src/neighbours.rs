@@ -2,7 +2,7 @@
 //!
 //! Only permanent entries are ours; what the kernel learns by itself comes and goes, and turns permanent when it is desired.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -102,16 +102,39 @@ pub(crate) fn read(socket: &mut Socket, interfaces: &Interfaces) -> Result<BTree
         if entry.header.state != NeighbourState::Permanent || proxy {
             return None;
         }
-        let address = entry.attributes.iter().find_map(|attribute| match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::V4(*address)),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
-            _ => None,
-        })?;
+        let address = destination(&entry)?;
         // An entry without an Ethernet address differs from every desired one.
         let mac = link_layer_address(&entry).unwrap_or(MacAddress([0; 6]));
         Some((NeighbourKey { interface, address }, mac))
     });
     Ok(entries.collect())
+}
+
+/// Addresses for which nobody answered when the kernel asked on the link who has them.
+///
+/// # Errors
+/// Those of a dump.
+pub fn failed(socket: &mut Socket) -> Result<BTreeSet<IpAddr>, Error> {
+    let request = Request {
+        operation: "read",
+        object: "neighbours".to_owned(),
+        flags: 0,
+        message: RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()),
+    };
+    let failed = |state| matches!(state, NeighbourState::Failed | NeighbourState::Incomplete);
+    let entries = socket.dump_shared(request)?.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewNeighbour(entry) if failed(entry.header.state) => destination(&entry),
+        _ => None,
+    });
+    Ok(entries.collect())
+}
+
+fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    })
 }
 
 /// The Ethernet address in a neighbour or forwarding entry.

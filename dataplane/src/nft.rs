@@ -31,7 +31,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 pub use diff::{NftChange, diff, without_removals};
-pub use foreign::{ForeignChain, foreign_forward_drops};
+pub use foreign::{ForeignChain, foreign_forward_drops, ruleset};
 pub use maps::without_removed_mappings;
 
 use crate::error::Error;

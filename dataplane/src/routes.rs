@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::sweep::Sweep;
 
+pub mod foreign;
 mod message;
 
 pub(crate) use message::{address_family, ip_address, mtu_of, read, route_address, steps};

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_overlay::facts::UnderlayRoute;
+use husk_overlay::mac::MacAddress;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
@@ -35,6 +36,8 @@ pub struct Interface {
     pub name: InterfaceName,
     /// Kind as rtnetlink names it, for example `veth`; none for physical devices and loopback.
     pub kind: Option<String>,
+    /// Ethernet address, if it has one.
+    pub mac: Option<MacAddress>,
     /// MTU in bytes.
     pub mtu: u32,
     /// MTU in bytes for IPv6, which a router advertisement may lower; none without IPv6.
@@ -100,6 +103,7 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
         index: message.header.index,
         name: InterfaceName::new(name_of(message)?).ok()?,
         kind: None,
+        mac: None,
         mtu: 0,
         mtu_ipv6: None,
         up: message.header.flags.contains(LinkFlags::Up),
@@ -108,6 +112,9 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
+            LinkAttribute::Address(bytes) => {
+                found.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddress);
+            }
             LinkAttribute::LinkInfo(infos) => {
                 found.kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(InfoKind::to_string(kind)),

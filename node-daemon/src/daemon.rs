@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,9 +27,13 @@ use crate::companion::Companions;
 use crate::engine::{Engine, Parts, State, Waker, channel};
 use crate::follow::{self, Chosen, Follower};
 use crate::host::Host;
+use crate::http::endpoint::Endpoint;
+use crate::http::{self, Listening};
 use crate::identity::Identity;
 use crate::kubernetes::{self, Reporter};
 use crate::line_log::{Event, Logs};
+use crate::metrics::Fixed;
+use crate::metrics::gather::Gathering;
 use crate::offload::OffloadTesting;
 use crate::probing::Probing;
 use crate::source::bounded::Limits;
@@ -80,6 +85,10 @@ pub struct RunOptions {
     /// Socket of `huskd tunnels`, which then starts the processes that have to outlive the daemon's container
     #[arg(long, env = "HUSK_TUNNELS")]
     pub tunnels: Option<PathBuf>,
+    /// Address at which metrics are served, whatever metrics.listen says, which all nodes of a cluster may share; the port is the
+    /// configured one
+    #[arg(long, env = "HUSK_METRICS_ADDRESS")]
+    pub metrics_address: Option<IpAddr>,
     /// Take a configuration that changed into use at once, and go on with the last good one where it is bad
     #[arg(long)]
     pub follow_config: bool,
@@ -202,7 +211,7 @@ fn start_watching(config: &Config, leases: PathBuf, waker: &Waker) -> Result<()>
 /// # Errors
 /// When the daemon cannot start; what goes wrong later is an issue, never an end.
 pub async fn run(options: RunOptions) -> Result<End> {
-    let RunOptions { common: options, tunnels, follow_config } = options;
+    let RunOptions { common: options, tunnels, metrics_address, follow_config } = options;
     files::create_directory(&options.state_directory, 0o700)?;
     let mut chosen = follow::choose(&options, follow_config)?;
     logging::start(&chosen.config.log);
@@ -217,6 +226,7 @@ pub async fn run(options: RunOptions) -> Result<End> {
 
     let (state, states) = state_watch::channel(State::default());
     let (handle, inbox) = channel(states.clone(), options.leases());
+    let watched = states.clone();
     let waker = handle.waker();
     let runtime = tokio::runtime::Handle::current();
     let (wake, policy) = (waker.clone(), waker.clone());
@@ -233,11 +243,13 @@ pub async fn run(options: RunOptions) -> Result<End> {
     let offload = OffloadTesting::start(&options.run_directory, &boot_id, move || found.wake()).context(THREAD)?;
     let found = waker.clone();
     let probing = Probing::start(move || found.wake()).context(THREAD)?;
+    let (metrics_issue, metrics_noticed) = state_watch::channel(None);
     // Waits for an answer of the source, whose thread waits for the runtime.
     let open = |config: &Config| {
         let mut host = Host::new(config, identity.clone(), companions.clone(), options.sysctl_file())?;
         host.probe_with(probing.clone());
         host.test_offload_with(offload.clone());
+        host.notice(metrics_noticed.clone());
         let source = tokio::task::block_in_place(|| source::open(config, &opening))?;
         Ok((host, source))
     };
@@ -290,8 +302,22 @@ pub async fn run(options: RunOptions) -> Result<End> {
         tokio::spawn(report(kubeconfig, node_name, states, issues));
     }
     tokio::spawn(follow::log_refusals(follower.issues(), logs.clone()));
+    let gathering = Gathering {
+        fixed: Arc::new(Fixed::of(&parts.config, &parts.node_name)),
+        live: handle.live().clone(),
+        states: watched,
+        configuration: follower.issues(),
+        flows: handle.flows().clone(),
+    };
+    if let Some(address) = metrics_at(&parts.config, metrics_address) {
+        let listening =
+            Listening { address, key: "metrics.listen", issue: metrics_issue, limits: http::Limits::default() };
+        let noticed = waker.clone();
+        tokio::spawn(http::serve(listening, Endpoint::new(gathering), move || noticed.wake()));
+    }
     let mut engine = Engine::new(parts, state, jiff::Timestamp::now());
     engine.log_to(logs.clone());
+    engine.measure_with(handle.live().clone());
     let stop = stop_signal()?;
     let told = async {
         tokio::select! {
@@ -307,6 +333,12 @@ pub async fn run(options: RunOptions) -> Result<End> {
     tokio::task::block_in_place(|| logs.flush());
     files::remove(&options.run_directory.join(SOCKET_FILE))?;
     Ok(end)
+}
+
+/// Where metrics are served, if anywhere.
+fn metrics_at(config: &Config, address: Option<IpAddr>) -> Option<SocketAddr> {
+    let configured = config.metrics.listen?;
+    Some(address.map_or(configured, |address| SocketAddr::new(address, configured.port())))
 }
 
 /// Why the daemon ended.

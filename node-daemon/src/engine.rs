@@ -6,6 +6,7 @@
 mod announce;
 mod audit;
 mod blocks;
+mod capture;
 mod devices;
 mod endpoints;
 mod failures;
@@ -16,6 +17,7 @@ mod keys;
 mod mismatch;
 mod mtu_reports;
 mod node;
+mod observe;
 mod offload;
 mod pace;
 mod pod_names;
@@ -57,6 +59,7 @@ pub use policy::Programming;
 pub use state::State;
 
 use self::pace::{Cause, Pace};
+use crate::metrics::Live;
 use crate::node_file::Writer;
 use crate::source::ClusterSource;
 
@@ -128,6 +131,10 @@ pub struct Engine<K, S, N> {
     keeper: Option<state::Keeper<Snapshot>>,
     policy: policy::Policy,
     audit: audit::Audit,
+    /// When the source last answered.
+    source_answered: Option<Instant>,
+    /// What is counted, and where samples are left.
+    live: Live,
 }
 
 /// A finished pass.
@@ -179,6 +186,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             keeper,
             policy,
             audit: audit::Audit::default(),
+            source_answered: None,
+            live: Live::default(),
         }
     }
 
@@ -296,6 +305,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.tune_pods(&growing, &mut issues);
         failures::report(&outcome, &mut issues);
         issues.extend(self.parts.node.foreign_chains().iter().filter_map(forwarding::issue));
+        issues.extend(self.parts.node.noticed());
         issues.extend(mismatch::issues(&self.parts.config.ipsec, &facts, &plan));
         self.start_sessions(&plan, &outcome);
         let published = self.publish(&plan, &mut issues);
@@ -311,8 +321,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let took = started.elapsed();
         let repeated = self.pace.ended(failures::digest(&outcome), !outcome.is_clean());
         log_pass(&outcome, took, repeated);
+        self.live.passed(&outcome, took);
         self.last = Some(Pass { facts, plan, outcome, issues, took });
         let announced = self.announce();
+        self.leave_sample();
         if published && announced {
             self.release_blocks();
         }
@@ -333,6 +345,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             tracing::error!(error = reason, "the pass was given up; the data plane stays as it is");
         }
         self.passes += 1;
+        self.live.gave_up();
         if let Err(error) = self.parts.writer.not_ready() {
             tracing::error!(%error, "pods that are added now are refused by the daemon");
         }

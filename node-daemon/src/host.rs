@@ -14,8 +14,9 @@ use husk_dataplane::link_counters::LinkCounters;
 use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::netns::Netns;
 use husk_dataplane::nft::ForeignChain;
-use husk_dataplane::pod::{self, PodSpec};
+use husk_dataplane::pod::{self, PodMtu, PodSpec};
 use husk_dataplane::underlay::{self, HostAddress, Interface};
+use husk_dataplane::way::{self, NeighbourStanding, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_dataplane::{Error, link_counters, napi, nft, policy, sysctl, xfrm};
 use husk_ipam::lease::since_boot;
@@ -23,6 +24,7 @@ use husk_overlay::config::Config;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
+use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -30,6 +32,7 @@ use husk_overlay::offload::Candidate;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::record::{DualStack, Snapshot};
 use husk_overlay::{marks, probe};
+use tokio::sync::watch;
 
 use self::paths::Paths;
 use self::support::Support;
@@ -70,6 +73,8 @@ pub struct Host {
     probing: Option<Probing>,
     /// Who tests the offload of the VXLAN device, if anybody does.
     offload: Option<OffloadTesting>,
+    /// What other parts of the daemon may find wrong.
+    noticed: Vec<watch::Receiver<Option<Issue>>>,
 }
 
 impl Host {
@@ -94,7 +99,13 @@ impl Host {
             missing: BTreeSet::new(),
             probing: None,
             offload: None,
+            noticed: Vec::new(),
         })
+    }
+
+    /// Has an issue told that another part of the daemon may have.
+    pub fn notice(&mut self, issue: watch::Receiver<Option<Issue>>) {
+        self.noticed.push(issue);
     }
 
     /// Has the paths to the peers probed.
@@ -266,16 +277,20 @@ impl Node for Host {
     }
 
     fn set_pod_mtu(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<(), Error> {
-        let netns = Netns::open(&endpoint.netns.path)?;
-        let found = netns.identity()?;
-        if (found.device, found.inode) != (endpoint.netns.device, endpoint.netns.inode) {
-            return Err(Error::Namespace {
-                operation: "use",
-                path: endpoint.netns.path.clone(),
-                source: io::Error::other("it is another one than the pod was connected in"),
-            });
-        }
-        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns)
+        pod::set_mtu(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?)
+    }
+
+    fn way(&mut self, packet: &way::Packet) -> Result<Way> {
+        Ok(way::of(&mut self.socket, packet)?)
+    }
+
+    fn neighbour(&mut self, interface: &InterfaceName, address: IpAddr) -> Option<NeighbourStanding> {
+        way::neighbour(&mut self.socket, interface, address).ok()
+    }
+
+    fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
+        // A plugin chained behind may have given the pod less.
+        Ok(pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))?)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
@@ -321,6 +336,10 @@ impl Node for Host {
 
     fn note_published(&mut self, epochs: &BTreeSet<u64>) -> Result<()> {
         self.keys.note_published(epochs, since_boot())
+    }
+
+    fn noticed(&mut self) -> Vec<Issue> {
+        self.noticed.iter().filter_map(|issue| issue.borrow().clone()).collect()
     }
 
     fn xfrm_errors(&mut self) -> BTreeMap<String, u64> {
@@ -404,6 +423,20 @@ impl Node for Host {
             tracing::warn!(%error, "kernel parameters as found cannot be kept; cleanup will not bring them back");
         }
     }
+}
+
+/// The network namespace of a pod, if it is still the one that the pod was connected in.
+fn netns_of(endpoint: &Endpoint) -> Result<Netns, Error> {
+    let netns = Netns::open(&endpoint.netns.path)?;
+    let found = netns.identity()?;
+    if (found.device, found.inode) != (endpoint.netns.device, endpoint.netns.inode) {
+        return Err(Error::Namespace {
+            operation: "use",
+            path: endpoint.netns.path.clone(),
+            source: io::Error::other("it is another one than the pod was connected in"),
+        });
+    }
+    Ok(netns)
 }
 
 fn send_greetings(routers: &[IpAddr]) {

@@ -3,6 +3,8 @@
 //! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
 //! 2 wrong usage, 3 the daemon does not answer or refused.
 
+mod capture;
+mod doctor;
 mod flows;
 mod mtu;
 mod policy;
@@ -13,6 +15,9 @@ mod style;
 mod support_bundle;
 mod tables;
 mod top;
+mod trace;
+
+pub(crate) use self::tables::bytes;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -88,12 +93,18 @@ enum Command {
     /// Network policy: what is enforced on this node, and the rules of a pod
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
-    /// Is a connection allowed, who decides, by which rule, and do the rules in the kernel say the same; exit status 1 if it is
-    /// denied
+    /// What becomes of a connection, hop by hop: pod, antispoofing, policy, route, MTU, tunnel and keys, underlay, firewall, address
+    /// translation, live probe; exit status 1 if a hop is broken or denies it, the first of which is told with cause and remedy
     ///
-    /// Every rule that was asked is told. What another node decides is told as that node should see it; its own rules in the
-    /// kernel it tells itself.
-    Trace(policy::TraceOptions),
+    /// Nothing is sent but a knock at the other node where its daemon answers no probes, and probes with --probe. What another node
+    /// decides is told as that node should see it; what is on its side it tells itself.
+    Trace(trace::Options),
+    /// The packets of a pod, of another node or of this one, as pods see them or as the network between the nodes does: one line
+    /// each, or a pcap file; exit status 1 if some were lost, or if --verify-encrypted finds plaintext
+    ///
+    /// Needs root, in the network namespace of the host. Stops after 10,000 packets or 60 seconds if not told otherwise. Packets
+    /// are seen as the interface handles them: with segmentation offload larger than on the wire.
+    Capture(capture::Options),
     /// What policy has denied lately, with the policy behind it, and which connections of pods begin and end; -o json gives one
     /// line per flow
     Flows(flows::Options),
@@ -122,6 +133,11 @@ enum Command {
         #[arg(value_hint = clap::ValueHint::DirPath)]
         directory: PathBuf,
     },
+    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
+    /// exit status 1 if something was found
+    ///
+    /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
+    Doctor(doctor::Options),
 }
 
 #[derive(Subcommand)]
@@ -198,8 +214,10 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             Ok((show.text(&keys, |keys| tables::keys(keys, *verbose))?, false))
         }
         Command::Policy(command) => policy::run(&socket, command, &show),
-        Command::Trace(options) => policy::trace(&socket, options, &show),
+        Command::Trace(options) => trace::run(&socket, options, &show),
+        Command::Capture(options) => capture::run(&socket, options, &show),
         Command::Quarantine(options) => policy::quarantine(&socket, options, &show),
+        Command::Doctor(options) => doctor::run(&arguments.run_directory, options, &show),
         Command::Flows(options) => flows::run(&socket, options, &show),
         Command::Top(options) => top::run(&socket, options, &show),
         Command::Keys(KeysCommand::Rotate(options)) => rotate::run(&socket, options, &show),

@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use husk_dataplane::probe::Sent;
 use husk_ipam::lease::since_boot;
@@ -118,6 +118,11 @@ impl Probing {
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The wall clock; a host that believes to be before 1970 says 1970.
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 struct Thread {
@@ -225,11 +230,12 @@ impl Thread {
                 let family = Family::of(received.from.ip());
                 let Some(message) = wire::read(family, &buffer[..received.length]) else { continue };
                 match message.kind {
-                    Kind::Answer => answered.push(message.id),
-                    Kind::Probe if self.responder.may_answer(received.from.ip(), since_boot()) => {
-                        let _ = socket.send(received.from, &wire::answer(message));
+                    Kind::Answer { time } => answered.push((message.id, time)),
+                    Kind::Probe { reads_time } if self.responder.may_answer(received.from.ip(), since_boot()) => {
+                        let answer = wire::answer(reads_time, message.size, message.id, since_1970());
+                        let _ = socket.send(received.from, &answer);
                     }
-                    Kind::Probe => {}
+                    Kind::Probe { .. } => {}
                 }
             }
         }
@@ -237,9 +243,12 @@ impl Thread {
             self.sockets.give_up(own);
         }
         if !answered.is_empty() {
-            let now = since_boot();
+            let (now, wall) = (since_boot(), since_1970());
             let mut shared = lock(&self.shared);
-            for id in answered {
+            for (id, time) in answered {
+                if let Some(theirs) = time {
+                    shared.prober.told_time(id, theirs, wall, now);
+                }
                 shared.prober.answered(id, now);
             }
         }

@@ -1,5 +1,7 @@
 //! What the daemon tells `huskctl`: the stable JSON of `--output json` and the source of every table.
 
+mod capture;
+mod doctor;
 mod ipam;
 mod keys;
 mod mtu;
@@ -12,6 +14,8 @@ mod trace;
 
 pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use crate::line_log::LogLine;
+pub use capture::{CaptureReport, Tap, TunnelPorts, VerifyPath};
+pub use doctor::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 pub use ipam::{BlockReport, IpamReport, PoolReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};
@@ -22,4 +26,4 @@ pub use policy::{
 };
 pub use status::{Counter, KeysSummary, LastPass, Status};
 pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
-pub use trace::{Decider, Live, Place, TraceEnd, TraceReport, TraceSide};
+pub use trace::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide};

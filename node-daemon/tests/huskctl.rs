@@ -93,6 +93,7 @@ fn peer(name: &str, state: PeerState) -> PeerReport {
         sent: Some(10),
         mtu: Some(1440),
         paths: [].into(),
+        router: DualStack::default(),
         blocks: [prefix("10.42.0.64/26")].into(),
     }
 }
@@ -343,6 +344,7 @@ fn path(family: Family, standing: Standing, concluded: u64) -> PathReport {
             passes,
             rtt: Some(Duration::from_micros(1234)),
             loss_per_mille: Some(15),
+            clock_skew: None,
             sent: 9,
             answered: 8,
             since: Duration::from_secs(1),

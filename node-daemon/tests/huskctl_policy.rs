@@ -133,6 +133,9 @@ fn traced(verdict: Verdict, live: Live) -> TraceReport {
         source: end(source, None, Place::External),
         destination: end(destination, Some(pod("db-0")), Place::PodHere),
         verdict,
+        hops: Vec::new(),
+        broken: None,
+        peer: None,
         sides: vec![
             TraceSide {
                 direction: Direction::Egress,
@@ -158,8 +161,13 @@ fn path(verdict: Verdict) -> Path {
 fn a_trace_exits_with_1_for_what_is_denied() {
     let arguments = &["trace", "192.0.2.9", "shop/db-0", "--port", "5432"];
     let ran = run(&traced(Verdict::Deny, Live::Agrees { path: path(Verdict::Deny) }), arguments);
-    let request =
-        Request::Trace { source: "192.0.2.9".into(), destination: "shop/db-0".into(), protocol: 6, port: Some(5432) };
+    let request = Request::Trace {
+        source: "192.0.2.9".into(),
+        destination: "shop/db-0".into(),
+        protocol: 6,
+        port: Some(5432),
+        size: None,
+    };
     assert_eq!((ran.status, ran.request), (1, request));
     let lines = words(&ran.text);
     for line in [

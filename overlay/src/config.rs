@@ -4,6 +4,7 @@
 //! key, the value, the reason and a remedy. What it returns has been checked: no later step finds an impossible value.
 
 mod error;
+mod http;
 mod parse;
 pub(crate) mod reader;
 
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
+pub use http::{MetricsConfig, UiConfig};
 
 use crate::esp::Aead;
 use crate::marks;
@@ -60,6 +62,10 @@ pub struct Config {
     pub log: LogConfig,
     /// Logs of flows and decisions.
     pub logs: DecisionLogs,
+    /// The endpoint of metrics and health.
+    pub metrics: MetricsConfig,
+    /// The page.
+    pub ui: UiConfig,
 }
 
 /// Length in bits of node blocks, per family.
@@ -397,6 +403,8 @@ impl Config {
             cni: CniConfig::default(),
             log: LogConfig::default(),
             logs: DecisionLogs::default(),
+            metrics: MetricsConfig::default(),
+            ui: UiConfig::default(),
         }
     }
 

@@ -71,6 +71,15 @@ pub enum Request {
     },
     /// A pod's addresses were released: a wake-up, nothing is waited for.
     Released,
+    /// An ADD or DEL of the plugin is over; nothing is waited for. Of a DEL it is a wake-up, too, as [`Request::Released`] is.
+    Ended {
+        /// Which command it was.
+        command: Attaching,
+        /// Microseconds from the start of the plugin's process.
+        microseconds: u64,
+        /// Error code that the runtime is told (CNI specification, section 5); none if all went well.
+        error: Option<u32>,
+    },
     /// No address is left: answer when `node.json` has another block of each of these families.
     Blocks {
         /// Families that ran out.
@@ -110,7 +119,7 @@ pub enum Request {
     },
     /// What becomes of a connection, and why.
     Trace {
-        /// Who begins it: a pod by name as above, or an address.
+        /// Who begins it: a pod by name as above, an address, the name of a node, or `host` for this one.
         source: String,
         /// Whom it is for, alike.
         destination: String,
@@ -118,6 +127,14 @@ pub enum Request {
         protocol: u8,
         /// Port of whom it is for; none for protocols without.
         port: Option<u16>,
+        /// Bytes of a packet of it, IP header included; none means any.
+        #[serde(default)]
+        size: Option<u32>,
+    },
+    /// Where the packets of somebody are to be seen.
+    Capture {
+        /// A pod of this node by name as above or by an address, the name of another node, or `host` for this one.
+        target: String,
     },
     /// Flows that were recorded.
     Flows {
@@ -137,6 +154,16 @@ pub enum Request {
         /// Cut off.
         on: bool,
     },
+}
+
+/// A command of the plugin that the daemon counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Attaching {
+    /// `ADD`
+    Add,
+    /// `DEL`
+    Del,
 }
 
 /// The daemon's answer.

@@ -78,6 +78,8 @@ pub enum IssueKind {
     LogUnwritable,
     /// The cluster source does not answer or has not delivered yet.
     SourceUnavailable,
+    /// An address at which the daemon was to serve metrics, or its page, is not to be had.
+    ListenFailed,
 }
 
 /// One thing that is wrong.

@@ -9,6 +9,7 @@
 //! boot, handed in.
 
 mod chance;
+mod clock;
 mod prober;
 mod search;
 mod statistics;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use clock::ClockSkew;
 pub use prober::Prober;
 
 use crate::name::NodeName;
@@ -111,6 +113,9 @@ pub struct Report {
     pub rtt: Option<Duration>,
     /// Of a thousand exchanges with sizes that pass, how many failed lately.
     pub loss_per_mille: Option<u16>,
+    /// How the peer's wall clock differs from the own one, by its last answer; none while it has told no time.
+    #[serde(default)]
+    pub clock_skew: Option<ClockSkew>,
     /// Probes sent so far.
     pub sent: u64,
     /// Probes answered so far.

@@ -198,6 +198,7 @@ fn a_peer_out_of_reach_keeps_its_limit_or_none() {
     world.all(Model::good());
     world.run(RECOVERED);
     assert!(world.all_stand(Standing::Verified));
+    assert_eq!(world.report(1, Family::Ipv4).loss_per_mille.unwrap_or(0), 0, "an outage is over, not a loss");
 }
 
 #[test]

@@ -33,6 +33,7 @@ pub mod cri;
 pub mod demo;
 pub mod engine;
 pub mod host;
+pub mod http;
 mod inject;
 pub mod kernel;
 pub mod kubernetes;

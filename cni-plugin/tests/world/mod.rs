@@ -118,6 +118,15 @@ impl Host {
         });
     }
 
+    /// Waits until the daemon was asked such a thing: nobody waits for an answer to what is only told.
+    pub(crate) fn await_asked(&self, wanted: impl Fn(&Request) -> bool) {
+        let begun = std::time::Instant::now();
+        while !self.asked.lock().unwrap().iter().any(&wanted) {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", self.asked.lock().unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn conf(&self, extra: Value) -> Value {
         let mut conf = json!({
             "cniVersion": "1.1.0", "name": "husk", "type": "husk", "runDirectory": self.run_directory.path(),

@@ -73,6 +73,15 @@ pub fn foreign_forward_drops() -> Result<Vec<ForeignChain>, Error> {
     Ok(found)
 }
 
+/// Everything nft knows, in the calling thread's network namespace, as it prints it (libnftables-json(5)): for people who look for
+/// the rule that drops their packets. On a host of many services that takes seconds, and is nothing for a daemon.
+///
+/// # Errors
+/// [`Error::NoProgram`] and [`Error::Program`] when `nft` is missing, fails or does not end.
+pub fn ruleset() -> Result<Value, Error> {
+    program::query("list", "the rules of all tables", &["list", "ruleset"])
+}
+
 fn drops(listing: &Value) -> Result<Vec<ForeignChain>, Error> {
     let mut found = Vec::new();
     for (kind, body) in parse::objects(listing)? {

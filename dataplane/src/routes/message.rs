@@ -58,7 +58,7 @@ fn dump(socket: &mut Socket, family: Family) -> Result<Vec<RouteMessage>, Error>
         .collect())
 }
 
-const OURS: RouteProtocol = RouteProtocol::Other(marks::ROUTE_PROTOCOL);
+pub(super) const OURS: RouteProtocol = RouteProtocol::Other(marks::ROUTE_PROTOCOL);
 
 pub(crate) fn address_family(family: Family) -> AddressFamily {
     match family {

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use husk_overlay::esp::Aead;
-use husk_overlay::kernel::{Link, LinkKind, XfrmParameters, XfrmStateKey};
+use husk_overlay::kernel::{LinkKind, XfrmParameters, XfrmStateKey};
 use husk_overlay::marks;
 use husk_overlay::mtu::EspMode;
-use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use nix::errno::Errno;
@@ -16,10 +15,9 @@ use zeroize::Zeroizing;
 use super::states::{self, AEAD};
 use super::{encapsulation_socket, is_absent};
 use crate::error::Error;
-use crate::links::{self, LinkChange};
+use crate::features;
 use crate::netlink::{Protocol, Request, Socket};
 use crate::netns::Netns;
-use crate::step::perform;
 
 /// What is asked of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,9 +139,5 @@ fn lacking(family: Family, error: Error) -> Result<String, Error> {
 }
 
 fn create_interface() -> Result<(), Error> {
-    let interface = InterfaceName::new(marks::XFRM_INTERFACE).expect("a mark is a valid name");
-    let kind = LinkKind::Xfrm { if_id: marks::XFRM_IF_ID };
-    let link = Link { kind, mtu: 1400, mac: None, threaded_napi: false };
-    let steps = links::steps(&LinkChange::Create { interface, link });
-    perform(&mut Socket::open(Protocol::Route)?, vec![Ok(steps)]).pop().expect("one change has one result")
+    features::create(marks::XFRM_INTERFACE, LinkKind::Xfrm { if_id: marks::XFRM_IF_ID })
 }

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel as std_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_dataplane::pod;
 use husk_ipam::lease::LeaseStore;
 use husk_overlay::endpoint::{AttachmentId, Endpoint};
-use husk_overlay::ipc::{Request, Response};
+use husk_overlay::ipc::{Attaching, Request, Response};
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::plan::are_mapped;
@@ -19,6 +19,7 @@ use super::State;
 use super::policy_reports::answer;
 use crate::flows::{Flows, Kinds};
 use crate::line_log::{Client, Event, Logs};
+use crate::metrics::Live;
 
 /// How long a report may take before the client is told.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -122,6 +123,7 @@ pub struct Handle {
     index_of: IndexOf,
     flows: Flows,
     logs: Logs,
+    live: Live,
 }
 
 /// Finds the index of a host interface; none if there is none of that name.
@@ -140,8 +142,8 @@ pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Re
     };
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
-    let (leases, flows, logs) = (Arc::new(leases), Flows::default(), Logs::default());
-    (Handle { inbox, waker, state, leases, detaching, index_of, flows, logs }, receiver)
+    let (leases, flows, logs, live) = (Arc::new(leases), Flows::default(), Logs::default(), Live::default());
+    (Handle { inbox, waker, state, leases, detaching, index_of, flows, logs, live }, receiver)
 }
 
 impl Handle {
@@ -162,6 +164,12 @@ impl Handle {
     pub fn logging_to(self, logs: Logs) -> Self {
         self.flows.log_to(logs.clone());
         Self { logs, ..self }
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn live(&self) -> &Live {
+        &self.live
     }
 
     /// The handle, with other eyes for interfaces.
@@ -198,7 +206,19 @@ impl Handle {
     /// Answers a question.
     pub async fn answer(&self, request: Request) -> Response {
         match request {
-            Request::Admit { id } => self.admit(id).await,
+            Request::Admit { id } => {
+                let began = Instant::now();
+                let response = self.admit(id).await;
+                self.live.admitted(response == Response::Done, began.elapsed());
+                response
+            }
+            Request::Ended { command, microseconds, error } => {
+                self.live.plugin_ended(command, Duration::from_micros(microseconds), error);
+                if command == Attaching::Del {
+                    self.waker.wake();
+                }
+                Response::Done
+            }
             Request::Released => {
                 self.waker.wake();
                 Response::Done

@@ -26,6 +26,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                     );
                 }
                 self.delivered = true;
+                self.source_answered = Some(std::time::Instant::now());
                 self.source_issue = None;
             }
             Err(error) => {

@@ -7,10 +7,12 @@ use std::time::Duration;
 use husk_dataplane::Error;
 use husk_dataplane::link_counters::LinkCounters;
 use husk_dataplane::nft::ForeignChain;
+use husk_dataplane::way::{NeighbourStanding, Packet, Way};
 use husk_dataplane::wireguard::KeyRing;
 use husk_overlay::endpoint::Endpoint;
 use husk_overlay::esp::AssociationId;
 use husk_overlay::facts::{Facts, SpentAssociation};
+use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -72,6 +74,11 @@ pub trait Node {
 
     /// Chains of other firewalls that may keep pods' packets from being forwarded; may be half a minute old.
     fn foreign_chains(&mut self) -> Vec<ForeignChain>;
+
+    /// What is wrong with other parts of the daemon, as far as the loop does not find it out by itself.
+    fn noticed(&mut self) -> Vec<Issue> {
+        Vec::new()
+    }
 
     /// Time since boot, suspended time included.
     fn uptime(&mut self) -> Duration;
@@ -153,5 +160,26 @@ pub trait Node {
     /// Probes the paths to a peer at once. When that began, as time since boot; none where nothing is probed.
     fn demand_probe(&mut self, _peer: &NodeName) -> Option<Duration> {
         None
+    }
+
+    /// What the kernel would do with a packet.
+    ///
+    /// # Errors
+    /// When it does not say.
+    fn way(&mut self, _packet: &Packet) -> anyhow::Result<Way> {
+        anyhow::bail!("this daemon does not ask the kernel")
+    }
+
+    /// What the kernel knows of a neighbour's Ethernet address; none where it does not say.
+    fn neighbour(&mut self, _interface: &InterfaceName, _address: IpAddr) -> Option<NeighbourStanding> {
+        None
+    }
+
+    /// How a pod deviates from what was wired, on the host and inside; see [`husk_dataplane::pod::check`].
+    ///
+    /// # Errors
+    /// When its network namespace is not to be had.
+    fn deviations(&mut self, _endpoint: &Endpoint, _mtu: u32) -> anyhow::Result<Vec<String>> {
+        anyhow::bail!("this daemon does not look into pods")
     }
 }

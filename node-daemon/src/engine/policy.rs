@@ -245,6 +245,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         self.compile_policy(&mut last.plan.desired);
         let outcome = reconcile_policy(&mut self.parts.kernel, &last.plan.desired);
         self.note_policy(&last.plan.desired, &outcome);
+        self.live.enforced(&outcome);
         for failure in &outcome.failures {
             tracing::error!(%failure, "the policy of a new pod is not in the kernel yet");
         }

@@ -10,6 +10,7 @@ use husk_overlay::facts::Facts;
 use husk_overlay::ipc::{Request, Response};
 use husk_overlay::kernel::Desired;
 use husk_overlay::mode::Mode;
+use husk_overlay::plan::PeerPlan;
 use husk_overlay::prefix::Prefix;
 use serde::Serialize;
 
@@ -42,13 +43,15 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             Request::RotateKeys => self.rotate_keys(),
             Request::Policy => self.report(|engine, _| engine.policy_report()),
             Request::PolicyOf { pod } => self.policy_of(pod),
-            Request::Trace { source, destination, protocol, port } => {
-                self.trace(&Question { source, destination, protocol: *protocol, port: *port })
+            Request::Trace { source, destination, protocol, port, size } => {
+                self.trace(&Question { source, destination, protocol: *protocol, port: *port, size: *size })
             }
+            Request::Capture { target } => self.capture_of(target),
             Request::Quarantine { pod, on } => self.quarantine(pod, *on),
             Request::Admit { .. }
             | Request::Detach { .. }
             | Request::Released
+            | Request::Ended { .. }
             | Request::Ready
             | Request::Flows { .. } => Response::Refused { reason: "this question is not for the loop".into() },
         };
@@ -122,18 +125,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let mut paths = self.paths_by_peer();
         let rows = last.plan.peers.iter().map(|(name, peer)| {
             let traffic = traffic.get(name).copied().unwrap_or_default();
-            let recent = |age: Option<Duration>| age.is_some_and(|age| age < SESSION);
-            let has_keys = peer.public_key.is_some();
-            let state = match (&peer.refused, Technology::of(self.parts.config.mode)) {
-                (Some(_), _) => PeerState::Refused,
-                (None, None) => PeerState::Configured,
-                (None, Some(Technology::Wireguard)) if !has_keys => PeerState::Configured,
-                (None, Some(Technology::Esp)) if peer.keys.own.is_none() => PeerState::Waiting,
-                (None, Some(_)) if recent(traffic.handshake_age) || recent(traffic.received_age) => {
-                    PeerState::Connected
-                }
-                (None, Some(_)) => PeerState::Idle,
-            };
+            let state = state_of(peer, self.parts.config.mode, traffic.handshake_age.or(traffic.received_age));
             PeerReport {
                 node: name.clone(),
                 state,
@@ -151,6 +143,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 sent: traffic.sent,
                 mtu: peer.mtu.filter(|_| peer.refused.is_none()),
                 paths: paths.remove(name).unwrap_or_default(),
+                router: peer.router,
                 blocks: peer.blocks.clone(),
             }
         });
@@ -235,7 +228,19 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-fn summary_of(facts: &Facts, rotating: bool) -> KeysSummary {
+/// How a peer is doing that was last heard from so long ago.
+pub(super) fn state_of(peer: &PeerPlan, mode: Mode, heard: Option<Duration>) -> PeerState {
+    match (&peer.refused, Technology::of(mode)) {
+        (Some(_), _) => PeerState::Refused,
+        (None, None) => PeerState::Configured,
+        (None, Some(Technology::Wireguard)) if peer.public_key.is_none() => PeerState::Configured,
+        (None, Some(Technology::Esp)) if peer.keys.own.is_none() => PeerState::Waiting,
+        (None, Some(_)) if heard.is_some_and(|age| age < SESSION) => PeerState::Connected,
+        (None, Some(_)) => PeerState::Idle,
+    }
+}
+
+pub(super) fn summary_of(facts: &Facts, rotating: bool) -> KeysSummary {
     let epochs = facts.esp.as_ref().map_or(&facts.wireguard_epochs, |esp| &esp.epochs);
     let newest = epochs.iter().next_back();
     let age = newest.map(|(_, own)| facts.uptime.saturating_sub(own.created).as_secs());

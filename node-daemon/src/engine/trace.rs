@@ -1,10 +1,16 @@
-//! Answers to `huskctl trace`: what policy says of a connection, what the kernel's rules say, and whether that is the same.
+//! Answers to `huskctl trace`: what policy says of a connection, what the kernel's rules say, and whether that is the same; and
+//! what else the packets pass, which [`gather`] looks at and [`crate::trace`] judges.
+
+mod gather;
+mod peer;
 
 use std::net::IpAddr;
 
 use husk_dataplane::kernel::Kernel;
+use husk_dataplane::way::{Packet, Way};
 use husk_overlay::ipc::Response;
 use husk_overlay::prefix::Family;
+use husk_overlay::record::DualStack;
 use husk_policy::cluster::Cluster;
 use husk_policy::compile::path::follow;
 use husk_policy::object::{Direction, Pod, Protocol};
@@ -13,8 +19,9 @@ use husk_policy::verdict::{Connection, Decision, Scope, Side, Verdict, elsewhere
 use super::pod_names::{Named, find};
 use super::policy_reports::answer;
 use super::{Engine, Node, Pass};
-use crate::report::{Decider, Live, Place, TraceEnd, TraceReport, TraceSide};
+use crate::report::{Decider, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide};
 use crate::source::ClusterSource;
+use crate::trace::{self, PeerEvidence};
 
 /// What is asked.
 pub(super) struct Question<'a> {
@@ -23,6 +30,8 @@ pub(super) struct Question<'a> {
     /// IANA protocol number.
     pub(super) protocol: u8,
     pub(super) port: Option<u16>,
+    /// Bytes of a packet.
+    pub(super) size: Option<u32>,
 }
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
@@ -44,7 +53,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     fn try_trace(&mut self, question: &Question<'_>, last: &Pass) -> Result<TraceReport, String> {
         let cluster = self.policy.cluster();
-        let (source, destination) = ends(&cluster, question)?;
+        let (source, destination) = self.ends(&cluster, question, last)?;
         if question.port.is_none() && Protocol::of(question.protocol).is_some() {
             return Err("TCP, UDP and SCTP have ports: name the one of the destination with --port".into());
         }
@@ -58,7 +67,13 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let denied = sides.iter().any(|side| side.side.verdict == Verdict::Deny);
         let verdict = if denied { Verdict::Deny } else { Verdict::Allow };
-        Ok(TraceReport { connection, source, destination, verdict, sides })
+        let mut report =
+            TraceReport { connection, source, destination, verdict, sides, hops: Vec::new(), broken: None, peer: None };
+        let evidence = self.gather(&report, question.size, last);
+        report.hops = trace::hops(&evidence);
+        report.broken = trace::first_broken(&report.hops);
+        report.peer = evidence.peer.as_ref().map(|peer| trace_peer(peer, &report, last));
+        Ok(report)
     }
 
     fn end(&self, cluster: &Cluster, address: IpAddr, last: &Pass) -> TraceEnd {
@@ -78,7 +93,11 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             _ if is_own => Place::ThisNode,
             (None, Some(record)) if record.name == self.parts.node_name => Place::ThisNode,
             (None, Some(record)) => Place::OtherNode { node: record.name.to_string() },
-            (None, None) => Place::External,
+            (None, None) => match self.owner_of_block(address) {
+                // The source need not tell of every node's pods.
+                Some(node) if node != self.parts.node_name => Place::PodElsewhere { node: Some(node.to_string()) },
+                _ => Place::External,
+            },
         };
         TraceEnd { address, pod: owner.map(|(name, _)| name.clone()), place }
     }
@@ -138,30 +157,73 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-/// The addresses of both ends, of one family.
-fn ends(cluster: &Cluster, question: &Question<'_>) -> Result<(IpAddr, IpAddr), String> {
-    let addresses = |text: &str| {
-        Ok(match find(cluster, text)? {
-            Named::Address(address) => vec![address],
+/// The other node, and where it can be knocked at.
+fn trace_peer(peer: &PeerEvidence, report: &TraceReport, last: &Pass) -> TracePeer {
+    let plan = last.plan.peers.get(&peer.name);
+    let family = Family::of(report.connection.responder);
+    TracePeer {
+        node: peer.name.clone(),
+        inside: plan.and_then(|plan| plan.probe.get(&family)).map(|target| target.address),
+        underlay: plan.and_then(|plan| plan.address),
+        port: plan.and_then(|plan| plan.port),
+    }
+}
+
+/// What people call this node.
+const THIS_HOST: &str = "host";
+
+impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
+    /// The addresses of both ends, of one family.
+    fn ends(&mut self, cluster: &Cluster, question: &Question<'_>, last: &Pass) -> Result<(IpAddr, IpAddr), String> {
+        let sources = self.addresses_of(cluster, question.source, last)?;
+        let destinations = self.addresses_of(cluster, question.destination, last)?;
+        let of = |family, all: &[IpAddr]| all.iter().copied().find(|address| Family::of(*address) == family);
+        let pair = Family::ALL.into_iter().find_map(|family| of(family, &sources).zip(of(family, &destinations)));
+        let (source, destination) = pair.ok_or_else(|| {
+            let (source, destination) = (question.source, question.destination);
+            format!("{source} and {destination} have no addresses of one family")
+        })?;
+        if self.is_this_node(question.source) {
+            // The host's own packets have the address that the kernel chooses for where they go.
+            let packet = Packet { source: None, destination, input: None };
+            if let Ok(Way::Leaves { source: Some(chosen), .. }) = self.parts.node.way(&packet) {
+                return Ok((chosen, destination));
+            }
+        }
+        Ok((source, destination))
+    }
+
+    fn is_this_node(&self, text: &str) -> bool {
+        text == THIS_HOST || text == self.parts.node_name.as_str()
+    }
+
+    fn addresses_of(&self, cluster: &Cluster, text: &str, last: &Pass) -> Result<Vec<IpAddr>, String> {
+        let all = |addresses: DualStack, of: &str| {
+            let addresses: Vec<IpAddr> = addresses.iter().collect();
+            if addresses.is_empty() { Err(format!("the node {of} has no address yet")) } else { Ok(addresses) }
+        };
+        match find(cluster, text) {
+            Ok(Named::Address(address)) => Ok(vec![address]),
             // Who asked by address means that one.
-            Named::Pod(..) if text.parse::<IpAddr>().is_ok() => text.parse().into_iter().collect(),
-            Named::Pod(name, Some(pod)) if pod.addresses.is_empty() => {
-                return Err(format!("the pod {name} has no address yet"));
+            Ok(Named::Pod(..)) if text.parse::<IpAddr>().is_ok() => Ok(text.parse().into_iter().collect()),
+            Ok(Named::Pod(name, Some(pod))) if pod.addresses.is_empty() => {
+                Err(format!("the pod {name} has no address yet"))
             }
-            Named::Pod(_, Some(Pod { addresses, .. })) => addresses.into_iter().collect(),
-            Named::Pod(name, None) => {
-                return Err(format!(
-                    "the cluster source has not told of the pod {name} yet, so that it gets no packet; give its address \
-                     (huskctl ipam show)"
-                ));
+            Ok(Named::Pod(_, Some(Pod { addresses, .. }))) => Ok(addresses.into_iter().collect()),
+            Ok(Named::Pod(name, None)) => Err(format!(
+                "the cluster source has not told of the pod {name} yet, so that it gets no packet; give its address \
+                 (huskctl ipam show)"
+            )),
+            Err(_) if self.is_this_node(text) => {
+                // Its pods may all be of a family that the underlay has no address of.
+                let router = last.plan.record.as_ref().map(|record| record.router).unwrap_or_default();
+                all(router.iter().chain(last.facts.addresses.iter()).collect(), text)
             }
-        })
-    };
-    let (sources, destinations) = (addresses(question.source)?, addresses(question.destination)?);
-    let of = |family, all: &[IpAddr]| all.iter().copied().find(|address| Family::of(*address) == family);
-    let pair = Family::ALL.into_iter().find_map(|family| of(family, &sources).zip(of(family, &destinations)));
-    pair.ok_or_else(|| {
-        let (source, destination) = (question.source, question.destination);
-        format!("{source} and {destination} have no addresses of one family")
-    })
+            Err(reason) => match self.snapshot.nodes.values().find(|record| record.name.as_str() == text) {
+                Some(record) => all(record.router.iter().chain(record.addresses.iter()).collect(), text),
+                None if text.contains('/') => Err(reason),
+                None => Err(format!("{reason}; nor is there a node {text} (huskctl peers)")),
+            },
+        }
+    }
 }

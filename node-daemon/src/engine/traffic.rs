@@ -97,7 +97,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 }
 
 /// Age of a handshake given as time since the Unix epoch.
-fn age_of(handshake: Duration) -> Duration {
+pub(super) fn age_of(handshake: Duration) -> Duration {
     // A clock that was set back makes the handshake one of the future: as young as can be.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(handshake)
 }

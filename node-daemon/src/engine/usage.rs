@@ -22,6 +22,8 @@ pub(super) struct Counted {
     /// Own key and peer's key of every completed handshake, as long as the device has both: a userspace device forgets when
     /// its sessions expire.
     handshaken: BTreeSet<(PublicKey, PublicKey)>,
+    /// The last handshake under every key of a peer, as time since the Unix epoch.
+    handshakes: BTreeMap<PublicKey, Duration>,
 }
 
 /// One of the counters of bytes that a device keeps of a peer's key.
@@ -42,6 +44,7 @@ impl Counted {
         let mut bytes = BTreeMap::new();
         let mut sessions = BTreeMap::<PublicKey, SessionUse>::new();
         let mut handshaken = BTreeSet::new();
+        self.handshakes.clear();
         for (device, userspace) in devices {
             let Some(own) = device.public_key else { continue };
             let received = if userspace { Measure::Payload } else { Measure::Message };
@@ -50,6 +53,10 @@ impl Counted {
                 bytes.insert(SessionCounter { key, sent: false, measure: received }, status.received_bytes);
                 bytes.insert(SessionCounter { key, sent: true, measure: Measure::Message }, status.sent_bytes);
                 let session = sessions.entry(key).or_insert(SessionUse { handshaken: false, quiet: Duration::MAX });
+                if let Some(at) = status.last_handshake {
+                    let latest = self.handshakes.entry(key).or_default();
+                    *latest = at.max(*latest);
+                }
                 if self.handshaken.contains(&(own, key)) || has_completed_handshake(status, userspace) {
                     handshaken.insert((own, key));
                     session.handshaken = true;
@@ -63,6 +70,11 @@ impl Counted {
             }
         }
         sessions
+    }
+
+    /// The last handshake under a peer's key, as time since the Unix epoch; none if the devices, when last looked at, knew of none.
+    pub(super) fn last_handshake(&self, key: &PublicKey) -> Option<Duration> {
+        self.handshakes.get(key).copied()
     }
 
     /// What is known of associations.

@@ -1,13 +1,12 @@
-//! `huskctl policy`, `huskctl trace` and `huskctl quarantine`.
+//! `huskctl policy` and `huskctl quarantine`.
 
 use std::path::Path;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use husk_overlay::ipc::Request;
-use husk_policy::verdict::Verdict;
 
 use super::{Show, ask, tables};
-use crate::report::{Live, PodPolicyReport, PodPolicyState, PolicyReport, QuarantineReport, TraceReport};
+use crate::report::{PodPolicyReport, PodPolicyState, PolicyReport, QuarantineReport};
 
 /// What to do with policies.
 #[derive(Subcommand)]
@@ -35,56 +34,6 @@ pub(super) fn run(socket: &Path, command: &PolicyCommand, show: &Show) -> anyhow
             Ok((show.text(&report, tables::policy_of)?, wrong))
         }
     }
-}
-
-/// A connection.
-#[derive(Debug, Clone, Args)]
-pub(super) struct TraceOptions {
-    /// Who begins it: a pod as NAMESPACE/NAME or NAME, or any address
-    source: String,
-    /// Whom it is for, alike; of a service the address of a pod behind it, since policy sees that
-    destination: String,
-    /// Port of the destination; TCP, UDP and SCTP need it
-    #[arg(long)]
-    port: Option<u16>,
-    /// Protocol
-    #[arg(long, value_enum, default_value_t = TraceProtocol::Tcp)]
-    protocol: TraceProtocol,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum TraceProtocol {
-    Tcp,
-    Udp,
-    Sctp,
-    /// ICMP; ICMPv6 between addresses of IPv6
-    Icmp,
-}
-
-impl TraceProtocol {
-    /// IANA protocol number. Policy knows no difference between ICMP and ICMPv6, as neither has ports.
-    fn number(self) -> u8 {
-        match self {
-            Self::Tcp => 6,
-            Self::Udp => 17,
-            Self::Sctp => 132,
-            Self::Icmp => 1,
-        }
-    }
-}
-
-pub(super) fn trace(socket: &Path, options: &TraceOptions, show: &Show) -> anyhow::Result<(String, bool)> {
-    let TraceOptions { source, destination, port, protocol } = options;
-    let request = Request::Trace {
-        source: source.clone(),
-        destination: destination.clone(),
-        protocol: protocol.number(),
-        port: *port,
-    };
-    let report: TraceReport = ask(socket, &request)?;
-    let wrong =
-        report.verdict == Verdict::Deny || report.sides.iter().any(|it| matches!(it.live, Live::Differs { .. }));
-    Ok((show.text(&report, tables::trace)?, wrong))
 }
 
 /// Whom to cut off.

@@ -101,8 +101,24 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "trace",
         schemas: &["trace"],
-        found: Some("the connection is denied, or the rules in the kernel say something else"),
-        examples: &[("Why can't this pod reach that one?", "huskctl trace shop/web-0 shop/db-0 --port 5432")],
+        found: Some("a hop is broken, or denies the connection"),
+        examples: &[
+            ("Why can't this pod reach that one?", "huskctl trace shop/web-0 shop/db-0 --port 5432"),
+            (
+                "Does a packet of this size pass, looked at now?",
+                "huskctl trace web-0 db-0 --port 5432 --size 1440 --probe",
+            ),
+        ],
+    },
+    Entry {
+        command: "capture",
+        schemas: &["captured", "encrypted"],
+        found: Some("packets were lost; with --verify-encrypted: plaintext was seen, or nothing is proven"),
+        examples: &[
+            ("What a pod sends and gets", "huskctl capture shop/web-0 --filter 'port 5432'"),
+            ("What the network sees of it, in a file", "huskctl capture shop/web-0 --outer --write web-0.pcap"),
+            ("Is what goes to a node encrypted?", "huskctl capture node-b --verify-encrypted"),
+        ],
     },
     Entry {
         command: "flows",
@@ -129,6 +145,15 @@ pub(super) const ENTRIES: &[Entry] = &[
         examples: &[
             ("Cut a pod off at once", "huskctl quarantine shop/web-0"),
             ("Let it onto the network again", "huskctl quarantine shop/web-0 --release"),
+        ],
+    },
+    Entry {
+        command: "doctor",
+        schemas: &["doctor", "doctor-checks"],
+        found: Some("something was found, and is still there"),
+        examples: &[
+            ("What around the overlay is known to break it?", "huskctl doctor"),
+            ("Mend what is safe to mend, asking before each", "huskctl doctor --fix"),
         ],
     },
     Entry {
@@ -328,7 +353,10 @@ mod tests {
             for (_, line) in entry.examples {
                 let (_, line) = line.split_once("huskctl").unwrap();
                 let line = line.split(['|', '>', ')']).next().unwrap();
-                let words = std::iter::once("huskctl").chain(line.split_whitespace());
+                // What a shell does with quotes.
+                let line = line.replace("'port 5432'", "port\u{a0}5432");
+                let words = line.split(' ').filter(|word| !word.is_empty()).map(|word| word.replace('\u{a0}', " "));
+                let words = std::iter::once("huskctl".to_owned()).chain(words);
                 let parsed = definition.clone().try_get_matches_from(words).unwrap_or_else(|error| panic!("{error}"));
                 let mut path = Vec::new();
                 let mut matches = Some(&parsed);

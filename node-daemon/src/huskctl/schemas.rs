@@ -10,11 +10,11 @@ use schemars::generate::SchemaSettings;
 use schemars::transform::{RecursiveTransform, Transform as _};
 use schemars::{JsonSchema, Schema};
 
-use super::{mtu, support_bundle};
+use super::{capture, mtu, support_bundle};
 use crate::line_log::LogLine;
 use crate::report::{
-    DiffReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport, PolicyReport, QuarantineReport,
-    QuarantinedPod, RotationReport, Status, Top, TraceReport, WhatIfReport,
+    CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport,
+    PolicyReport, QuarantineReport, QuarantinedPod, RotationReport, Status, Top, TraceReport, WhatIfReport,
 };
 
 /// Makes the schema of a type.
@@ -22,7 +22,11 @@ type Make = fn() -> Schema;
 
 /// Name, as for `huskctl schema NAME`, and schema of every report. Commands name theirs in [`super::reference`].
 pub(super) const ALL: &[(&str, Make)] = &[
+    ("captured", of::<capture::Packet>),
     ("diff", of::<DiffReport>),
+    ("doctor", of::<DoctorReport>),
+    ("doctor-checks", of::<Vec<CheckListing>>),
+    ("encrypted", of::<capture::Verified>),
     ("flow", of::<Flow>),
     ("ipam", of::<IpamReport>),
     ("ipam-check", of::<Vec<String>>),

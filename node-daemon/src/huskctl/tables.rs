@@ -1,9 +1,11 @@
 //! Tables for people.
 
+mod doctor;
 mod keys;
 mod mtu;
 mod paths;
 mod policy;
+mod trace;
 
 use std::fmt::Write as _;
 
@@ -13,10 +15,12 @@ use husk_overlay::issue::{Issue, Severity};
 
 use super::style::{Tone, paint};
 
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::{milliseconds, paths, percent};
-pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined, trace};
+pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
+pub(super) use self::trace::trace;
 use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
 
 /// A table without lines.
@@ -39,7 +43,7 @@ pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
 }
 
 /// Bytes in the unit a person would choose, powers of 1024.
-pub(super) fn bytes(value: u64) -> String {
+pub(crate) fn bytes(value: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
     let mut whole = value;

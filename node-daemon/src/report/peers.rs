@@ -6,6 +6,7 @@ use husk_overlay::keys::PublicKey;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::probe::Report;
+use husk_overlay::record::DualStack;
 use serde::{Deserialize, Serialize};
 
 /// How a peer is doing.
@@ -52,6 +53,9 @@ pub struct PeerReport {
     /// What probing found of the paths to it, by family of the packets inside the tunnel.
     #[serde(default)]
     pub paths: BTreeMap<Family, Report>,
+    /// Its own addresses inside the overlay.
+    #[serde(default)]
+    pub router: DualStack,
     /// Blocks routed to it.
     pub blocks: BTreeSet<Prefix>,
 }

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use husk_overlay::name::NodeName;
 use husk_policy::compile::path::Path;
 use husk_policy::object::{Direction, ObjectName};
 use husk_policy::verdict::{Connection, Side, Verdict};
@@ -21,6 +22,113 @@ pub struct TraceReport {
     pub verdict: Verdict,
     /// Egress, then ingress.
     pub sides: Vec<TraceSide>,
+    /// What the packet passes, in this order; what has no part in this connection is there too.
+    #[serde(default)]
+    pub hops: Vec<Hop>,
+    /// The first hop that is broken; none if none is.
+    #[serde(default)]
+    pub broken: Option<HopName>,
+    /// The other node that the packets go to, or come from.
+    #[serde(default)]
+    pub peer: Option<TracePeer>,
+}
+
+/// The other node of a connection between two.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TracePeer {
+    /// Its name.
+    pub node: NodeName,
+    /// Where its daemon answers inside the tunnel; none where that is not known.
+    pub inside: Option<IpAddr>,
+    /// Its underlay address.
+    pub underlay: Option<IpAddr>,
+    /// UDP port of its tunnel, in modes that have one.
+    pub port: Option<u16>,
+}
+
+/// Something that a packet passes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Hop {
+    /// What.
+    pub name: HopName,
+    /// Whether packets pass it.
+    #[serde(flatten)]
+    pub standing: HopStanding,
+    /// What was looked at, one phrase each.
+    pub evidence: Vec<String>,
+}
+
+/// What a packet passes, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum HopName {
+    /// The pod or host that begins.
+    Source,
+    /// Its address is its own.
+    Antispoofing,
+    /// Policy on what it sends.
+    EgressPolicy,
+    /// The route of the packet on this node.
+    Route,
+    /// Whether packets of that size pass.
+    Mtu,
+    /// The tunnel to the other node: device, peer, keys.
+    Tunnel,
+    /// The way of the tunnel's own packets.
+    Underlay,
+    /// This node's rules against leaks, and the firewalls of others.
+    Firewall,
+    /// Address translation.
+    Nat,
+    /// What probing found of the path between the nodes.
+    Probe,
+    /// Policy on what the other end receives.
+    IngressPolicy,
+    /// The pod or host that answers.
+    Destination,
+}
+
+impl std::fmt::Display for HopName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Source => "source",
+            Self::Antispoofing => "antispoofing",
+            Self::EgressPolicy => "egress policy",
+            Self::Route => "route",
+            Self::Mtu => "MTU",
+            Self::Tunnel => "tunnel",
+            Self::Underlay => "underlay",
+            Self::Firewall => "firewall",
+            Self::Nat => "NAT",
+            Self::Probe => "live probe",
+            Self::IngressPolicy => "ingress policy",
+            Self::Destination => "destination",
+        })
+    }
+}
+
+/// Whether packets pass a hop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", tag = "standing")]
+pub enum HopStanding {
+    /// They do.
+    Passes,
+    /// They do not.
+    Broken {
+        /// Why not, one sentence.
+        cause: String,
+        /// What to do about it, one sentence.
+        remedy: String,
+    },
+    /// This node cannot tell.
+    Unknown {
+        /// Why not, and who can, one sentence.
+        why: String,
+    },
+    /// It has no part in this connection.
+    NotHere,
 }
 
 /// An end of a connection.

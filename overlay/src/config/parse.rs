@@ -1,6 +1,7 @@
 //! The keys of the configuration, and what each may be.
 
 mod cluster;
+mod http;
 mod logs;
 mod tunnels;
 
@@ -75,6 +76,8 @@ fn read(mut top: Fields<'_, '_>) -> Config {
     config.cni = read_cni(&mut top);
     config.log = read_log(&mut top);
     config.logs = logs::read_logs(&mut top);
+    config.metrics = http::read_metrics(&mut top);
+    config.ui = http::read_ui(&mut top, &config.metrics);
     top.finish();
 
     config.cluster_cidrs = cidrs;

@@ -79,6 +79,8 @@ ipam: {blocks: pools, coolDown: 5, releaseAfter: 60}
 cni: {binDirectory: /b, configDirectory: /c, network: pods}
 log: {format: json, level: trace}
 logs: {flows: /f, audit: /a, connections: false, maxBytes: 65536, keep: 0}
+metrics: {listen: '192.0.2.1:1', perPeer: true}
+ui: {listen: '[::1]:2'}
 ";
     let expected = Config {
         mode: Mode::Vxlan,
@@ -118,6 +120,8 @@ logs: {flows: /f, audit: /a, connections: false, maxBytes: 65536, keep: 0}
             connections: false,
             limits: LogLimits { bytes: 65_536, keep: 0 },
         },
+        metrics: MetricsConfig { listen: Some("192.0.2.1:1".parse().unwrap()), per_peer: true },
+        ui: UiConfig { listen: Some("[::1]:2".parse().unwrap()) },
     };
     assert_eq!(Config::parse("x", text), Ok(expected));
 }
@@ -455,4 +459,26 @@ fn only_kubernetes_gives_cidrs_to_nodes() {
     let error = only_error("ipam: {blocks: node-cidrs}");
     assert!(error.reason.contains("only Kubernetes") && error.remedy.contains("pools"), "{error:?}");
     assert_eq!(only_error("ipam: {releaseAfter: 9}").key, "ipam.releaseAfter");
+}
+
+#[test]
+fn what_is_served_over_http_is_checked() {
+    let parse = |text: &str| Config::parse("c", &format!("clusterCIDRs: [10.42.0.0/16]\n{text}"));
+    let off = parse("metrics: {listen: off}\nui: {listen: \"\"}").unwrap();
+    assert_eq!((off.metrics.listen, off.ui.listen), (None, None));
+    let open = parse("metrics: {listen: \"[::]:9100\", perPeer: true}\nui: {listen: \"[::1]:1\"}").unwrap();
+    assert_eq!(open.metrics, MetricsConfig { listen: Some("[::]:9100".parse().unwrap()), per_peer: true });
+    assert_eq!(open.ui.listen, Some("[::1]:1".parse().unwrap()));
+    for (text, expected) in [
+        ("metrics: {listen: localhost}", "no address with a port"),
+        ("metrics: {listen: \"127.0.0.1:0\"}", "port 0"),
+        ("metrics: {listen: 9472}", "an address with a port"),
+        ("metrics: {perPeers: true}", "perPeer"),
+        ("ui: {listen: \"0.0.0.0:9473\"}", "only loopback"),
+        ("ui: {listen: \"192.0.2.1:9473\"}", "ssh -L"),
+        ("metrics: {listen: \"127.0.0.1:9473\"}\nui: {listen: \"127.0.0.1:9473\"}", "another port"),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
 }

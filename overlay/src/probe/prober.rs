@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::chance::Chance;
 use super::track::{Due, Fired, Shared, Track};
-use super::{PROBES_PER_SECOND, Path, Report, Shot, Target, wire};
+use super::{ClockSkew, PROBES_PER_SECOND, Path, Report, Shot, Target, wire};
 use crate::marks;
 use crate::name::NodeName;
 use crate::prefix::Family;
@@ -144,6 +144,16 @@ impl Prober {
     pub fn answered(&mut self, id: u64, now: Duration) {
         if let Some((path, fired)) = self.flying.remove(&id) {
             self.with(&path, now, |track, shared| track.outcome(fired, true, now, shared));
+        }
+    }
+
+    /// The answer to a probe tells the peer's wall clock; to be called before [`Prober::answered`]. `ours` is the own one when it
+    /// came, both as time since 1970.
+    pub fn told_time(&mut self, id: u64, theirs: Duration, ours: Duration, now: Duration) {
+        let Some((path, fired)) = self.flying.get(&id) else { return };
+        let skew = ClockSkew::new(theirs, ours, now.saturating_sub(fired.sent));
+        if let Some(track) = self.tracks.get_mut(path) {
+            track.told_time(skew);
         }
     }
 

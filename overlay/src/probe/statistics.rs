@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::ClockSkew;
+
 /// Exchanges that the loss is a share of: the last so many.
 const WINDOW: u32 = u128::BITS;
 
@@ -10,6 +12,8 @@ const WINDOW: u32 = u128::BITS;
 pub(super) struct Statistics {
     pub(super) sent: u64,
     pub(super) answered: u64,
+    /// By the last answer that told the time.
+    pub(super) clock_skew: Option<ClockSkew>,
     rtt: Option<Duration>,
     /// The last exchanges, a bit each: set if it failed. The newest is the lowest.
     failures: u128,
@@ -38,6 +42,11 @@ impl Statistics {
     pub(super) fn exchange(&mut self, failed: bool) {
         self.failures = self.failures << 1 | u128::from(failed);
         self.exchanges = (self.exchanges + 1).min(WINDOW);
+    }
+
+    /// The peer answers again after a time in which nothing was answered, which was no loss on the way.
+    pub(super) fn begin_anew(&mut self) {
+        (self.failures, self.exchanges) = (0, 0);
     }
 
     /// A probe was lost, and it may be for its size.

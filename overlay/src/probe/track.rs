@@ -16,7 +16,7 @@ use super::search::{Progress, Search};
 use super::statistics::Statistics;
 use super::suspicion::{Judgement, Suspicion};
 use super::wire::SMALL;
-use super::{Report, Standing, Target};
+use super::{ClockSkew, Report, Standing, Target};
 
 /// Time between two tries whether a limited path passes more, as a multiple in tenths of the longest time between two checks.
 const RECHECK: u32 = 18;
@@ -152,6 +152,7 @@ impl Track {
             passes,
             rtt: self.statistics.rtt(),
             loss_per_mille: self.statistics.loss_per_mille(),
+            clock_skew: self.statistics.clock_skew,
             sent: self.statistics.sent,
             answered: self.statistics.answered,
             since: self.since,
@@ -283,6 +284,11 @@ impl Track {
         self.plan(now);
     }
 
+    /// An answer told the peer's wall clock.
+    pub(super) fn told_time(&mut self, skew: ClockSkew) {
+        self.statistics.clock_skew = Some(skew);
+    }
+
     /// The own kernel refused to send a probe: nothing can be told now.
     pub(super) fn refused(&mut self, fired: Fired, now: Duration, shared: &mut Shared) {
         self.statistics.sent = self.statistics.sent.saturating_sub(1);
@@ -318,6 +324,9 @@ impl Track {
             Phase::Searching(search) => {
                 self.due = ready(search.is_due());
                 let passes = if search.low < self.target.floor { 0 } else { search.low };
+                if self.standing == Standing::Unreachable {
+                    self.statistics.begin_anew();
+                }
                 self.standing = Standing::Searching { passes, fails: search.high };
             }
         }
@@ -325,6 +334,9 @@ impl Track {
 
     fn stand(&mut self, standing: Standing, now: Duration) {
         if standing != self.standing {
+            if self.standing == Standing::Unreachable {
+                self.statistics.begin_anew();
+            }
             self.standing = standing;
             self.since = now;
         }

@@ -4,9 +4,15 @@
 //! 0               4       5      6          8               12                                20
 //! | magic "HUSK"  | version | kind | zero     | size (bytes)  | id                              | zeroes ...
 //! ```
-//! All numbers are big-endian. A probe is padded with zeroes until the IP packet has the size that stands in it: the
-//! receiver compares, so that a packet that was cut short on its way is not taken for one that passed. An answer is not
-//! padded, and carries size and id of the probe.
+//! All numbers are big-endian. A probe is padded until the IP packet has the size that stands in it: the receiver compares, so
+//! that a packet that was cut short on its way is not taken for one that passed. An answer is not padded, and carries size and
+//! id of the probe.
+//!
+//! An answer of version 2 ends with the wall clock of who answers: microseconds since 1970, 64 bits. Only probes whose padding
+//! begins with a 1 get it. A node that knows version 1 alone neither looks at padding nor understands such an answer, so that
+//! nodes of both sorts answer each other while a cluster is upgraded.
+
+use std::time::Duration;
 
 use crate::prefix::Family;
 
@@ -15,6 +21,12 @@ const MAGIC: [u8; 4] = *b"HUSK";
 
 /// Version of the format. Others are not answered.
 const VERSION: u8 = 1;
+
+/// Version of answers that tell the time.
+const TIMED: u8 = 2;
+
+/// First byte of the padding of a probe whose sender understands [`TIMED`].
+const READS_TIME: u8 = 1;
 
 /// Bytes of a message without padding.
 pub const HEADER: usize = 20;
@@ -30,9 +42,15 @@ pub const LARGEST: u32 = 65535;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A question.
-    Probe,
+    Probe {
+        /// Who asks understands an answer that tells the time.
+        reads_time: bool,
+    },
     /// Its answer.
-    Answer,
+    Answer {
+        /// Wall clock of who answers, as time since 1970; none of one that knows version 1 alone.
+        time: Option<Duration>,
+    },
 }
 
 /// A message.
@@ -64,27 +82,32 @@ pub fn payload(family: Family, size: u32) -> usize {
 /// The probe as UDP payload: as long as its size demands.
 #[must_use]
 pub fn probe(family: Family, size: u32, id: u64) -> Vec<u8> {
-    let mut bytes = header(Message { kind: Kind::Probe, size, id }).to_vec();
+    let mut bytes = header(VERSION, 1, size, id).to_vec();
     bytes.resize(payload(family, size), 0);
+    if let Some(padding) = bytes.get_mut(HEADER) {
+        *padding = READS_TIME;
+    }
     bytes
 }
 
-/// The answer to a probe.
+/// The answer to a probe that came from somebody whose padding says that he reads the time, or not. `time` is the own wall
+/// clock, as time since 1970.
 #[must_use]
-pub fn answer(probe: Message) -> [u8; HEADER] {
-    header(Message { kind: Kind::Answer, ..probe })
+pub fn answer(reads_time: bool, size: u32, id: u64, time: Duration) -> Vec<u8> {
+    if !reads_time {
+        return header(VERSION, 2, size, id).to_vec();
+    }
+    let microseconds = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    [header(TIMED, 2, size, id).as_slice(), &microseconds.to_be_bytes()].concat()
 }
 
-fn header(message: Message) -> [u8; HEADER] {
+fn header(version: u8, kind: u8, size: u32, id: u64) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     bytes[..4].copy_from_slice(&MAGIC);
-    bytes[4] = VERSION;
-    bytes[5] = match message.kind {
-        Kind::Probe => 1,
-        Kind::Answer => 2,
-    };
-    bytes[8..12].copy_from_slice(&message.size.to_be_bytes());
-    bytes[12..].copy_from_slice(&message.id.to_be_bytes());
+    bytes[4] = version;
+    bytes[5] = kind;
+    bytes[8..12].copy_from_slice(&size.to_be_bytes());
+    bytes[12..].copy_from_slice(&id.to_be_bytes());
     bytes
 }
 
@@ -92,16 +115,22 @@ fn header(message: Message) -> [u8; HEADER] {
 /// length than it should have.
 #[must_use]
 pub fn read(family: Family, bytes: &[u8]) -> Option<Message> {
-    let (header, padding) = bytes.split_first_chunk::<HEADER>()?;
-    let (magic, rest) = header.split_first_chunk::<4>()?;
-    let [VERSION, kind, 0, 0, rest @ ..] = rest else { return None };
-    let (size, id) = rest.split_first_chunk::<4>()?;
+    let (header, rest) = bytes.split_first_chunk::<HEADER>()?;
+    let (magic, numbers) = header.split_first_chunk::<4>()?;
+    let [version, kind, 0, 0, numbers @ ..] = numbers else { return None };
+    let (size, id) = numbers.split_first_chunk::<4>()?;
     let (size, id) = (u32::from_be_bytes(*size), u64::from_be_bytes(*id.first_chunk()?));
-    let (kind, length) = match kind {
-        1 => (Kind::Probe, payload(family, size)),
-        2 => (Kind::Answer, HEADER),
+    let kind = match (*version, *kind, rest) {
+        // The rest of the padding is not looked at: it costs more than it tells.
+        (VERSION, 1, padding) if bytes.len() == payload(family, size) => {
+            Kind::Probe { reads_time: padding.first() == Some(&READS_TIME) }
+        }
+        (VERSION, 2, []) => Kind::Answer { time: None },
+        (TIMED, 2, time) => {
+            let microseconds = u64::from_be_bytes(time.try_into().ok()?);
+            Kind::Answer { time: Some(Duration::from_micros(microseconds)) }
+        }
         _ => return None,
     };
-    // The padding itself is not looked at: it costs more than it tells.
-    (*magic == MAGIC && HEADER + padding.len() == length).then_some(Message { kind, size, id })
+    (*magic == MAGIC).then_some(Message { kind, size, id })
 }

@@ -109,7 +109,7 @@ fn refusal(bed: &mut Bed, request: Request) -> String {
 }
 
 fn trace(source: &str, destination: &str, port: u16) -> Request {
-    Request::Trace { source: source.into(), destination: destination.into(), protocol: 6, port: Some(port) }
+    Request::Trace { source: source.into(), destination: destination.into(), protocol: 6, port: Some(port), size: None }
 }
 
 fn policy_of(pod: &str) -> Request {
@@ -190,8 +190,11 @@ fn a_trace_tells_the_rules_and_whether_the_kernel_agrees() {
     assert_eq!(outside.sides[0].decider, Decider::Nobody);
     assert!(matches!(outside.sides[1].live, Live::Agrees { path: Path::Judged { others: true, .. } }));
     assert!(
-        refusal(&mut bed, Request::Trace { source: "web".into(), destination: "db".into(), protocol: 17, port: None })
-            .contains("--port")
+        refusal(
+            &mut bed,
+            Request::Trace { source: "web".into(), destination: "db".into(), protocol: 17, port: None, size: None }
+        )
+        .contains("--port")
     );
 }
 

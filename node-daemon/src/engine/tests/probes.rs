@@ -45,6 +45,7 @@ fn found(standing: Standing) -> Report {
         passes: None,
         rtt: None,
         loss_per_mille: None,
+        clock_skew: None,
         sent: 3,
         answered: 2,
         since: Duration::from_secs(1),

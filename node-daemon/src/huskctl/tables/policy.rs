@@ -2,17 +2,14 @@
 
 use std::fmt::Write as _;
 
-use husk_policy::compile::path::Path;
 use husk_policy::object::Direction;
 use husk_policy::rules::Effect;
-use husk_policy::verdict::{Outcome, Verdict};
 
 use super::super::style::{Tone, paint};
 use super::{bytes, list, or_dash, table};
 use crate::flows::{Flow, FlowVerdict};
 use crate::report::{
-    Decider, Live, Place, PodPolicyReport, PodPolicyState, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod,
-    RuleReport, TraceEnd, TraceReport, TraceSide,
+    PodPolicyReport, PodPolicyState, PolicyReport, PolicyRow, QuarantineReport, QuarantinedPod, RuleReport,
 };
 
 pub(in crate::huskctl) fn policy(report: &PolicyReport) -> String {
@@ -142,126 +139,11 @@ fn rules_table(rules: &[RuleReport]) -> String {
     rows.trim_fmt()
 }
 
-fn effect(effect: Effect) -> String {
+pub(super) fn effect(effect: Effect) -> String {
     match effect {
         Effect::Allow => paint(Tone::Good, "allow"),
         Effect::Deny => paint(Tone::Bad, "DENY"),
         Effect::Pass => "next tier".into(),
-    }
-}
-
-pub(in crate::huskctl) fn trace(report: &TraceReport) -> String {
-    let verdict = match report.verdict {
-        Verdict::Allow => paint(Tone::Good, "ALLOWED"),
-        Verdict::Deny => paint(Tone::Bad, "DENIED"),
-    };
-    let mut text = format!(
-        "{verdict}  {}\n  from {}\n  to   {}\n",
-        report.connection,
-        end(&report.source),
-        end(&report.destination)
-    );
-    for side in &report.sides {
-        text += "\n";
-        text += &trace_side(side);
-    }
-    text
-}
-
-fn end(end: &TraceEnd) -> String {
-    let place = match &end.place {
-        Place::PodHere => "pod of this node".to_owned(),
-        Place::PodElsewhere { node: Some(node) } => format!("pod of node {node}"),
-        Place::PodElsewhere { node: None } => "pod of another node".to_owned(),
-        Place::ThisNode => "this node".to_owned(),
-        Place::OtherNode { node } => format!("node {node}"),
-        Place::External => "outside of the cluster".to_owned(),
-    };
-    match &end.pod {
-        Some(pod) => format!("{} {pod}, {place}", end.address),
-        None => format!("{}, {place}", end.address),
-    }
-}
-
-fn trace_side(it: &TraceSide) -> String {
-    let verdict = match it.side.verdict {
-        Verdict::Allow => "allowed",
-        Verdict::Deny => "DENIED",
-    };
-    let name = match it.direction {
-        Direction::Egress => "Egress",
-        Direction::Ingress => "Ingress",
-    };
-    let why = match (&it.side.decided_by, it.side.asked.is_empty(), &it.decider) {
-        (Some(origin), ..) => format!(" by {origin}"),
-        (None, _, Decider::ThisNode) if it.side.verdict == Verdict::Deny => {
-            ": the cluster source has not told of the pod yet".to_owned()
-        }
-        (None, false, _) => ": no rule decides".to_owned(),
-        (None, true, Decider::ThisNode | Decider::OtherNode { .. }) => ": no policy selects the pod".to_owned(),
-        (None, true, _) => String::new(),
-    };
-    let who = match &it.decider {
-        Decider::ThisNode => "this node decides".to_owned(),
-        Decider::OtherNode { node: Some(node) } => format!("node {node} decides; ask huskctl there for its ruleset"),
-        Decider::OtherNode { node: None } => "the pod's node decides".to_owned(),
-        Decider::Host => "a node's own traffic with its pods is always allowed".to_owned(),
-        Decider::Nobody => "nobody decides".to_owned(),
-        Decider::Disabled => "policy is switched off (policy.enabled)".to_owned(),
-    };
-    let mut text = format!("{name}: {verdict}{why} ({who})\n");
-    if !it.side.asked.is_empty() {
-        let mut rows = table(&["  #", "RULE", "EFFECT", "ASKED"]);
-        for (index, asked) in it.side.asked.iter().enumerate() {
-            let outcome = match asked.outcome {
-                Outcome::Matched => "matched",
-                Outcome::OtherPeer => "is for other peers",
-                Outcome::OtherPort => "is for other ports",
-                Outcome::Skipped => "passed over",
-            };
-            rows.add_row(vec![
-                format!("  {}", index + 1),
-                asked.origin.to_string(),
-                effect(asked.effect),
-                outcome.to_owned(),
-            ]);
-        }
-        text += &rows.trim_fmt();
-        text += "\n";
-    }
-    match &it.live {
-        Live::NotHere => {}
-        Live::Agrees { path } => {
-            let _ = writeln!(text, "  live ruleset agrees: {}", in_words(path));
-        }
-        Live::Differs { path } => {
-            let _ = writeln!(
-                text,
-                "  LIVE RULESET DIFFERS: {}\n  -> look at huskctl diff and huskctl status; if it stays so, this is a bug",
-                in_words(path)
-            );
-        }
-        Live::Unreadable { reason } => {
-            let _ = writeln!(text, "  live ruleset could not be read: {reason}");
-        }
-    }
-    text
-}
-
-fn in_words(path: &Path) -> String {
-    match path {
-        Path::Unknown => "the address is of no pod that is known -> drop".to_owned(),
-        Path::Itself => "the pod talks with itself -> accept".to_owned(),
-        Path::Free => "the pod has no chain -> accept".to_owned(),
-        Path::Judged { chain, class, others, verdict } => {
-            let class = class.map_or_else(|| "no class".to_owned(), |class| format!("class {class:#010x}"));
-            let others = if *others { " (that of all others)" } else { "" };
-            let verdict = match verdict {
-                Verdict::Allow => "accept",
-                Verdict::Deny => "drop",
-            };
-            format!("chain {chain}, {class}{others} -> {verdict}")
-        }
     }
 }
 

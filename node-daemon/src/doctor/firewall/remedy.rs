@@ -1,0 +1,153 @@
+//! What lets our packets pass a firewall, in the words of the program that keeps it: a rule put in behind its back is gone with its
+//! next reload.
+
+use super::Kind;
+use super::ruleset::{Place, Ruleset};
+use crate::doctor::{Action, Fix};
+use husk_overlay::marks::{INTERFACE_PREFIX, PROBE_PORT};
+
+/// Who keeps a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keeper {
+    Firewalld,
+    Ufw,
+    /// iptables, with the chain that Docker leaves to others.
+    Docker,
+    Iptables,
+    /// Somebody who speaks nftables.
+    Nftables,
+}
+
+/// Tables and chains whose names iptables chooses.
+const IPTABLES_TABLES: [&str; 4] = ["filter", "mangle", "raw", "security"];
+
+fn keeper(place: &Place, ruleset: &Ruleset) -> Keeper {
+    let beside = |name: &str| {
+        ruleset.chains().any(|(family, table, chain)| {
+            (family, table) == (place.family.as_str(), place.table.as_str()) && chain.starts_with(name)
+        })
+    };
+    if place.table == "firewalld" {
+        return Keeper::Firewalld;
+    }
+    if place.family == "inet" || !IPTABLES_TABLES.contains(&place.table.as_str()) {
+        return Keeper::Nftables;
+    }
+    if beside("ufw-") || beside("ufw6-") {
+        return Keeper::Ufw;
+    }
+    // iptables calls its base chains in capitals, people rarely do.
+    match place.chain.bytes().any(|byte| byte.is_ascii_lowercase()) && !beside("FORWARD") && !beside("INPUT") {
+        true => Keeper::Nftables,
+        false if place.hook == "forward" && beside("DOCKER-USER") => Keeper::Docker,
+        false => Keeper::Iptables,
+    }
+}
+
+pub(super) fn remedy(place: &Place, kinds: &[Kind], ruleset: &Ruleset, cidrs: &[String]) -> Fix {
+    let keeper = keeper(place, ruleset);
+    let because = "it opens a firewall that is somebody else's";
+    let (words, actions): (String, Vec<Action>) = match keeper {
+        Keeper::Firewalld => {
+            let mut actions: Vec<Action> = kinds.iter().flat_map(|kind| firewalld(*kind, cidrs)).collect();
+            actions.push(Action::run_on_host("firewall-cmd", ["--reload"]));
+            ("let firewalld accept them".into(), unique(actions))
+        }
+        Keeper::Ufw => {
+            ("let ufw accept them".into(), unique(kinds.iter().flat_map(|kind| ufw(*kind, cidrs)).collect()))
+        }
+        Keeper::Docker | Keeper::Iptables => {
+            let program = if place.family == "ip6" { "ip6tables" } else { "iptables" };
+            let chain = if keeper == Keeper::Docker { "DOCKER-USER" } else { &place.chain };
+            let table = place.table.as_str();
+            let rule = |matches: &str| {
+                let head = format!("-t {table} -I {chain} {matches} -j ACCEPT");
+                Action::run(program, head.split(' '))
+            };
+            let actions = kinds.iter().flat_map(|kind| iptables(*kind, &place.hook)).map(|it| rule(&it)).collect();
+            (format!("accept them in {chain}, and where that firewall is kept, so that it stays"), actions)
+        }
+        Keeper::Nftables => {
+            let Place { family, table, chain, hook, .. } = place;
+            let rule = |matches: String| {
+                let head = format!("insert rule {family} {table} {chain} {matches} accept");
+                Action::run("nft", head.split(' '))
+            };
+            let actions = kinds.iter().flat_map(|kind| nftables(*kind, hook)).map(rule).collect();
+            (format!("accept them in {chain}, and in the file that table is made from, so that it stays"), actions)
+        }
+    };
+    Fix::by_hand(words, actions, because)
+}
+
+fn unique(actions: Vec<Action>) -> Vec<Action> {
+    let mut kept: Vec<Action> = Vec::new();
+    for action in actions {
+        if !kept.contains(&action) {
+            kept.push(action);
+        }
+    }
+    kept
+}
+
+/// True for hooks that a packet passes after it was routed.
+fn leaves(hook: &str) -> bool {
+    matches!(hook, "output" | "postrouting")
+}
+
+fn nftables(kind: Kind, hook: &str) -> Vec<String> {
+    let interface = |key: &str, pattern: &str| format!("{key} \"{pattern}\"");
+    let (pods, tunnels) = (format!("{INTERFACE_PREFIX}*"), format!("{INTERFACE_PREFIX}-*"));
+    match kind {
+        Kind::Udp(port) => vec![format!("udp dport {port}")],
+        Kind::Esp => vec!["meta l4proto esp".into()],
+        Kind::Pods if hook == "prerouting" => vec![interface("iifname", &pods)],
+        Kind::Pods if hook == "postrouting" => vec![interface("oifname", &pods)],
+        Kind::Pods => vec![interface("iifname", &pods), interface("oifname", &pods)],
+        Kind::HostToPod => vec![interface("oifname", &pods)],
+        Kind::Probe if leaves(hook) => vec![format!("{} udp dport {PROBE_PORT}", interface("oifname", &tunnels))],
+        Kind::Probe => vec![format!("{} udp dport {PROBE_PORT}", interface("iifname", &tunnels))],
+    }
+}
+
+fn iptables(kind: Kind, hook: &str) -> Vec<String> {
+    let side = if leaves(hook) { "-o" } else { "-i" };
+    match kind {
+        Kind::Udp(port) => vec![format!("-p udp --dport {port}")],
+        Kind::Esp => vec!["-p esp".into()],
+        Kind::Pods if hook == "prerouting" => vec![format!("-i {INTERFACE_PREFIX}+")],
+        Kind::Pods if hook == "postrouting" => vec![format!("-o {INTERFACE_PREFIX}+")],
+        Kind::Pods => vec![format!("-i {INTERFACE_PREFIX}+"), format!("-o {INTERFACE_PREFIX}+")],
+        Kind::HostToPod => vec![format!("-o {INTERFACE_PREFIX}+")],
+        Kind::Probe => vec![format!("{side} {INTERFACE_PREFIX}-+ -p udp --dport {PROBE_PORT}")],
+    }
+}
+
+fn firewalld(kind: Kind, cidrs: &[String]) -> Vec<Action> {
+    let permanent = |what: String| Action::run_on_host("firewall-cmd", ["--permanent".to_owned(), what]);
+    match kind {
+        Kind::Udp(port) => vec![permanent(format!("--add-port={port}/udp"))],
+        Kind::Esp => vec![permanent("--add-protocol=esp".into())],
+        Kind::Pods | Kind::HostToPod | Kind::Probe => cidrs
+            .iter()
+            .map(|cidr| {
+                Action::run_on_host("firewall-cmd", ["--permanent", "--zone=trusted", &format!("--add-source={cidr}")])
+            })
+            .collect(),
+    }
+}
+
+fn ufw(kind: Kind, cidrs: &[String]) -> Vec<Action> {
+    let run = |words: String| Action::run_on_host("ufw", words.split(' '));
+    match kind {
+        Kind::Udp(port) => vec![run(format!("allow {port}/udp"))],
+        Kind::Esp => vec![run("allow proto esp from any".into())],
+        Kind::Pods => {
+            let rules =
+                cidrs.iter().flat_map(|cidr| [format!("route allow from {cidr}"), format!("route allow to {cidr}")]);
+            rules.map(run).collect()
+        }
+        Kind::HostToPod => cidrs.iter().map(|cidr| run(format!("allow out to {cidr}"))).collect(),
+        Kind::Probe => cidrs.iter().map(|cidr| run(format!("allow from {cidr}"))).collect(),
+    }
+}

@@ -1,0 +1,161 @@
+//! `huskctl trace`: asks the daemon for the way of a connection, and knocks at the other node itself where probes are not
+//! answered.
+
+use std::io::{ErrorKind, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use husk_overlay::ipc::Request;
+use husk_overlay::marks::PROBE_PORT;
+use husk_overlay::prefix::Family;
+use husk_policy::verdict::Verdict;
+
+use super::{Show, ask, tables};
+use crate::report::{HopName, HopStanding, Live, PathReport, ProbeStarted, TracePeer, TraceReport};
+use crate::trace::{Knock, Knocks, knocked};
+
+/// How long the other host may take to answer a knock.
+const KNOCKING: Duration = Duration::from_secs(1);
+
+/// How long a probe that was asked for may take. A path that is whole is verified within two seconds, one that is cut is given
+/// up within ten or so; the search for a size, which takes longer, is not waited for.
+const PROBING: Duration = Duration::from_secs(20);
+
+/// Pause between two questions.
+const POLL: Duration = Duration::from_millis(200);
+
+/// A connection.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Options {
+    /// Who begins it: a pod as NAMESPACE/NAME or NAME, any address, the name of a node, or host for this one
+    source: String,
+    /// Whom it is for, alike; of a service the address of a pod behind it, since that is what kube-proxy makes of it
+    destination: String,
+    /// Port of the destination; TCP, UDP and SCTP need it
+    #[arg(long)]
+    port: Option<u16>,
+    /// Protocol
+    #[arg(long, visible_alias = "proto", value_enum, default_value_t = TraceProtocol::Tcp)]
+    protocol: TraceProtocol,
+    /// Bytes of a packet, IP header included: does it fit
+    #[arg(long)]
+    size: Option<u32>,
+    /// Probe the path to the other node now, instead of telling what was found last
+    #[arg(long)]
+    probe: bool,
+    /// Also what has no part in the connection, and every rule of policy that was asked
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TraceProtocol {
+    Tcp,
+    Udp,
+    Sctp,
+    /// ICMP; ICMPv6 between addresses of IPv6
+    Icmp,
+}
+
+impl TraceProtocol {
+    /// IANA protocol number. Policy knows no difference between ICMP and ICMPv6, as neither has ports.
+    fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+            Self::Icmp => 1,
+        }
+    }
+}
+
+/// The text to print, and whether the connection is broken or denied.
+pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
+    let request = Request::Trace {
+        source: options.source.clone(),
+        destination: options.destination.clone(),
+        protocol: options.protocol.number(),
+        port: options.port,
+        size: options.size,
+    };
+    let mut report: TraceReport = ask(socket, &request)?;
+    if options.probe
+        && let Some(peer) = &report.peer
+        && await_probe(socket, peer, Family::of(report.connection.responder))
+    {
+        report = ask(socket, &request)?;
+    }
+    if let Some(peer) = report.peer.clone().filter(|_| is_unanswered(&report)) {
+        knocked(&mut report, &peer, knock(&peer));
+    }
+    let wrong = report.broken.is_some()
+        || report.verdict == Verdict::Deny
+        || report.sides.iter().any(|it| matches!(it.live, Live::Differs { .. }));
+    Ok((show.text(&report, |report| tables::trace(report, options.verbose))?, wrong))
+}
+
+/// Has the path probed. False if it is not: the report tells why.
+fn await_probe(socket: &Path, peer: &TracePeer, family: Family) -> bool {
+    let Ok(started) = ask::<ProbeStarted>(socket, &Request::ProbePeer { peer: peer.node.to_string() }) else {
+        return false;
+    };
+    // Who does not read this has the result.
+    let _ = writeln!(std::io::stderr(), "probing the path to {} ...", peer.node);
+    let asked = Instant::now();
+    while asked.elapsed() < PROBING {
+        let Ok(paths) = ask::<Vec<PathReport>>(socket, &Request::Probes) else { return false };
+        let of_path = paths.iter().find(|it| it.path.peer == started.peer && it.path.family == family);
+        match of_path {
+            None => return false,
+            Some(it) if it.report.concluded.is_some_and(|concluded| concluded > started.begun) => return true,
+            Some(_) => thread::sleep(POLL),
+        }
+    }
+    true
+}
+
+fn is_unanswered(report: &TraceReport) -> bool {
+    let probe = report.hops.iter().find(|hop| hop.name == HopName::Probe);
+    probe.is_some_and(|hop| matches!(hop.standing, HopStanding::Broken { .. }))
+}
+
+/// Knocks inside the tunnel and on the underlay at once.
+fn knock(peer: &TracePeer) -> Knocks {
+    let at = |address: Option<IpAddr>, port: u16| {
+        let address = SocketAddr::new(address?, port);
+        thread::Builder::new().name("knock".into()).spawn(move || knock_at(address)).ok()
+    };
+    // No tunnel listens for TCP: its port is as closed as any, and nobody takes the knock for something else.
+    let (inside, underlay) = (at(peer.inside, PROBE_PORT), at(peer.underlay, peer.port.unwrap_or(PROBE_PORT)));
+    let found = |knocking: Option<thread::JoinHandle<Option<Knock>>>| knocking?.join().ok().flatten();
+    Knocks { inside: found(inside), underlay: found(underlay) }
+}
+
+fn knock_at(address: SocketAddr) -> Option<Knock> {
+    match TcpStream::connect_timeout(&address, KNOCKING) {
+        Ok(_) => Some(Knock::Answered),
+        Err(error) => match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Some(Knock::Answered),
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => Some(Knock::Silent),
+            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => Some(Knock::NoWay),
+            _ => None,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_port_and_a_closed_one_both_answer() {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(knock_at(address), Some(Knock::Answered));
+        drop(listener);
+        assert_eq!(knock_at(address), Some(Knock::Answered));
+    }
+}

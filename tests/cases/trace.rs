@@ -1,0 +1,265 @@
+//! `huskctl trace` names the hop that is broken: what is whole passes, and what is broken for real, one thing after another, is
+//! found where it is. Only such things are broken as the daemon does not mend by itself.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_tests::policy::scene::Scene;
+use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
+use serde_json::{Value, json};
+
+/// How long what is broken may take to be found: as long as a neighbour is asked again, and as probes are given up.
+const FOUND: Duration = Duration::from_secs(40);
+
+/// How long what is whole again may take.
+const WHOLE: Duration = Duration::from_secs(40);
+
+/// What a trace says.
+#[derive(Debug)]
+struct Traced {
+    report: Value,
+    status: Option<i32>,
+}
+
+impl Traced {
+    fn ask(host: &Host, source: &str, destination: &str, options: &[&str]) -> Result<Self> {
+        let arguments = ["trace", source, destination, "--port", "80", "--output", "json"];
+        let output = host.huskctl(arguments.into_iter().chain(options.iter().copied()))?;
+        let report = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
+        Ok(Self { report, status: output.status.code() })
+    }
+
+    fn broken(&self) -> Option<&str> {
+        self.report["broken"].as_str()
+    }
+
+    fn hop(&self, name: &str) -> &Value {
+        let hops = self.report["hops"].as_array();
+        hops.into_iter().flatten().find(|hop| hop["name"] == name).unwrap_or(&Value::Null)
+    }
+
+    /// It is broken at this hop first, for a cause and with a remedy that say these words.
+    fn ensure_broken(&self, name: &str, cause: &str, remedy: &str) -> Result<()> {
+        ensure!(self.broken() == Some(name) && self.status == Some(1), "{name}: {self:#?}");
+        let hop = self.hop(name);
+        for (field, words) in [("cause", cause), ("remedy", remedy)] {
+            ensure!(hop[field].as_str().is_some_and(|told| told.contains(words)), "{name}, {words:?}: {hop:#}");
+        }
+        Ok(())
+    }
+
+    /// Nothing is broken, and these hops pass.
+    fn ensure_passes(&self, names: &[&str]) -> Result<()> {
+        ensure!(self.broken().is_none() && self.status == Some(0), "{self:#?}");
+        for name in names {
+            ensure!(self.hop(name)["standing"] == "passes", "{name}: {self:#?}");
+        }
+        Ok(())
+    }
+}
+
+fn await_broken(host: &Host, name: &str) -> Result<Traced> {
+    let mut last = None;
+    eventually(&format!("the {name} to be found"), FOUND, || {
+        let traced = Traced::ask(host, "default/web", "default/far", &["--probe"])?;
+        let found = traced.broken() == Some(name);
+        last = Some(traced);
+        Ok(found)
+    })
+    .with_context(|| format!("{last:#?}"))?;
+    last.context("it was asked")
+}
+
+fn await_whole(host: &Host) -> Result<()> {
+    let mut last = None;
+    eventually("the connection to be whole", WHOLE, || {
+        let traced = Traced::ask(host, "default/web", "default/far", &["--probe"])?;
+        let whole = traced.broken().is_none() && traced.hop("probe")["standing"] == "passes";
+        last = Some(traced);
+        Ok(whole)
+    })
+    .with_context(|| format!("{last:#?}"))
+}
+
+/// UDP port of the tunnels.
+fn port(mode: Mode) -> u16 {
+    if mode == Mode::Vxlan { 4789 } else { 51820 }
+}
+
+/// A firewall between the two hosts.
+fn block(cluster: &Cluster, on: bool) -> Result<()> {
+    let netns = cluster.host(2).netns();
+    if !on {
+        return netns.command("nft", ["delete", "table", "inet", "between"]).map(drop);
+    }
+    // Either generation of WireGuard.
+    let port = port(cluster.mode());
+    let rule = format!("udp dport {port}-{} drop", port + 1);
+    let table = format!(
+        "table inet between {{ chain c {{ type filter hook prerouting priority -400; iifname eth0 {rule}; }}; }}"
+    );
+    netns.command("nft", [table.as_str()]).map(drop)
+}
+
+#[test]
+fn a_vxlan_connection_is_traced() -> Result<()> {
+    let scene = Scene::start(Mode::Vxlan)?;
+    whole(&scene)?;
+    of_this_node(&scene)?;
+    filtered(&scene)?;
+    cut_off(&scene)?;
+    without_daemon(&scene)?;
+    refused(&scene)?;
+    unplugged(&scene)
+}
+
+#[test]
+fn a_wireguard_connection_is_traced() -> Result<()> {
+    let scene = Scene::start(Mode::Wireguard)?;
+    whole(&scene)?;
+    filtered(&scene)?;
+    refused(&scene)
+}
+
+/// What is whole passes, between all sorts of ends.
+fn whole(scene: &Scene) -> Result<()> {
+    let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    await_whole(one)?;
+    let local = ["source", "antispoofing", "egressPolicy", "route", "mtu", "firewall"];
+    let remote = ["tunnel", "underlay", "probe", "ingressPolicy"];
+    let traced = Traced::ask(one, "default/web", "default/far", &[])?;
+    traced.ensure_passes(&[&local[..], &remote].concat())?;
+    ensure!(traced.hop("nat")["standing"] == "notHere", "{traced:#?}");
+    let why = traced.hop("destination")["why"].to_string();
+    ensure!(why.contains("node host2 knows; run there: huskctl trace default/web default/far"), "{why}");
+    let there = Traced::ask(cluster.host(2), "default/web", "default/far", &[])?;
+    there.ensure_passes(&[&remote[..], &["route", "destination", "firewall"]].concat())?;
+
+    Traced::ask(one, "default/web", "default/near", &[])?.ensure_passes(&[&local[..], &["destination"]].concat())?;
+    Traced::ask(one, "host", "default/web", &[])?.ensure_passes(&[
+        "source",
+        "route",
+        "destination",
+        "ingressPolicy",
+    ])?;
+    let traced = Traced::ask(one, "host", "default/far", &[])?;
+    traced.ensure_passes(&["source", "route", "tunnel", "underlay", "probe"])?;
+    let router = one.router(Family::Ipv4)?.to_string();
+    ensure!(traced.report["source"]["address"] == router.as_str(), "{traced:#?}");
+    Traced::ask(one, "default/web", "host1", &[])?.ensure_passes(&["source", "route", "destination"])?;
+
+    let outside = Cluster::outside_address(Family::Ipv4).to_string();
+    let traced = Traced::ask(one, "default/web", &outside, &[])?;
+    traced.ensure_passes(&[&local[..], &["nat"]].concat())?;
+    ensure!(traced.hop("nat")["evidence"].to_string().contains("the address of eth0 (masquerade)"), "{traced:#?}");
+    ensure!(traced.hop("tunnel")["standing"] == "notHere", "{traced:#?}");
+    let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout;
+    eprintln!("{text}");
+    ensure!(text.starts_with("PASSES  TCP") && text.contains("ok  tunnel"), "{text}");
+    Ok(())
+}
+
+/// What is broken on the node that is asked.
+fn of_this_node(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let traced = Traced::ask(one, "default/web", "default/far", &["--size", "1600"])?;
+    traced.ensure_broken("mtu", "a packet of 1600 bytes does not fit", "send at most 1450 bytes")?;
+    let traced = Traced::ask(one, &Cluster::outside_address(Family::Ipv4).to_string(), "default/web", &[])?;
+    traced.ensure_broken("firewall", "to a pod's own address are dropped", "Service")?;
+
+    let cidr = scene.cluster.cluster_cidrs()[0].to_string();
+    let nobody =
+        cidr.split('/').next().map(|start| start.replace(".0.0", ".250.9")).context("a prefix has an address")?;
+    let traced = Traced::ask(one, "default/web", &nobody, &[])?;
+    traced.ensure_broken("route", &format!("no node of the cluster owns {nobody}"), "huskctl peers")?;
+
+    let web = json!({"matchLabels": {"app": "web"}});
+    scene.policy("default", "closed", &json!({"podSelector": web, "policyTypes": ["Egress"]}))?;
+    let mut traced = None;
+    eventually("the policy to be in force", FOUND, || {
+        let answer = Traced::ask(one, "default/web", "default/far", &[])?;
+        let denied = answer.broken() == Some("egressPolicy");
+        traced = Some(answer);
+        Ok(denied)
+    })?;
+    let traced = traced.context("it was asked")?;
+    traced.ensure_broken("egressPolicy", "default deny by: default/closed", "huskctl policy show default/web")?;
+    scene.clear()?;
+    await_whole(one)
+}
+
+/// A firewall on the way takes the tunnel's packets, and nothing else.
+fn filtered(scene: &Scene) -> Result<()> {
+    let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    block(cluster, true)?;
+    let traced = await_broken(one, "probe")?;
+    let port = port(cluster.mode());
+    traced.ensure_broken("probe", "packets of the tunnel are filtered on the way", &format!("UDP {port}"))?;
+    traced.ensure_broken("probe", "no probe is answered by host2", "host2")?;
+    eprintln!("{}", one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout);
+    block(cluster, false)?;
+    await_whole(one)
+}
+
+/// The other host is not on the network any more.
+fn cut_off(scene: &Scene) -> Result<()> {
+    let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    cluster.set_cable(2, false)?;
+    let traced = await_broken(one, "underlay")?;
+    traced.ensure_broken("underlay", "does not answer on eth0", "is host2 up")?;
+    cluster.set_cable(2, true)?;
+    await_whole(one)
+}
+
+/// The data plane of a host whose daemon is dead goes on, and that is what is told.
+fn without_daemon(scene: &Scene) -> Result<()> {
+    let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    cluster.host(2).stop_daemon(Signal::SIGKILL)?;
+    let mut told = String::new();
+    eventually("the daemon to be missed", FOUND, || {
+        let traced = Traced::ask(one, "default/web", "default/far", &["--probe"])?;
+        traced.ensure_passes(&["tunnel", "underlay"])?;
+        told = traced.hop("probe").to_string();
+        Ok(told.contains("host2 answers through the tunnel (TCP), its daemon does not"))
+    })
+    .context(told)?;
+    cluster.host(2).start_daemon()?;
+    cluster.host(2).wait_ready()?;
+    await_whole(one)
+}
+
+/// The other node claims an address that is this one's.
+fn refused(scene: &Scene) -> Result<()> {
+    let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
+    cluster.host(2).stop_daemon(Signal::SIGKILL)?;
+    let path = cluster.record_path(2);
+    let record = fs::read_to_string(&path)?;
+    let [own, theirs] = [one, cluster.host(2)].map(|host| host.address(Family::Ipv4).map(|it| it.to_string()));
+    fs::write(&path, record.replace(&theirs?, &own?))?;
+    let traced = await_broken(one, "route")?;
+    traced.ensure_broken(
+        "route",
+        "nothing is sent to host2: the node claims the underlay address",
+        "address of its own",
+    )?;
+    fs::write(&path, record)?;
+    cluster.host(2).start_daemon()?;
+    cluster.host(2).wait_ready()?;
+    await_whole(one)
+}
+
+/// Somebody sets the interface inside a pod down.
+fn unplugged(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    scene.pod("web").netns().command("ip", ["link", "set", "eth0", "down"])?;
+    let traced = Traced::ask(one, "default/web", "default/far", &[])?;
+    traced.ensure_broken("source", "in the pod, the interface eth0 is down", "ip link set eth0 up")?;
+    let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?;
+    ensure!(
+        text.stdout.starts_with("BROKEN  TCP") && text.stdout.contains("The first hop that is broken is the source"),
+        "{text:?}"
+    );
+    eprintln!("{}", text.stdout);
+    Ok(())
+}
