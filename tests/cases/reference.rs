@@ -89,12 +89,19 @@ fn what_commands_print_is_what_their_schemas_say() -> Result<()> {
         ("trace", &["trace", &a, &b, "--port", "80"]),
         ("quarantined", &["quarantine", "--list"]),
         ("top", &["top", "--once"]),
+        ("doctor", &["doctor"]),
+        ("doctor-checks", &["doctor", "--list"]),
+        ("encrypted", &["capture", "host2", "--verify-encrypted"]),
         ("support-bundle", &["support-bundle", "--file", "/var/lib/husk/bundle.tar.gz"]),
         ("rotation", &["keys", "rotate"]),
         ("keys", &["keys", "rotate", "--wait"]),
     ] {
         let printed = json(host, words)?;
         schemas.check(name, &printed).with_context(|| format!("huskctl {}", words.join(" ")))?;
+    }
+    // Nodes probe each other, so that there are packets.
+    for line in json(host, &["capture", "host2", "--count", "3", "--duration", "45"])?.lines() {
+        schemas.check("captured", line)?;
     }
     for line in json(host, &["flows"])?.lines().take(20) {
         schemas.check("flow", line)?;

@@ -22,8 +22,10 @@ pub(super) use self::decode::Packet;
 pub(super) use self::verify::Verified;
 
 use self::decode::Decoder;
+pub(super) use self::decode::Packet;
 use self::pcap::PcapWriter;
 use self::session::{End, Limits, Session};
+pub(super) use self::verify::Verified;
 use super::{Output, Show, ask};
 use crate::report::{CaptureReport, Tap};
 

@@ -158,6 +158,15 @@ pub(super) const ENTRIES: &[Entry] = &[
         ],
     },
     Entry {
+        command: "doctor",
+        schemas: &["doctor", "doctor-checks"],
+        found: Some("something was found, and is still there"),
+        examples: &[
+            ("What around the overlay is known to break it?", "huskctl doctor"),
+            ("Mend what is safe to mend, asking before each", "huskctl doctor --fix"),
+        ],
+    },
+    Entry {
         command: "support-bundle",
         schemas: &["support-bundle"],
         found: Some("something was left out because it held a secret"),
@@ -354,7 +363,10 @@ mod tests {
             for (_, line) in entry.examples {
                 let (_, line) = line.split_once("huskctl").unwrap();
                 let line = line.split(['|', '>', ')']).next().unwrap();
-                let words = std::iter::once("huskctl").chain(line.split_whitespace());
+                // What a shell does with quotes.
+                let line = line.replace("'port 5432'", "port\u{a0}5432");
+                let words = line.split(' ').filter(|word| !word.is_empty()).map(|word| word.replace('\u{a0}', " "));
+                let words = std::iter::once("huskctl".to_owned()).chain(words);
                 let parsed = definition.clone().try_get_matches_from(words).unwrap_or_else(|error| panic!("{error}"));
                 let mut path = Vec::new();
                 let mut matches = Some(&parsed);

@@ -69,6 +69,7 @@ const REPORTS: &[(&str, &str)] = &[
     ("policy", "policy list"),
     ("quarantined", "quarantine --list"),
     ("flows", "flows --last 1000"),
+    ("doctor", "doctor"),
 ];
 
 /// Programs that tell of the network. None prints a key: `nokeys`, and wg's own default.
@@ -164,7 +165,8 @@ fn reports(places: &Places) -> Vec<Item> {
         let words = line.split(' ').map(str::to_owned);
         let arguments = words.chain(options).chain([run_directory.to_string()]).collect();
         let source = Source::Program { program: places.huskctl.clone(), arguments, statuses: &[0, 1], end: false };
-        Item { asks: true, ..Item::new(format!("reports/{name}.{ending}"), source) }
+        // The doctor looks at a host without a daemon, too, and takes its time.
+        Item { asks: name != "doctor", ..Item::new(format!("reports/{name}.{ending}"), source) }
     };
     let both = |(name, line): &(&str, &str)| {
         let ending = if *name == "flows" { "jsonl" } else { "json" };
