@@ -18,9 +18,6 @@ use clap::Args;
 use husk_dataplane::capture::{Captured, Filter, Statistics, WHOLE};
 use husk_overlay::ipc::Request;
 
-pub(super) use self::decode::Packet;
-pub(super) use self::verify::Verified;
-
 use self::decode::Decoder;
 pub(super) use self::decode::Packet;
 use self::pcap::PcapWriter;

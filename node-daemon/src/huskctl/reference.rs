@@ -101,32 +101,23 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "trace",
         schemas: &["trace"],
-        found: Some("a hop is broken or denies the connection, or the rules in the kernel say something else"),
+        found: Some("a hop is broken, or denies the connection"),
         examples: &[
             ("Why can't this pod reach that one?", "huskctl trace shop/web-0 shop/db-0 --port 5432"),
-            ("Would a packet of that size pass to another node?", "huskctl trace host node-b --size 9000"),
+            (
+                "Does a packet of this size pass, looked at now?",
+                "huskctl trace web-0 db-0 --port 5432 --size 1440 --probe",
+            ),
         ],
     },
     Entry {
         command: "capture",
-        schemas: &["capture", "capture-verify"],
-        found: Some("packets were lost, or --verify-encrypted found plaintext or proved nothing"),
+        schemas: &["captured", "encrypted"],
+        found: Some("packets were lost; with --verify-encrypted: plaintext was seen, or nothing is proven"),
         examples: &[
-            ("What does a pod send and receive?", "huskctl capture shop/web-0"),
-            (
-                "The tunnel to another node as the network sees it, for Wireshark",
-                "huskctl capture node-b --outer -w node-b.pcap",
-            ),
-            ("Is what goes to another node encrypted?", "huskctl capture node-b --verify-encrypted"),
-        ],
-    },
-    Entry {
-        command: "doctor",
-        schemas: &["doctor", "doctor-checks", "doctor-repair"],
-        found: Some("a check found something; with --fix: something is left"),
-        examples: &[
-            ("What is wrong on this host, and what mends it?", "sudo huskctl doctor"),
-            ("One check, and mend what it finds", "sudo huskctl doctor --only mac-addresses --fix"),
+            ("What a pod sends and gets", "huskctl capture shop/web-0 --filter 'port 5432'"),
+            ("What the network sees of it, in a file", "huskctl capture shop/web-0 --outer --write web-0.pcap"),
+            ("Is what goes to a node encrypted?", "huskctl capture node-b --verify-encrypted"),
         ],
     },
     Entry {
@@ -159,7 +150,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     },
     Entry {
         command: "doctor",
-        schemas: &["doctor", "doctor-checks"],
+        schemas: &["doctor", "doctor-checks", "doctor-repair"],
         found: Some("something was found, and is still there"),
         examples: &[
             ("What around the overlay is known to break it?", "huskctl doctor"),

@@ -23,12 +23,12 @@ type Make = fn() -> Schema;
 
 /// Name, as for `huskctl schema NAME`, and schema of every report. Commands name theirs in [`super::reference`].
 pub(super) const ALL: &[(&str, Make)] = &[
-    ("capture", of::<capture::Packet>),
-    ("capture-verify", of::<capture::Verified>),
+    ("captured", of::<capture::Packet>),
     ("diff", of::<DiffReport>),
     ("doctor", of::<DoctorReport>),
     ("doctor-checks", of::<Vec<CheckListing>>),
     ("doctor-repair", of::<RepairReport>),
+    ("encrypted", of::<capture::Verified>),
     ("flow", of::<Flow>),
     ("ipam", of::<IpamReport>),
     ("ipam-check", of::<Vec<String>>),
