@@ -85,7 +85,7 @@ mod tests {
             // Somebody is asked for; nobody answers.
             let _ = Command::new("ping").args(["-c1", "-W1", "192.0.2.2"]).output().unwrap();
             let counters = read().unwrap();
-            assert_eq!(counters.keys().map(ToString::to_string).collect::<Vec<_>>(), [pod.clone()]);
+            assert_eq!(counters.keys().map(ToString::to_string).collect::<Vec<_>>(), std::slice::from_ref(&pod));
             let counted = counters.into_values().next().unwrap();
             assert!(counted.received_packets > 0 && counted.received_bytes > 0, "{counted:?}");
         };

@@ -1,5 +1,8 @@
 //! When `huskctl` uses colours: on a terminal, or when told to; never where a script reads.
 
+// clippy.toml allows this in test functions; what they call belongs to the test as well.
+#![allow(clippy::unwrap_used)]
+
 #[allow(dead_code, reason = "a part of what all tests of huskctl share")]
 mod canned;
 

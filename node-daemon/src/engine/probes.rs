@@ -37,10 +37,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             severity: Severity::Warning,
             kind: IssueKind::ProbesDropped,
             subject: "probes of paths".into(),
-            message: format!(
-                "probes of other nodes arrive through the tunnel, and a firewall of this host drops all of them and the \
-                 answers to its own: no path is watched, and a black hole is not found"
-            ),
+            message: "probes of other nodes arrive through the tunnel, and a firewall of this host drops all of them and the \
+                      answers to its own: no path is watched, and a black hole is not found"
+                .into(),
             remedy: format!(
                 "let UDP and TCP to port {PROBE_PORT} in from the interfaces husk-*, for example: \
                  nft insert rule inet filter input iifname \"husk-*\" meta l4proto {{ tcp, udp }} th dport {PROBE_PORT} accept"
