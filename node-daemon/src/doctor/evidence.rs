@@ -3,11 +3,13 @@
 use std::cell::OnceCell;
 use std::path::PathBuf;
 
+use husk_dataplane::nft;
 use husk_overlay::config::Config;
 use husk_overlay::ipc::{Request, Response, SOCKET_FILE};
 use serde::de::DeserializeOwned;
 
 use super::Unknown;
+use super::firewall::Ruleset;
 use super::host::HostFiles;
 use crate::huskctl::exchange;
 use crate::report::{IpamReport, KeysReport, MtuReport, PeerReport, Status};
@@ -39,6 +41,7 @@ pub struct Evidence {
     mtu: OnceCell<Result<Vec<MtuReport>, Unknown>>,
     ipam: OnceCell<Result<IpamReport, Unknown>>,
     keys: OnceCell<Result<KeysReport, Unknown>>,
+    ruleset: OnceCell<Result<Ruleset, Unknown>>,
 }
 
 impl Evidence {
@@ -55,6 +58,7 @@ impl Evidence {
             mtu: OnceCell::new(),
             ipam: OnceCell::new(),
             keys: OnceCell::new(),
+            ruleset: OnceCell::new(),
         }
     }
 
@@ -109,6 +113,11 @@ impl Evidence {
     /// As [`Self::status`], and in modes without keys.
     pub fn keys(&self) -> Result<&KeysReport, Unknown> {
         known(self.keys.get_or_init(|| self.ask(&Request::Keys)))
+    }
+
+    /// nftables rules of others: listing them takes seconds on a host of many services.
+    pub(super) fn ruleset(&self) -> Result<&Ruleset, Unknown> {
+        known(self.ruleset.get_or_init(|| Ok(Ruleset::parse(&nft::ruleset()?))))
     }
 
     /// Why the daemon cannot be asked, once it was tried; the check `daemon` tells it, all others refer to that.

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 
-use husk_dataplane::nft;
 use husk_overlay::config::Config;
 use husk_overlay::marks;
 use husk_overlay::mode::Mode;
@@ -69,7 +68,7 @@ impl Kind {
 
 fn rules(evidence: &Evidence) -> Looked {
     let config = evidence.config()?;
-    let ruleset = Ruleset::parse(&nft::ruleset()?);
+    let ruleset = evidence.ruleset()?;
     let status = evidence.status().ok();
     let packets = packets(config, status, evidence.peers().unwrap_or_default());
     let mut dropped: BTreeMap<Place, BTreeMap<Kind, BTreeSet<String>>> = BTreeMap::new();
@@ -81,7 +80,7 @@ fn rules(evidence: &Evidence) -> Looked {
         }
     }
     let cidrs: Vec<String> = config.cluster_cidrs.iter().map(ToString::to_string).collect();
-    let findings = dropped.iter().take(MOST_FINDINGS).map(|(place, kinds)| finding(place, kinds, &ruleset, &cidrs));
+    let findings = dropped.iter().take(MOST_FINDINGS).map(|(place, kinds)| finding(place, kinds, ruleset, &cidrs));
     let seen = match ruleset.base_chains() {
         0 => "no chains of others".to_owned(),
         chains => format!("{chains} chains of others let our packets pass"),
@@ -232,9 +231,9 @@ pub(super) fn address_of(endpoint: &str) -> Option<IpAddr> {
 }
 
 /// Tables that iptables has made, by both of its kinds.
-fn backends(_: &Evidence) -> Looked {
+fn backends(evidence: &Evidence) -> Looked {
     let legacy = legacy_tables()?;
-    let ruleset = Ruleset::parse(&nft::ruleset()?);
+    let ruleset = evidence.ruleset()?;
     let translated: BTreeSet<(&str, &str)> = ruleset
         .tables()
         .filter(|(family, table)| matches!(*family, "ip" | "ip6") && IPTABLES.contains(table))

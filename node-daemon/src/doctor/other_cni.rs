@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use husk_dataplane::netlink::{Protocol, Socket};
-use husk_dataplane::{nft, underlay};
+use husk_dataplane::underlay;
 
 use super::drop_ins::glob;
-use super::firewall::Ruleset;
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
 
 /// Interfaces, chains and files of other networks.
@@ -87,7 +86,7 @@ const MOST_LINES: usize = 12;
 
 fn look(evidence: &Evidence) -> Looked {
     let interfaces = underlay::interfaces(&mut Socket::open(Protocol::Route)?)?;
-    let ruleset = Ruleset::parse(&nft::ruleset()?);
+    let ruleset = evidence.ruleset()?;
     let config_directory = evidence.config()?.cni.config_directory.clone();
     let mut findings = Vec::new();
     for network in &NETWORKS {
