@@ -40,7 +40,7 @@ fn few(view: &View) -> Markup {
     let places = (0..).map(|number: u32| {
         // From the right on, clockwise: the picture is wider than high, and two nodes lie side by side.
         let angle = TAU * f64::from(number) / count;
-        (WIDTH / 2.0 + angle.cos() * WIDTH * 0.33, HEIGHT / 2.0 + angle.sin() * HEIGHT * 0.38)
+        (WIDTH / 2.0 + angle.cos() * WIDTH * 0.33, HEIGHT / 2.0 + angle.sin() * HEIGHT * 0.32)
     });
     let placed: Vec<(&PeerView, (f64, f64))> = peers.into_iter().zip(places).collect();
     let (x0, y0) = (WIDTH / 2.0, HEIGHT / 2.0);

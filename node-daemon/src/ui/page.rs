@@ -176,7 +176,7 @@ fn flows(view: &View) -> Markup {
 fn flow_row(flow: &Flow) -> Markup {
     html! {
         tr {
-            td { time datetime=(flow.time) { (flow.time.strftime("%H:%M:%S")) } " UTC" }
+            td class="time" { time datetime=(flow.time) { (flow.time.strftime("%H:%M:%S")) } " UTC" }
             td { (flow.source) }
             td data-label="→" { (flow.destination) }
             td { (flow.protocol) }
