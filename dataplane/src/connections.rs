@@ -11,11 +11,13 @@ use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use husk_overlay::port_mapping::TransportProtocol;
+use husk_overlay::prefix::Family;
 use nix::errno::Errno;
 
 use crate::conntrack::{
     CTA_IP_V4_DST, CTA_IP_V4_SRC, CTA_IP_V6_DST, CTA_IP_V6_SRC, CTA_PROTO_DST_PORT, CTA_PROTO_NUM, CTA_TUPLE_IP,
-    CTA_TUPLE_ORIG, CTA_TUPLE_PROTO, CTA_TUPLE_REPLY, GET, address,
+    CTA_TUPLE_ORIG, CTA_TUPLE_PROTO, CTA_TUPLE_REPLY, GET, address, number_of,
 };
 use crate::error::Error;
 use crate::netfilter::{Attributes, Message};
@@ -165,15 +167,20 @@ pub fn all() -> Result<Vec<Tracked>, Error> {
     Ok(entries.iter().filter_map(|entry| Tracked::read(&entry.attributes)).collect())
 }
 
-/// Asks for a connection that there cannot be: whether the kernel knows of connections at all.
+/// Asks for a connection that there cannot be, from nowhere to nowhere: a kernel that knows of connections says that there is
+/// none, any other that it does not understand.
 fn probe(socket: &mut Socket) -> Result<(), Error> {
-    let request =
-        Request { operation: "listen to", object: "connections".to_owned(), flags: 0, message: Message::new(GET, 2) };
+    let nowhere = Attributes::default().with(CTA_IP_V4_SRC, &[0; 4]).with(CTA_IP_V4_DST, &[0; 4]);
+    let udp = Attributes::default()
+        .with(CTA_PROTO_NUM, &[TransportProtocol::Udp.number()])
+        .with(CTA_PROTO_SRC_PORT, &[0; 2])
+        .with(CTA_PROTO_DST_PORT, &[0; 2]);
+    let tuple = Attributes::default().nest(CTA_TUPLE_IP, &nowhere).nest(CTA_TUPLE_PROTO, &udp);
+    let message = Message::new(GET, number_of(Family::Ipv4)).nest(CTA_TUPLE_ORIG, &tuple);
+    let request = Request { operation: "listen to", object: "connections".to_owned(), flags: 0, message };
     match socket.get(request) {
-        Ok(_) => Ok(()),
-        // Without a tuple the question is invalid, which only a kernel that knows the question can tell.
-        Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ENOENT)) => Ok(()),
-        Err(error) => Err(explained(error)),
+        Err(error) if error.errno() != Some(Errno::ENOENT) => Err(explained(error)),
+        _ => Ok(()),
     }
 }
 

@@ -158,6 +158,8 @@ fn node_name(places: &Places) -> String {
 /// What must not be in any item.
 fn net(places: &Places) -> Net {
     let mut net = Net::new(places.run_directory.join("keys"));
+    // What opens the page.
+    net.add_file(&places.run_directory.join("ui.key"));
     net.add_file(Path::new("/var/run/secrets/kubernetes.io/serviceaccount/token"));
     let mut configs = vec![places.config.clone()];
     configs.extend(read_config(&places.state_directory.join(LAST_GOOD_FILE)));
