@@ -89,6 +89,7 @@ fn what_commands_print_is_what_their_schemas_say() -> Result<()> {
         ("trace", &["trace", &a, &b, "--port", "80"]),
         ("quarantined", &["quarantine", "--list"]),
         ("top", &["top", "--once"]),
+        ("ui", &["ui"]),
         ("doctor", &["doctor"]),
         ("doctor-checks", &["doctor", "--list"]),
         ("encrypted", &["capture", "host2", "--verify-encrypted"]),

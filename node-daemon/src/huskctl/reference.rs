@@ -150,7 +150,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     },
     Entry {
         command: "doctor",
-        schemas: &["doctor", "doctor-checks", "doctor-repair"],
+        schemas: &["doctor", "doctor-checks"],
         found: Some("something was found, and is still there"),
         examples: &[
             ("What around the overlay is known to break it?", "huskctl doctor"),

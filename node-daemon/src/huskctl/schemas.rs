@@ -14,8 +14,7 @@ use super::{capture, mtu, support_bundle};
 use crate::line_log::LogLine;
 use crate::report::{
     CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport,
-    PolicyReport, QuarantineReport, QuarantinedPod, RepairReport, RotationReport, Status, Top, TraceReport, UiReport,
-    WhatIfReport,
+    PolicyReport, QuarantineReport, QuarantinedPod, RotationReport, Status, Top, TraceReport, UiReport, WhatIfReport,
 };
 
 /// Makes the schema of a type.
@@ -27,7 +26,6 @@ pub(super) const ALL: &[(&str, Make)] = &[
     ("diff", of::<DiffReport>),
     ("doctor", of::<DoctorReport>),
     ("doctor-checks", of::<Vec<CheckListing>>),
-    ("doctor-repair", of::<RepairReport>),
     ("encrypted", of::<capture::Verified>),
     ("flow", of::<Flow>),
     ("ipam", of::<IpamReport>),
