@@ -150,8 +150,10 @@ impl Stage {
         let huskctl = process::binary("huskctl")?;
         let huskctl = huskctl.to_str().context("a path of text")?;
         // A disk without room, which nobody else sees.
-        let script = format!("mount -t tmpfs -o size=8k none /mnt && exec {huskctl} capture default/a -w /mnt/a.pcap");
-        let full = self.pinging(|| self.one().program("unshare").args(["-m", "sh", "-c", &script]).run())?;
+        let script = format!("mount -t tmpfs -o size=4k none /mnt && exec {huskctl} capture default/a -w /mnt/a.pcap");
+        let full = self.pinging(|| {
+            self.one().program("unshare").args(["-m", "sh", "-c", &script]).limit(Duration::from_secs(60)).run()
+        })?;
         ensure!(full.status.code() == Some(3) && full.stderr.contains("packets are in it"), "{full:?}");
         ensure!(full.stderr.contains("No space left on device"), "{full:?}");
 

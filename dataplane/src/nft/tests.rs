@@ -379,7 +379,7 @@ fn elements_change_one_by_one_and_leave_rules_and_counters_alone() {
         let counted = read_counters().unwrap()["spoofed"];
         assert!(counted.packets > 0 && counted.bytes > 0, "{counted:?}");
         let handles = rule_handles();
-        assert_eq!(handles.len(), 35);
+        assert_eq!(handles.len(), 36);
 
         let nodes = table.sets.get_mut("nodes4").unwrap();
         nodes.elements.remove(&SetElement::Address("192.0.2.1".parse().unwrap()));

@@ -86,17 +86,21 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             .nodes
             .values()
             .find(|record| record.addresses.iter().chain(record.router.iter()).any(|theirs| theirs == address));
+        let elsewhere = |address| {
+            self.owner_of_block(address).filter(|node| *node != self.parts.node_name).map(|node| node.to_string())
+        };
         let place = match (owner, node) {
             (Some((name, _)), _) if cluster.local().contains_key(name) => Place::PodHere,
             _ if cluster.is_unknown(address) => Place::PodHere,
-            (Some((_, pod)), _) => Place::PodElsewhere { node: pod.node.clone() },
+            // Manifests in a directory need not say where a pod is; its address does.
+            (Some((_, pod)), _) => Place::PodElsewhere { node: pod.node.clone().or_else(|| elsewhere(address)) },
             _ if is_own => Place::ThisNode,
             (None, Some(record)) if record.name == self.parts.node_name => Place::ThisNode,
             (None, Some(record)) => Place::OtherNode { node: record.name.to_string() },
-            (None, None) => match self.owner_of_block(address) {
-                // The source need not tell of every node's pods.
-                Some(node) if node != self.parts.node_name => Place::PodElsewhere { node: Some(node.to_string()) },
-                _ => Place::External,
+            // The source need not tell of every node's pods.
+            (None, None) => match elsewhere(address) {
+                Some(node) => Place::PodElsewhere { node: Some(node) },
+                None => Place::External,
             },
         };
         TraceEnd { address, pod: owner.map(|(name, _)| name.clone()), place }
