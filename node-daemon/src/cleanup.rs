@@ -26,7 +26,7 @@ use crate::node_file::Writer;
 use crate::source::bounded::Limits;
 use crate::source::{ClusterSource as _, Opening};
 use crate::wireguard_userspace::socket_path;
-use crate::{daemon, files, follow, host, keys, source};
+use crate::{daemon, doctor, files, follow, host, keys, source};
 
 /// What to clean up.
 #[derive(Debug, Clone, clap::Args)]
@@ -96,6 +96,9 @@ fn clean(options: &Options, runtime: &Handle) -> Result<()> {
     let writer = Writer::new(&config, &options.daemon.run_directory);
     steps.note("network configuration", writer.remove().map_err(Into::into));
     steps.note("plugin", files::remove(&config.cni.bin_directory.join(marks::CNI_TYPE)).map_err(Into::into));
+    for path in doctor::WRITTEN {
+        steps.note(path, files::remove(Path::new(path)).map_err(Into::into));
+    }
     let kept: &[&str] = if left { &[INSTANCE_FILE, SNAPSHOT_FILE] } else { &[] };
     for (directory, kept) in [(state, kept), (&options.daemon.run_directory, &[])] {
         steps.note(&directory.display().to_string(), remove_content(directory, kept));

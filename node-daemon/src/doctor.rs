@@ -74,6 +74,18 @@ pub const CHECKS: &[Check] = &[
     issues::REST,
 ];
 
+/// Files that fixes write below `/etc`; they go with `huskd cleanup`.
+pub const WRITTEN: &[&str] = &[
+    "/etc/NetworkManager/conf.d/zz-husk.conf",
+    "/etc/modules-load.d/husk.conf",
+    "/etc/sysctl.d/zz-husk-conntrack.conf",
+    "/etc/sysctl.d/zz-husk-forwarding.conf",
+    "/etc/sysctl.d/zz-husk-rp-filter.conf",
+    "/etc/systemd/network/00-husk.network",
+    "/etc/systemd/network/10-husk.link",
+    "/etc/systemd/networkd.conf.d/zz-husk.conf",
+];
+
 /// Something that is looked at.
 #[derive(Debug, Clone, Copy)]
 pub struct Check {

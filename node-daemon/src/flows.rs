@@ -34,6 +34,9 @@ use crate::line_log::Logs;
 /// How long a thread waits for news before it looks at what else is to be done.
 const PATIENCE: Duration = Duration::from_millis(250);
 
+/// Least time between two readings of the kernel's whole table of connections.
+const CATCH_UP: Duration = Duration::from_secs(10);
+
 /// How long to wait before the kernel is listened to again. Another program may hold the group, or the module may be missing.
 const RETRY: Duration = Duration::from_secs(10);
 
@@ -202,6 +205,7 @@ impl Flows {
         let mut pods = Pods::of(&states.borrow_and_update());
         let mut listener = Listener::open()?;
         let mut known = Known::default();
+        let (mut caught_up, mut missed) = (Instant::now(), 0);
         known.begin(all()?.into_iter().filter(|it| pods.have(it)));
         self.with(|ring| {
             ring.unavailable[CONNECTIONS] = None;
@@ -220,10 +224,19 @@ impl Flows {
                 Some(News::Began(connection)) => vec![known.began(connection, now)],
                 Some(News::Ended(connection)) => vec![known.ended(connection, now)],
                 Some(News::Lost(count)) => {
-                    let found = known.catch_up(all()?.into_iter().filter(|it| pods.have(it)), now);
-                    lost = count.saturating_sub(found.len() as u64);
-                    found
+                    missed += count;
+                    Vec::new()
                 }
+            };
+            // Who reads the whole table does not hear what is told meanwhile: done at once for each loss, it would be all that
+            // is done.
+            let changes = if missed > 0 && caught_up.elapsed() >= CATCH_UP {
+                caught_up = Instant::now();
+                let found = known.catch_up(all()?.into_iter().filter(|it| pods.have(it)), now);
+                lost = std::mem::take(&mut missed).saturating_sub(found.len() as u64);
+                found.into_iter().chain(changes).collect()
+            } else {
+                changes
             };
             if changes.is_empty() && lost == 0 {
                 continue;

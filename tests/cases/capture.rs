@@ -24,7 +24,9 @@ fn packets_are_captured_in_vxlan_mode() -> Result<()> {
     let stage = Stage::start(Mode::Vxlan)?;
     stage.sides("husk-vx", "VXLAN 4242")?;
     let outer = stage.json(&["host2", "--outer", "--count", "4"])?;
-    for packet in outer.iter().filter(|it| it["protocol"] == "VXLAN 4242" && it["inside"]["protocol"] == "ICMP") {
+    let pings = || outer.iter().filter(|it| it["protocol"] == "VXLAN 4242" && it["inside"]["protocol"] == "ICMP");
+    ensure!(pings().next().is_some(), "{outer:#?}");
+    for packet in pings() {
         let ends = [&packet["inside"]["source"]["name"], &packet["inside"]["destination"]["name"]];
         ensure!(ends.iter().any(|name| **name == "default/a"), "{packet}");
     }

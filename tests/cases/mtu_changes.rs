@@ -22,7 +22,7 @@ const BYTES: u32 = 500_000;
 /// Datagrams per second.
 const DATAGRAMS: u32 = 200;
 
-/// Bytes that a mode takes of every packet (FIELD.md has the table).
+/// Bytes that a mode takes of every packet (README has the table).
 fn overhead(mode: Mode, underlay: Family) -> usize {
     match (mode, underlay) {
         (Mode::Vxlan, Family::Ipv4) => 50,

@@ -40,6 +40,8 @@ const EXPECTED: &[&str] = &[
     "reports/keys.txt",
     "reports/policy.json",
     "reports/policy.txt",
+    "reports/doctor.json",
+    "reports/quarantine.json",
     "reports/flows.jsonl",
     "reports/flows.txt",
     "husk/config.yaml",

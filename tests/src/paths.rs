@@ -15,7 +15,7 @@ use crate::pod::Pod;
 use crate::probe::{Echo, Reach, path_mtu, payload};
 use crate::{eventually, patience};
 
-/// Bytes of the largest packet of a pod that fits an underlay of 1400 to 1500 bytes, by FIELD.md's formulas: WireGuard and VXLAN
+/// Bytes of the largest packet of a pod that fits an underlay of 1400 to 1500 bytes, by the table in README: WireGuard and VXLAN
 /// take what they take, ESP pads to four bytes with its trailer of two.
 #[must_use]
 pub fn inner_mtu(mode: Mode, underlay: Family, mtu: usize) -> usize {

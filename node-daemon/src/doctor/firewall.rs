@@ -34,6 +34,7 @@ const MOST_FINDINGS: usize = 12;
 
 /// IANA protocol numbers.
 const UDP: u8 = 17;
+const TCP: u8 = 6;
 const ESP: u8 = 50;
 
 /// A pod's interface, where the node has none yet: the rules are the same for all.
@@ -153,17 +154,19 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
         };
         packets.push((Kind::HostToPod, to_pod));
         if let Some(tunnel) = tunnel {
-            let probe = |hooks, input: &str, output: &str| Packet {
+            let probe = |protocol, hooks, input: &str, output: &str| Packet {
                 hooks,
                 ipv6,
                 input: Some(input.to_owned()),
                 output: Some(output.to_owned()),
-                protocol: Some(UDP),
+                protocol: Some(protocol),
                 port: Some(marks::PROBE_PORT),
                 ..Packet::default()
             };
-            packets.push((Kind::Probe, probe(vec!["prerouting", "input"], tunnel, "")));
-            packets.push((Kind::Probe, probe(vec!["output", "postrouting"], "", tunnel)));
+            for protocol in [UDP, TCP] {
+                packets.push((Kind::Probe, probe(protocol, vec!["prerouting", "input"], tunnel, "")));
+                packets.push((Kind::Probe, probe(protocol, vec!["output", "postrouting"], "", tunnel)));
+            }
         }
     }
     packets

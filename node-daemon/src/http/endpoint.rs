@@ -1,10 +1,12 @@
 //! The endpoint of metrics and health: `/metrics`, `/healthz`, `/readyz`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::StatusCode;
 use hyper::header::ACCEPT;
 use hyper::http::request::Parts;
+use tokio::sync::Semaphore;
 
 use super::{Answer, Site, of_type, text};
 use crate::metrics::gather::Gathering;
@@ -14,6 +16,9 @@ use crate::metrics::{Form, exposition};
 /// cluster of 5,000 nodes takes seconds; the loop's first may wait that long for its cluster source.
 const STUCK: Duration = Duration::from_secs(60);
 
+/// Expositions that are made at once. They take threads that ADD needs, too, and go on when their client has gone.
+const SCRAPES: usize = 2;
+
 /// What is at `/`.
 const INDEX: &str =
     "Husk's node daemon\n\n/metrics  for Prometheus\n/healthz  is the daemon alive?\n/readyz   can pods be added?\n";
@@ -22,18 +27,27 @@ const INDEX: &str =
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     gathering: Gathering,
+    scrapes: Arc<Semaphore>,
 }
 
 impl Endpoint {
     /// Tells what is gathered.
     #[must_use]
     pub fn new(gathering: Gathering) -> Self {
-        Self { gathering }
+        Self { gathering, scrapes: Arc::new(Semaphore::new(SCRAPES)) }
     }
 
     async fn metrics(&self, form: Form) -> Answer {
         let gathering = self.gathering.clone();
-        let made = tokio::task::spawn_blocking(move || exposition(gathering.gather(), form)).await;
+        let permit = match Arc::clone(&self.scrapes).acquire_owned().await {
+            Ok(permit) => permit,
+            Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        };
+        let make = move || {
+            let _permit = permit;
+            exposition(gathering.gather(), form)
+        };
+        let made = tokio::task::spawn_blocking(make).await;
         match made {
             Ok(Ok(written)) => of_type(StatusCode::OK, form.media_type(), written),
             Ok(Err(error)) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),

@@ -105,8 +105,11 @@ fn nftables(kind: Kind, hook: &str) -> Vec<String> {
         Kind::Pods if hook == "postrouting" => vec![interface("oifname", &pods)],
         Kind::Pods => vec![interface("iifname", &pods), interface("oifname", &pods)],
         Kind::HostToPod => vec![interface("oifname", &pods)],
-        Kind::Probe if leaves(hook) => vec![format!("{} udp dport {PROBE_PORT}", interface("oifname", &tunnels))],
-        Kind::Probe => vec![format!("{} udp dport {PROBE_PORT}", interface("iifname", &tunnels))],
+        Kind::Probe => {
+            let tunnel = interface(if leaves(hook) { "oifname" } else { "iifname" }, &tunnels);
+            // UDP are probes, TCP are the transfers that test offload.
+            vec![format!("{tunnel} meta l4proto {{ tcp, udp }} th dport {PROBE_PORT}")]
+        }
     }
 }
 
@@ -119,7 +122,9 @@ fn iptables(kind: Kind, hook: &str) -> Vec<String> {
         Kind::Pods if hook == "postrouting" => vec![format!("-o {INTERFACE_PREFIX}+")],
         Kind::Pods => vec![format!("-i {INTERFACE_PREFIX}+"), format!("-o {INTERFACE_PREFIX}+")],
         Kind::HostToPod => vec![format!("-o {INTERFACE_PREFIX}+")],
-        Kind::Probe => vec![format!("{side} {INTERFACE_PREFIX}-+ -p udp --dport {PROBE_PORT}")],
+        Kind::Probe => ["udp", "tcp"]
+            .map(|protocol| format!("{side} {INTERFACE_PREFIX}-+ -p {protocol} --dport {PROBE_PORT}"))
+            .into(),
     }
 }
 

@@ -81,12 +81,13 @@ impl Decoder<'_> {
             side: self.side,
             outgoing: captured.outgoing,
             length: captured.length,
-            content: self.content(captured.link, bytes),
+            content: self.content(captured.link, bytes, true),
         }
     }
 
-    /// What a packet holds.
-    pub(super) fn content(&self, link: Link, bytes: &[u8]) -> Content {
+    /// What a packet holds; also what is in a tunnel's packet, if that is wanted. A tunnel in a tunnel is not looked into: Husk
+    /// makes none, and a pod could nest as many as it likes.
+    pub(super) fn content(&self, link: Link, bytes: &[u8], inside: bool) -> Content {
         let sliced = match link {
             Link::Ethernet => LaxSlicedPacket::from_ethernet(bytes).ok(),
             Link::None => LaxSlicedPacket::from_ip(bytes).ok(),
@@ -126,7 +127,7 @@ impl Decoder<'_> {
             ),
             Some(TransportSlice::Udp(udp)) => {
                 let ports = (udp.source_port(), udp.destination_port());
-                (Some(ports), self.udp(ports, udp.payload()))
+                (Some(ports), self.udp(ports, udp.payload(), inside))
             }
             Some(TransportSlice::Icmpv4(icmp)) => (None, icmp_content("ICMP", icmp.slice())),
             Some(TransportSlice::Icmpv6(icmp)) => (None, icmp_content("ICMPv6", icmp.slice())),
@@ -141,7 +142,7 @@ impl Decoder<'_> {
         End { address, port, name: self.names.get(&address).cloned() }
     }
 
-    fn udp(&self, (source, destination): (u16, u16), payload: &[u8]) -> Content {
+    fn udp(&self, (source, destination): (u16, u16), payload: &[u8], inside: bool) -> Content {
         let uses = |port: u16| source == port || destination == port;
         if self.ports.wireguard.iter().any(|port| uses(*port)) {
             return wireguard(payload);
@@ -150,7 +151,7 @@ impl Decoder<'_> {
             && let Some((header, inner)) = payload.split_at_checked(VXLAN_HEADER)
         {
             let vni = u32::from_be_bytes([0, header[4], header[5], header[6]]);
-            let inside = Some(Box::new(self.content(Link::Ethernet, inner)));
+            let inside = inside.then(|| Box::new(self.content(Link::Ethernet, inner, false)));
             return Content { inside, ..Content::unread(&format!("VXLAN {vni}")) };
         }
         if self.ports.esp.is_some_and(uses) && !payload.starts_with(&[0; 4]) && payload.len() > 8 {

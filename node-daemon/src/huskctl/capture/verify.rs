@@ -116,7 +116,7 @@ fn look(report: &CaptureReport, path: &VerifyPath, marker: &[u8]) -> anyhow::Res
     let mut look = |session: &mut Session, time| {
         session.run(&Limits { count: None, time: Some(time) }, |seen| {
             let Some(it) = seen.filter(|it| it.captured.outgoing) else { return Ok(true) };
-            let content = decoder.content(it.captured.link, it.bytes);
+            let content = decoder.content(it.captured.link, it.bytes, false);
             // A smaller one, as a probe's answer or a keepalive is, cannot be one of those that were sent.
             let is_large = it.captured.length > MARKER * REPEATED;
             encrypted += u64::from(is_large && content.is_encrypted());

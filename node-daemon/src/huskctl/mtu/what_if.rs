@@ -157,7 +157,7 @@ mod tests {
     fn the_ledger_is_that_of_the_calculus_for_one_family_or_both() {
         let both = parsed("mode=ipsec,underlay=9001").report();
         let left: Vec<_> = both.iter().map(|row| (row.ledger.outer, row.ledger.inner)).collect();
-        // FIELD.md: AES-GCM in tunnel mode over IPv4 costs 55 bytes at 9001.
+        // README, MTU: AES-GCM in tunnel mode over IPv4 costs 55 bytes at 9001.
         assert_eq!(left[0], (Family::Ipv4, Some(8946)));
         assert_eq!((left.len(), left[1].0), (2, Family::Ipv6));
         assert!(both.iter().all(|row| row.refused.is_empty()));

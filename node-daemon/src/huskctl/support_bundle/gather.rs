@@ -213,6 +213,12 @@ fn run(program: &Path, arguments: &[String], statuses: &[i32], end: bool, limits
         .env_clear()
         .env("PATH", path)
         .env("LC_ALL", "C")
+        // By these the doctor knows whether it sees the host's files.
+        .envs(
+            ["KUBERNETES_SERVICE_HOST", "HUSK_HOST_ROOT", "HUSK_PROC_SYS"]
+                .into_iter()
+                .filter_map(|name| std::env::var_os(name).map(|value| (name, value))),
+        )
         // wg show prints keys where this says so; the caller's environment must not.
         .env("WG_HIDE_KEYS", "always")
         .stdin(Stdio::null())

@@ -11,7 +11,7 @@ fn ports() -> TunnelPorts {
 fn content(link: Link, bytes: &[u8]) -> Content {
     let names = [("10.42.0.2".parse().unwrap(), "default/a".to_owned())].into();
     let ports = ports();
-    Decoder { side: "inner", ports: &ports, names: &names }.content(link, bytes)
+    Decoder { side: "inner", ports: &ports, names: &names }.content(link, bytes, true)
 }
 
 /// A UDP packet between the pods, or the hosts.
@@ -86,6 +86,14 @@ fn whatever_the_bytes_they_are_one_line() {
             assert!(!content(link, &whole[..length]).to_string().contains('\n'));
         }
     }
+}
+
+#[test]
+fn a_tunnel_in_a_tunnel_is_not_looked_into() {
+    let vxlan = |inner: &[u8]| udp(true, HOSTS, (40_000, 4789), &[&[8, 0, 0, 0, 0, 0x10, 0x92, 0][..], inner].concat());
+    let nested = (0..1000).fold(udp(true, PODS, (4000, 53), b"x"), |inner, _| vxlan(&inner));
+    let inside = content(Link::Ethernet, &nested).inside.unwrap();
+    assert!(inside.protocol.starts_with("VXLAN") && inside.inside.is_none());
 }
 
 #[test]
