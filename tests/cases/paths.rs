@@ -12,8 +12,8 @@ use husk_overlay::probe::wire;
 use husk_tests::netns::Netns;
 use husk_tests::paths::{await_verified, is_exact, issues, probed, routes_have, send_and_wait};
 use husk_tests::pod::{Served, await_answers_among};
-use husk_tests::probe::{Echo, Reach, tcp};
-use husk_tests::{Cluster, Family, Mode, Pod, Signal, eventually};
+use husk_tests::probe::{Echo, Reach, Stream, tcp};
+use husk_tests::{Cluster, Family, Mode, Pod, Signal, eventually, patience};
 use serde_json::Value;
 
 /// How long a path that swallows may go unnoticed.
@@ -88,6 +88,11 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
     }
     ensure!(issues(one)?.is_empty() && routes_have(one, &b.pod, promised)?);
     let connections = Family::ALL.map(|family| tcp::connect(a.netns(), b.server.at(b.pod.address(family)?), PATIENCE));
+    let to = b.pod.address(Family::Ipv4)?;
+    let goodput = || tcp::throughput(a.netns(), b.pod.netns(), to, patience(Duration::from_secs(1)));
+    let before = goodput()?;
+    // What is small passes all the time, whatever becomes of routes.
+    let small = Stream::udp(a.netns(), b.pod.netns(), b.pod.address(Family::Ipv6)?, 100)?;
 
     let (ipv4, ipv6) = (hole.underlay, hole.underlay - 40);
     disturb(&cluster, &[&format!("ip length > {ipv4} drop"), &format!("ip6 length > {ipv6} drop")])?;
@@ -104,6 +109,7 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
         eprintln!("{mode}: {BYTES} bytes of TCP over {family} were there and back after {took:?}");
     }
     limited(&cluster, &a, [&b.pod, &c.pod], promised, hole)?;
+    let narrow = goodput()?;
 
     calm(&cluster)?;
     let started = Instant::now();
@@ -117,6 +123,10 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
         eventually("the pod to use the whole path again", PATIENCE, || is_exact(a.netns(), to, promised))
             .with_context(|| format!("{mode}, {family}"))?;
     }
+    let small = small.stop()?;
+    ensure!(small.lossless(), "{mode}: small packets were lost: {small}");
+    let [before, narrow, after] = [before, narrow, goodput()?].map(|bits| bits / 1e6);
+    eprintln!("{mode}: {before:.0} Mbit/s before, {narrow:.0} through what passes, {after:.0} after");
     let probe = one.huskctl(["mtu", "probe", "host2"])?;
     ensure!(probe.status.code() == Some(0), "{probe:?}");
     ensure!(one.huskctl(["mtu"])?.status.code() == Some(0));

@@ -1,5 +1,5 @@
 //! Paths that lose, swallow, shrink and say so, in the modes that need more of the kernel than every one has. What any kernel can
-//! do, `paths`, `path_icmp` and `mtu_changes` ask in more detail, of this one too.
+//! do, `paths`, `path_icmp` and `mtu_changes` ask in more detail.
 //!
 //! Each mode meets all of it on one cluster, whose hosts a router joins: an emulated processor takes its time to make one.
 
@@ -36,6 +36,16 @@ const LOOKS: usize = 3;
 fn ipsec_over_ipv4() -> Result<()> {
     // 1400 is a multiple of four, as ESP wants what it encrypts: no byte is lost to padding.
     every_path(Mode::Ipsec, Family::Ipv4, 1346)
+}
+
+#[test]
+fn ipsec_over_ipv6() -> Result<()> {
+    every_path(Mode::Ipsec, Family::Ipv6, 1326)
+}
+
+#[test]
+fn vxlan_in_ipsec_over_ipv4() -> Result<()> {
+    every_path(Mode::VxlanIpsec, Family::Ipv4, 1316)
 }
 
 #[test]

@@ -181,7 +181,12 @@ pub(super) fn underlay(evidence: &Evidence) -> Hop {
             if !up {
                 return broken(NAME, format!("{interface} is down"), format!("ip link set {interface} up"), told);
             }
-            match underlay.neighbour {
+            // The kernel asks again and again as long as somebody sends; what stays unanswered is no matter of waiting.
+            let neighbour = match underlay.neighbour {
+                Some(NeighbourStanding::Asked) if is_unreachable(peer) => Some(NeighbourStanding::Silent),
+                neighbour => neighbour,
+            };
+            match neighbour {
                 Some(NeighbourStanding::Silent) => broken(
                     NAME,
                     format!("{next} does not answer on {interface}: nobody tells its Ethernet address"),

@@ -144,7 +144,7 @@ fn peer(evidence: &mut Evidence) -> &mut PeerEvidence {
 type Breakage = (HopName, &'static str, &'static str, fn(&mut Evidence));
 
 /// What is broken, what the cause and the remedy have to say, and how.
-const BREAKAGES: [Breakage; 22] = [
+const BREAKAGES: [Breakage; 23] = [
     (HopName::Source, "eth0 is down", "ip link set eth0 up", |it| {
         it.source_endpoint = Some(endpoint(vec!["in the pod, the interface eth0 is down".into()]));
     }),
@@ -198,6 +198,10 @@ const BREAKAGES: [Breakage; 22] = [
     }),
     (HopName::Underlay, "does not answer on eth0", "is host2 up", |it| {
         peer(it).underlay.as_mut().unwrap().neighbour = Some(NeighbourStanding::Silent);
+    }),
+    (HopName::Underlay, "does not answer on eth0", "is host2 up", |it| {
+        peer(it).underlay.as_mut().unwrap().neighbour = Some(NeighbourStanding::Asked);
+        peer(it).probe = Some((probed(Standing::Unreachable), None));
     }),
     (HopName::Firewall, "not as planned: add rule", "huskctl status", |it| {
         it.guard.deviations = Ok(vec!["add rule".into()]);
