@@ -2,7 +2,7 @@
 //!
 //! - A [`Check`] gathers what it needs from [`Evidence`] and judges it by a pure function. It never changes anything.
 //! - What it finds has a cause, the evidence as it stands on the host, and a [`Fix`]: typed actions, which are printed as commands
-//!   and, if they are safe, applied by `--fix` ([`repair`]). What is printed and what is done cannot differ.
+//!   and, if they are safe, applied by `--fix` (`repair`). What is printed and what is done cannot differ.
 //! - Evidence is what the daemon answers, the files of the host (below `--host-root`), and the kernel as the calling network
 //!   namespace shows it. Each part may be missing: a check that cannot look is [`Outcome::Unknown`] with the reason, never well.
 //! - After a fix the check looks again, with fresh evidence; only that tells whether it helped.

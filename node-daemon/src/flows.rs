@@ -3,7 +3,7 @@
 //!
 //! Threads of their own listen, name and keep; the loop has no part in it, and nobody who asks for flows waits for the loop.
 //! The kernel's rule bounds how many denied packets it tells of; its counters count all. For connections it is listened to only
-//! while somebody wants to know: see [`connections`].
+//! while somebody wants to know: see `connections`.
 
 mod connections;
 mod record;

@@ -2,7 +2,7 @@
 //!
 //! Each log has a thread that writes, and a queue of bounded length before it: a disk that is slow, full or gone holds up
 //! nobody. Lines that find no room in the queue, or none on the disk, are counted; when lines can be written again, one says
-//! how many are missing, and until then there is an issue. How a file is rotated without losing a line: [`file`](self::file).
+//! how many are missing, and until then there is an issue. How a file is rotated without losing a line: `file`.
 
 mod entry;
 mod file;

@@ -10,7 +10,7 @@
 //! - what the *kernel* counts (drops, verdicts, IPsec errors, the process) is read from it by each scrape, on a thread that may
 //!   wait ([`gather`]).
 //!
-//! [`catalogue`] names every metric with its labels and its meaning; `docs/metrics.md` is made from it. [`exposition`] is a pure
+//! [`catalogue`] names every metric with its labels and its meaning; `docs/metrics.md` is made from it. [`exposition()`] is a pure
 //! function of all that. The number of series is bounded whatever the size of the cluster: of peers there are counts by state
 //! and four figures of their distribution, never a series each, unless `metrics.perPeer` asks for them.
 //!

@@ -4,7 +4,7 @@
 //! while somebody types. Every text from the cluster is escaped by the templates. It shows what a scrape would: the last sample
 //! of the loop, its issues, and the denied flows; nobody waits for the loop.
 //!
-//! Who may see it is decided three times over ([`access`]): it listens on loopback; it wants the key that `huskctl ui` prints,
+//! Who may see it is decided three times over (`access`): it listens on loopback; it wants the key that `huskctl ui` prints,
 //! since any program of the host reaches loopback, and pods on the host's network do; and it answers only to a loopback `Host`,
 //! so that no web site can make a browser read it through a name that leads here (DNS rebinding).
 
