@@ -41,7 +41,7 @@ const EXPECTED: &[&str] = &[
     "reports/policy.json",
     "reports/policy.txt",
     "reports/doctor.json",
-    "reports/quarantine.json",
+    "reports/quarantined.json",
     "reports/flows.jsonl",
     "reports/flows.txt",
     "husk/config.yaml",
