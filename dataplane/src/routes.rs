@@ -22,7 +22,7 @@ use crate::sweep::Sweep;
 pub mod foreign;
 mod message;
 
-pub(crate) use message::{address_family, ip_address, mtu_of, read, route_address, steps};
+pub(crate) use message::{Parts, address_family, ip_address, mtu_of, read, route_address, steps};
 
 /// A route of ours as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -11,12 +11,12 @@ use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::{Family, Prefix};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
-use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteType, RouteVia};
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteType};
 use nix::errno::Errno;
 
 use crate::error::{Error, Refusal};
 use crate::netlink::{Request, Socket};
-use crate::routes::{address_family, ip_address, mtu_of, route_address};
+use crate::routes::{Parts, address_family, route_address};
 use crate::underlay::{self, Interface};
 
 /// A packet, as far as routing looks at it.
@@ -135,35 +135,6 @@ fn request(packet: &Packet, input: Option<u32>, flags: RouteFlags) -> Request<Ro
     Request { operation: OPERATION, object: object(packet), flags: 0, message: RouteNetlinkMessage::GetRoute(message) }
 }
 
-/// What a route message says, as far as it is told.
-#[derive(Default)]
-struct Parts {
-    output: Option<u32>,
-    via: Option<IpAddr>,
-    source: Option<IpAddr>,
-    mtu: Option<u32>,
-    destination: Option<IpAddr>,
-}
-
-impl Parts {
-    fn of(route: &RouteMessage) -> Self {
-        let mut parts = Self::default();
-        for attribute in &route.attributes {
-            match attribute {
-                RouteAttribute::Oif(index) => parts.output = Some(*index),
-                RouteAttribute::Gateway(address) => parts.via = ip_address(address),
-                RouteAttribute::Via(RouteVia::Inet(address)) => parts.via = Some(IpAddr::V4(*address)),
-                RouteAttribute::Via(RouteVia::Inet6(address)) => parts.via = Some(IpAddr::V6(*address)),
-                RouteAttribute::PrefSource(address) => parts.source = ip_address(address),
-                RouteAttribute::Metrics(metrics) => parts.mtu = mtu_of(metrics),
-                RouteAttribute::Destination(address) => parts.destination = ip_address(address),
-                _ => {}
-            }
-        }
-        parts
-    }
-}
-
 fn way(packet: &Packet, found: &RouteMessage, matched: Option<&RouteMessage>, interfaces: &[Interface]) -> Way {
     match found.header.kind {
         RouteType::Local => return Way::Local,
@@ -172,11 +143,11 @@ fn way(packet: &Packet, found: &RouteMessage, matched: Option<&RouteMessage>, in
         RouteType::Prohibit => return Way::Refused { errno: Errno::EACCES },
         _ => {}
     }
-    let parts = Parts::of(found);
+    let parts = Parts::of(&found.attributes);
     let Some(interface) = interfaces.iter().find(|it| Some(it.index) == parts.output) else {
         return Way::Refused { errno: Errno::ENETUNREACH };
     };
-    let of_match = matched.map(Parts::of).unwrap_or_default();
+    let of_match = matched.map(|matched| Parts::of(&matched.attributes)).unwrap_or_default();
     let device = interface.mtu_for(Family::of(packet.destination));
     let metric = parts.mtu.or(of_match.mtu);
     let route = matched.map(|route| MatchedRoute {

@@ -77,19 +77,19 @@ pub(crate) fn ip_address(address: &RouteAddress) -> Option<IpAddr> {
 
 /// What the attributes of a route message say, as far as Husk uses it.
 #[derive(Debug, Default)]
-struct Parts {
+pub(crate) struct Parts {
     table: Option<u32>,
-    destination: Option<IpAddr>,
+    pub(crate) destination: Option<IpAddr>,
     metric: u32,
-    output: Option<u32>,
-    via: Option<IpAddr>,
-    source: Option<IpAddr>,
-    mtu: Option<u32>,
+    pub(crate) output: Option<u32>,
+    pub(crate) via: Option<IpAddr>,
+    pub(crate) source: Option<IpAddr>,
+    pub(crate) mtu: Option<u32>,
     foreign: Option<&'static str>,
 }
 
 impl Parts {
-    fn of(attributes: &[RouteAttribute]) -> Self {
+    pub(crate) fn of(attributes: &[RouteAttribute]) -> Self {
         let mut parts = Self::default();
         for attribute in attributes {
             match attribute {
