@@ -218,7 +218,7 @@ impl Flows {
             }
             let now = Timestamp::now();
             let mut lost = 0;
-            let changes = match news {
+            let mut changes = match news {
                 None => Vec::new(),
                 Some(News::Began(connection) | News::Ended(connection)) if !pods.have(&connection) => Vec::new(),
                 Some(News::Began(connection)) => vec![known.began(connection, now)],
@@ -230,14 +230,12 @@ impl Flows {
             };
             // Who reads the whole table does not hear what is told meanwhile: done at once for each loss, it would be all that
             // is done.
-            let changes = if missed > 0 && caught_up.elapsed() >= CATCH_UP {
+            if missed > 0 && caught_up.elapsed() >= CATCH_UP {
                 caught_up = Instant::now();
                 let found = known.catch_up(all()?.into_iter().filter(|it| pods.have(it)), now);
                 lost = std::mem::take(&mut missed).saturating_sub(found.len() as u64);
-                found.into_iter().chain(changes).collect()
-            } else {
-                changes
-            };
+                changes.extend(found);
+            }
             if changes.is_empty() && lost == 0 {
                 continue;
             }
@@ -248,6 +246,8 @@ impl Flows {
                 flows.into_iter().for_each(|flow| ring.keep(flow));
             });
         }
+        // Nobody waits for what would be found by now.
+        self.with(|ring| ring.lost[CONNECTIONS] += missed);
         Ok(())
     }
 }
