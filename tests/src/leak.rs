@@ -63,8 +63,8 @@ impl Watched {
 pub struct Seen {
     /// Number of packets of each kind.
     pub kinds: BTreeMap<Kind, usize>,
-    /// Number of packets of kinds that have no business on this mode's underlay.
-    pub strange: BTreeMap<Kind, usize>,
+    /// Packets of kinds that have no business on this mode's underlay.
+    pub strange: Vec<Packet>,
     /// Number of fragments.
     pub fragments: usize,
     /// The greatest length of an IP packet, header included.
@@ -120,15 +120,26 @@ impl Leak {
             trace.write_pcap(&dump)?;
             bail!("{} packets told of pods, the first {first:?}; all are in {}", offenders.len(), dump.display());
         }
-        let mut strange = BTreeMap::new();
-        for packet in trace.packets().iter().filter(|packet| !self.what.belongs(packet)) {
-            *strange.entry(packet.kind).or_default() += 1;
-        }
+        let strange = trace.packets().iter().filter(|packet| !self.what.belongs(packet)).cloned().collect();
         Ok(Seen { kinds: trace.kinds(), strange, fragments: trace.fragments(), largest: trace.largest(), trace })
     }
 }
 
 impl Seen {
+    /// Makes sure that there was nothing but what this mode puts on an underlay.
+    ///
+    /// # Errors
+    /// When there was, with those packets.
+    pub fn nothing_strange(&self) -> Result<()> {
+        ensure!(
+            self.strange.is_empty(),
+            "{} packets that have no business there: {:?}",
+            self.strange.len(),
+            self.strange
+        );
+        Ok(())
+    }
+
     /// Makes sure that the tunnel carried this many packets at least: an underlay on which nothing happens hides everything.
     ///
     /// # Errors
