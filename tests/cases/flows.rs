@@ -301,7 +301,6 @@ fn decisions(stage: &Stage) -> Result<()> {
     full.restart_daemon(Signal::SIGTERM)?;
     eventually("the issue of a log that cannot be written", PATIENCE, || {
         let status = full.huskctl_json(["status"])?;
-        let mut issues = status["issues"].as_array().into_iter().flatten();
-        Ok(status["ready"] == true && issues.any(|issue| issue["kind"] == "LogUnwritable"))
+        Ok(status["ready"] == true && !full.issues("LogUnwritable")?.is_empty())
     })
 }

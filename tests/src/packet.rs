@@ -91,6 +91,8 @@ pub struct Packet {
     pub ip_length: usize,
     /// True if it is a fragment of an IP packet (IPv4: MF or an offset; IPv6: a fragment header), first or later.
     pub fragment: bool,
+    /// True if it is an IPv4 packet that says of itself that no router may cut it (DF), outermost. None of IPv6 ever may be.
+    pub dont_fragment: bool,
     /// Source and destination of the IP packet within VXLAN.
     pub inner_addresses: Option<(IpAddr, IpAddr)>,
     /// Where in `bytes` the ESP header begins, if there is one.
@@ -162,6 +164,7 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         ports: None,
         ip_length: 0,
         fragment: false,
+        dont_fragment: false,
         inner_addresses: None,
         esp_at: None,
     };
@@ -173,6 +176,7 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         Some(LaxNetSlice::Ipv4(ip)) => {
             packet.ip_length = ip.header().total_len().into();
             packet.fragment = ip.header().is_fragmenting_payload();
+            packet.dont_fragment = ip.header().dont_fragment();
             ip.payload_ip_number()
         }
         Some(LaxNetSlice::Ipv6(ip)) => {
