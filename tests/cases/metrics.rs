@@ -170,7 +170,7 @@ fn a_port_that_is_taken_is_an_issue_and_no_end() -> Result<()> {
     let taken = host.netns().run(|| TcpListener::bind(ENDPOINT))??;
     host.start_daemon()?;
     host.wait_ready()?;
-    let issue = || Ok(host.issues("ListenFailed")?.pop());
+    let issue = || host.issues("ListenFailed").map(|mut issues| issues.pop());
     let mut told = None;
     eventually("the issue", PATIENCE, || {
         told = issue()?;

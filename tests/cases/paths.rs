@@ -26,8 +26,8 @@ const RECOVERED: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// How long losses are looked at, and how often where that is only one of several troubles.
-const LOSSY: Duration = Duration::from_secs(25);
-const LOOKS: usize = 4;
+const LOSSY: Duration = Duration::from_secs(15);
+const LOOKS: usize = 3;
 
 /// One packet in twenty vanishes, whatever its size.
 const LOSSES: &str = "numgen random mod 1000 < 50 drop";
