@@ -234,9 +234,8 @@ fn tell_lengths(socket: &OwnedFd) -> nix::Result<()> {
     let on: libc::c_int = 1;
     let size = libc::socklen_t::try_from(size_of_val(&on)).map_err(|_| Errno::EINVAL)?;
     // SAFETY: the kernel reads `size` bytes, which is the size of `on`.
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, PACKET_AUXDATA, (&raw const on).cast(), size)
-    };
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, PACKET_AUXDATA, (&raw const on).cast(), size) };
     Errno::result(result).map(drop)
 }
 
