@@ -115,7 +115,7 @@ pub struct Engine<K, S, N> {
     /// The node's blocks as far as it knows, those included that the source has forgotten.
     held: BTreeSet<Prefix>,
     /// Where devices were told that their peers are.
-    told: endpoints::Told,
+    told: endpoints::KnownEndpoints,
     /// Pods whose MTU could not be set, or only at one end.
     untuned: BTreeSet<InterfaceName>,
     /// Whether pods have to forget what they know of paths, and when they last had to.
@@ -175,7 +175,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             name_taken: false,
             block_changes: blocks::BlockChanges::default(),
             held,
-            told: endpoints::Told::new(),
+            told: endpoints::KnownEndpoints::new(),
             untuned: BTreeSet::new(),
             outgrown: pods::Outgrown::default(),
             untaken_mtu: None,

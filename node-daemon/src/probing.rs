@@ -67,8 +67,8 @@ impl Probing {
         let prober = Prober::new(worker::seed()?);
         let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
         let worker = Worker::start("husk-probe", paths, |shared, nudged, _| {
-            let (sockets, responder, told) = (Sockets::default(), Responder::default(), Told::default());
-            let thread = Thread { shared, nudged, sockets, responder, told };
+            let (sockets, responder, announced) = (Sockets::default(), Responder::default(), Announced::default());
+            let thread = Thread { shared, nudged, sockets, responder, announced };
             move || thread.run(&changed)
         })?;
         Ok(Self(worker))
@@ -149,29 +149,29 @@ struct Thread {
     nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
-    told: Told,
+    announced: Announced,
 }
 
 /// What the loop knows of limits.
 #[derive(Debug, Default)]
-struct Told {
+struct Announced {
     /// Revision of the limits that it was told of last.
     revision: u64,
     /// When that was, as time since boot.
     at: Option<Duration>,
 }
 
-impl Told {
+impl Announced {
     /// What is to be done of limits that have this revision by now: tell at once, or tell later, as time since boot, or nothing.
-    fn tell(&mut self, revision: u64, now: Duration) -> Tell {
+    fn due(&mut self, revision: u64, now: Duration) -> Due {
         if revision == self.revision {
-            return Tell::Nothing;
+            return Due::Nothing;
         }
         match self.at.map(|at| at + TELL_INTERVAL).filter(|earliest| now < *earliest) {
-            Some(earliest) => Tell::Later(earliest),
+            Some(earliest) => Due::Later(earliest),
             None => {
                 *self = Self { revision, at: Some(now) };
-                Tell::Now
+                Due::Now
             }
         }
     }
@@ -179,7 +179,7 @@ impl Told {
 
 /// When to tell the loop of other limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tell {
+enum Due {
     Nothing,
     Now,
     Later(Duration),
@@ -192,13 +192,13 @@ impl Thread {
             self.follow_targets();
             let next = self.send();
             let revision = self.shared.lock().prober.revision();
-            let later = match self.told.tell(revision, since_boot()) {
-                Tell::Now => {
+            let later = match self.announced.due(revision, since_boot()) {
+                Due::Now => {
                     changed();
                     None
                 }
-                Tell::Later(at) => Some(at),
-                Tell::Nothing => None,
+                Due::Later(at) => Some(at),
+                Due::Nothing => None,
             };
             let due = [next, self.sockets.next_try(), later].into_iter().flatten().min();
             if let Err(error) = self.nudged.wait(self.sockets.all().map(|socket| socket.as_fd()), due) {
@@ -315,17 +315,17 @@ mod tests {
     #[test]
     fn limits_that_change_all_the_time_are_told_once_a_second() {
         let at = |milliseconds| Duration::from_millis(100_000 + milliseconds);
-        let mut told = Told::default();
-        assert_eq!(told.tell(0, at(0)), Tell::Nothing);
-        assert_eq!(told.tell(1, at(0)), Tell::Now, "the first at once");
-        assert_eq!(told.tell(1, at(10)), Tell::Nothing);
+        let mut announced = Announced::default();
+        assert_eq!(announced.due(0, at(0)), Due::Nothing);
+        assert_eq!(announced.due(1, at(0)), Due::Now, "the first at once");
+        assert_eq!(announced.due(1, at(10)), Due::Nothing);
         let times = (0..5000_u64)
             .step_by(30)
             .zip(2_u64..)
-            .filter(|(time, revision)| told.tell(*revision, at(*time)) == Tell::Now);
+            .filter(|(time, revision)| announced.due(*revision, at(*time)) == Due::Now);
         assert_eq!(times.count(), 4);
-        assert_eq!(told.tell(1000, at(5000)), Tell::Later(at(5080)), "none is forgotten");
-        assert_eq!(told.tell(1000, at(5080)), Tell::Now);
-        assert_eq!(told.tell(1000, at(5081)), Tell::Nothing);
+        assert_eq!(announced.due(1000, at(5000)), Due::Later(at(5080)), "none is forgotten");
+        assert_eq!(announced.due(1000, at(5080)), Due::Now);
+        assert_eq!(announced.due(1000, at(5081)), Due::Nothing);
     }
 }
