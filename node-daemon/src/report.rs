@@ -27,5 +27,7 @@ pub use policy::{
 };
 pub use status::{Counter, KeysSummary, LastPass, Status};
 pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
-pub use trace::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide};
+pub use trace::{
+    Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide, Translation,
+};
 pub use ui::UiReport;

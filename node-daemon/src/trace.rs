@@ -16,6 +16,7 @@ mod path;
 mod remote;
 #[cfg(test)]
 mod tests;
+mod translation;
 
 use crate::report::{Hop, HopName, HopStanding, Place};
 
@@ -24,6 +25,7 @@ pub use evidence::{
     UnderlayEvidence,
 };
 pub use remote::{Knock, Knocks, knocked};
+pub use translation::{may_be_translated, translated, translated_to, translation, untranslated};
 
 /// The hops of a connection, in the order in which its first packet passes them.
 #[must_use]

@@ -136,6 +136,7 @@ fn traced(verdict: Verdict, live: Live) -> TraceReport {
         hops: Vec::new(),
         broken: None,
         peer: None,
+        translated: None,
         sides: vec![
             TraceSide {
                 direction: Direction::Egress,

@@ -234,8 +234,9 @@ fn promtool_knows_the_alerts_and_they_fire() -> Result<()> {
     let mut cases: Vec<Value> = TROUBLES.iter().map(|(alert, series)| case(alert, series, &one)).collect();
     cases.push(case(".*", WELL, &json!([])));
     fs::write(&tests, json!({"rule_files": ["rules.json"], "evaluation_interval": "1m", "tests": cases}).to_string())?;
-    let promtool =
-        |action: &str, file: &Path| Program::new("promtool").args([action, "rules", &file.display().to_string()]).run();
+    let promtool = |action: &str, file: &Path| {
+        Program::new("promtool").args([action, "rules", &file.display().to_string()]).limit(PATIENCE).run()
+    };
     let (checked, tested) = (promtool("check", &file), promtool("test", &tests));
     fs::remove_dir_all(&directory)?;
     for outcome in [checked?, tested?] {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_tests::policy::scene::Scene;
+use husk_tests::policy::scene::{Scene, Service, answers};
 use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
 use serde_json::{Value, json};
 
@@ -107,6 +107,7 @@ fn block(cluster: &Cluster, on: bool) -> Result<()> {
 fn a_vxlan_connection_is_traced() -> Result<()> {
     let scene = Scene::start(Mode::Vxlan)?;
     whole(&scene)?;
+    through_a_service(&scene)?;
     of_this_node(&scene)?;
     filtered(&scene)?;
     cut_off(&scene)?;
@@ -164,6 +165,32 @@ fn whole(scene: &Scene) -> Result<()> {
     let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout;
     eprintln!("{text}");
     ensure!(text.starts_with("PASSES  TCP") && text.contains("ok  tunnel"), "{text}");
+    Ok(())
+}
+
+/// A Service's address is followed to the pod that its connections go to; before there is one, the answer says what to do.
+fn through_a_service(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let service = "10.96.0.10";
+    let far = scene.pod("far").address(Family::Ipv4)?;
+    let chain = "chain nat { type nat hook prerouting priority dstnat;";
+    let rules = format!("table ip services {{ {chain} ip daddr {service} tcp dport 80 dnat to {far}:8080; }}; }}");
+    one.netns().command("nft", [rules.as_str()])?;
+    let traced = Traced::ask(one, "default/web", service, &[])?;
+    ensure!(traced.report["translated"].is_null(), "{traced:#?}");
+    let told = traced.hop("destination")["evidence"].to_string();
+    ensure!(told.contains("no connection to it is translated now, so connect once"), "{told}");
+
+    ensure!(answers(scene.pod("web").netns(), Service::Tcp(80), service.parse()?)?, "the service does not answer");
+    let traced = Traced::ask(one, "default/web", service, &["--probe"])?;
+    traced.ensure_passes(&["source", "egressPolicy", "route", "tunnel", "probe", "nat"])?;
+    let became = format!("10.96.0.10:80 became {far}:8080 for 1 of 1 connections");
+    ensure!(traced.hop("nat")["evidence"].to_string().contains(&became), "{traced:#?}");
+    ensure!(traced.report["destination"]["pod"]["name"] == "far", "{traced:#?}");
+    let text = one.huskctl(["trace", "default/web", service, "--port", "80"])?.stdout;
+    eprintln!("{text}");
+    ensure!(text.contains("via  10.96.0.10:80, translated"), "{text}");
+    one.netns().command("nft", ["delete", "table", "ip", "services"])?;
     Ok(())
 }
 

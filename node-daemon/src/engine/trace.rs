@@ -67,8 +67,17 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let denied = sides.iter().any(|side| side.side.verdict == Verdict::Deny);
         let verdict = if denied { Verdict::Deny } else { Verdict::Allow };
-        let mut report =
-            TraceReport { connection, source, destination, verdict, sides, hops: Vec::new(), broken: None, peer: None };
+        let mut report = TraceReport {
+            connection,
+            source,
+            destination,
+            verdict,
+            sides,
+            hops: Vec::new(),
+            broken: None,
+            peer: None,
+            translated: None,
+        };
         let evidence = self.gather(&report, question.size, last);
         report.hops = trace::hops(&evidence);
         report.broken = trace::first_broken(&report.hops);

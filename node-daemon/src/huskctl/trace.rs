@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::error::ErrorKind as Wrong;
 use clap::{Args, ValueEnum};
+use husk_dataplane::connections;
 use husk_overlay::ipc::Request;
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::prefix::Family;
@@ -16,7 +17,7 @@ use husk_policy::verdict::Verdict;
 
 use super::{Show, ask, tables};
 use crate::report::{HopName, HopStanding, Live, PathReport, ProbeStarted, TracePeer, TraceReport};
-use crate::trace::{Knock, Knocks, knocked};
+use crate::trace::{Knock, Knocks, knocked, may_be_translated, translated, translated_to, translation, untranslated};
 
 /// How long the other host may take to answer a knock.
 const KNOCKING: Duration = Duration::from_secs(1);
@@ -24,6 +25,9 @@ const KNOCKING: Duration = Duration::from_secs(1);
 /// How long a probe that was asked for may take. A path that is whole is verified within two seconds, one that is cut is given
 /// up within ten or so; the search for a size, which takes longer, is not waited for.
 const PROBING: Duration = Duration::from_secs(20);
+
+/// Most connections to an address that are looked at to learn where it leads.
+const TRANSLATED: usize = 4096;
 
 /// Pause between two questions.
 const POLL: Duration = Duration::from_millis(200);
@@ -33,7 +37,7 @@ const POLL: Duration = Duration::from_millis(200);
 pub(super) struct Options {
     /// Who begins it: a pod as NAMESPACE/NAME or NAME, any address, the name of a node, or host for this one
     source: String,
-    /// Whom it is for, alike; of a service the address of a pod behind it, since that is what kube-proxy makes of it
+    /// Whom it is for, alike; the address of a service is followed to where connections to it go that there are now
     destination: String,
     /// Port of the destination; TCP, UDP and SCTP need it
     #[arg(long)]
@@ -96,12 +100,16 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         port: options.port,
         size: options.size,
     };
-    let mut report: TraceReport = ask(socket, &request)?;
+    let (request, mut report) = beyond_translation(socket, request)?;
     if options.probe
         && let Some(peer) = &report.peer
         && await_probe(socket, peer, Family::of(report.connection.responder))
     {
+        let translation = report.translated.take();
         report = ask(socket, &request)?;
+        if let Some(translation) = translation {
+            translated(&mut report, translation);
+        }
     }
     if let Some(peer) = report.peer.clone().filter(|_| is_unanswered(&report)) {
         knocked(&mut report, &peer, knock(&peer));
@@ -110,6 +118,30 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         || report.verdict == Verdict::Deny
         || report.sides.iter().any(|it| matches!(it.live, Live::Differs { .. }));
     Ok((show.text(&report, |report| tables::trace(report, options.verbose))?, wrong))
+}
+
+/// Asks, and asks again for where the destination leads, if connections that there are tell that it is translated. They are
+/// looked at here and not by the daemon, as a host may have a million of them.
+fn beyond_translation(socket: &Path, request: Request) -> anyhow::Result<(Request, TraceReport)> {
+    let mut report: TraceReport = ask(socket, &request)?;
+    if !may_be_translated(&report) {
+        return Ok((request, report));
+    }
+    let wanted = report.connection;
+    let found = connections::list(TRANSLATED, |it| translated_to(it, &wanted).is_some());
+    match found.map(|listed| translation(&listed.connections, &wanted)) {
+        Ok(Some(found)) => {
+            let Request::Trace { source, protocol, size, .. } = request else { return Ok((request, report)) };
+            let (destination, port) = (found.to.ip().to_string(), Some(found.to.port()));
+            let request = Request::Trace { source, destination, protocol, port, size };
+            let mut behind = ask(socket, &request)?;
+            translated(&mut behind, found);
+            return Ok((request, behind));
+        }
+        Ok(None) => untranslated(&mut report, None),
+        Err(error) => untranslated(&mut report, Some(&error.to_string())),
+    }
+    Ok((request, report))
 }
 
 /// Has the path probed. False if it is not: the report tells why.

@@ -1,6 +1,6 @@
 //! `huskctl trace`
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use husk_overlay::name::NodeName;
 use husk_policy::compile::path::Path;
@@ -32,6 +32,23 @@ pub struct TraceReport {
     /// The other node that the packets go to, or come from.
     #[serde(default)]
     pub peer: Option<TracePeer>,
+    /// What was asked for, where that is an address that the kernel makes another; all else is about that other one.
+    #[serde(default)]
+    pub translated: Option<Translation>,
+}
+
+/// A destination that is translated, as a Service's address is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Translation {
+    /// Address and port that were asked for.
+    pub from: SocketAddr,
+    /// Where they lead.
+    pub to: SocketAddr,
+    /// Connections that went there, of those that this node tracks.
+    pub connections: u64,
+    /// Tracked connections to what was asked for, wherever they went.
+    pub of: u64,
 }
 
 /// The other node of a connection between two.

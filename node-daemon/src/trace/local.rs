@@ -16,6 +16,9 @@ pub(super) fn destination(evidence: &Evidence) -> Hop {
     end(HopName::Destination, &evidence.destination, evidence.destination_endpoint.as_ref(), evidence)
 }
 
+/// What is said of an end that is neither in the cluster nor at an address that could be.
+pub(super) const OUTSIDE: &str = "it is outside of the cluster, where Husk sees nothing";
+
 fn end(name: HopName, end: &TraceEnd, endpoint: Option<&EndpointEvidence>, evidence: &Evidence) -> Hop {
     let ask = |node: &str| {
         let Evidence { source, destination, connection, .. } = evidence;
@@ -55,7 +58,7 @@ fn end(name: HopName, end: &TraceEnd, endpoint: Option<&EndpointEvidence>, evide
             format!("{} is in the cluster's address range, but no pod and no node is known to have it", end.address),
             Vec::new(),
         ),
-        Place::External => unknown(name, "it is outside of the cluster, where Husk sees nothing", Vec::new()),
+        Place::External => unknown(name, OUTSIDE, Vec::new()),
     }
 }
 

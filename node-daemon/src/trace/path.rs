@@ -85,8 +85,8 @@ fn maker(protocol: u8) -> String {
     }
 }
 
-/// The byte ledger in short.
-fn sum(ledger: &Ledger) -> String {
+/// The byte ledger in one line.
+fn ledger_line(ledger: &Ledger) -> String {
     let layers: Vec<String> =
         ledger.entries.iter().map(|entry| format!(" - {} {}", entry.layer, entry.bytes)).collect();
     let inner = ledger.inner.map_or_else(|| "nothing".to_owned(), |inner| inner.to_string());
@@ -158,7 +158,7 @@ pub(super) fn mtu(evidence: &Evidence) -> Hop {
     };
     let mut told = vec![format!("packets of up to {largest} bytes")];
     if let Some(peer) = to_peer {
-        told.push(sum(&peer.ledger));
+        told.push(ledger_line(&peer.ledger));
         told.extend(peer.probed.map(|probed| format!("probing found that {probed} bytes pass")));
     }
     if evidence.connection.protocol == Protocol::Tcp.number() {
@@ -257,15 +257,10 @@ pub(super) fn nat(evidence: &Evidence) -> Hop {
         Some(RouteEvidence { way: Ok(Way::Leaves { interface, .. }), .. }) => interface,
         _ => return not_here(NAME, "it does not get that far"),
     };
-    let mut told = if evidence.masquerade {
-        vec![format!("the source becomes the address of {interface} (masquerade)")]
+    let told = if evidence.masquerade {
+        format!("the source becomes the address of {interface} (masquerade)")
     } else {
-        vec!["the source stays the pod's address (masquerade is off): the other side needs a route back".to_owned()]
+        "the source stays the pod's address (masquerade is off): the other side needs a route back".to_owned()
     };
-    if evidence.destination.place == Place::External {
-        told.push(
-            "if this is a Service's address, kube-proxy changes the destination first: trace the pod behind it".into(),
-        );
-    }
-    passes(NAME, told)
+    passes(NAME, vec![told])
 }

@@ -16,7 +16,7 @@ use husk_policy::verdict::{Connection, Scope, Side, Verdict};
 use nix::errno::Errno;
 
 use super::*;
-use crate::report::{Decider, Live, TraceEnd, TracePeer, TraceReport, TraceSide};
+use crate::report::{Decider, Live, TraceEnd, TracePeer, TraceReport, TraceSide, Translation};
 
 const OWN: &str = "10.42.0.2";
 const THEIRS: &str = "10.42.1.2";
@@ -287,7 +287,7 @@ fn a_pod_that_talks_to_the_outside_is_masqueraded() {
     evidence.route = Some(RouteEvidence { way: Ok(leaves("eth0", 1500, 3)), planned: None });
     assert_eq!(verdict(&evidence), None);
     let nat = path::nat(&evidence).evidence.join("; ");
-    assert!(nat.contains("the address of eth0 (masquerade)") && nat.contains("Service"), "{nat}");
+    assert!(nat.contains("the address of eth0 (masquerade)"), "{nat}");
     evidence.masquerade = false;
     assert!(path::nat(&evidence).evidence[0].contains("masquerade is off"));
     evidence.route = Some(RouteEvidence { way: Ok(Way::Refused { errno: Errno::ENETUNREACH }), planned: None });
@@ -333,7 +333,41 @@ fn report(evidence: &Evidence) -> TraceReport {
         broken: first_broken(&hops),
         hops,
         peer: None,
+        translated: None,
     }
+}
+
+#[test]
+fn a_translated_destination_is_told_and_what_is_not_translated_has_a_remedy() {
+    let hop = |report: &TraceReport, name| report.hops.iter().find(|hop| hop.name == name).unwrap().clone();
+    let mut behind = report(&healthy());
+    assert!(!may_be_translated(&behind), "a pod's own address is what it is");
+    let [from, to] = ["10.96.0.10:443", "10.42.1.2:80"].map(|it| it.parse().unwrap());
+    translated(&mut behind, Translation { from, to, connections: 3, of: 4 });
+    let nat = hop(&behind, HopName::Nat);
+    assert_eq!((&nat.standing, nat.evidence.len()), (&HopStanding::Passes, 1));
+    assert!(nat.evidence[0].starts_with("10.96.0.10:443 became 10.42.1.2:80 for 3 of 4 connections"), "{nat:?}");
+
+    let mut evidence = healthy();
+    evidence.destination = end("10.96.0.10", None, Place::External);
+    evidence.connection.responder = evidence.destination.address;
+    evidence.peer = None;
+    evidence.route = Some(RouteEvidence { way: Ok(Way::Refused { errno: Errno::ENETUNREACH }), planned: None });
+    let mut service = report(&evidence);
+    assert!(may_be_translated(&service));
+    untranslated(&mut service, None);
+    let HopStanding::Broken { remedy, .. } = hop(&service, HopName::Route).standing else { panic!("{service:?}") };
+    assert!(remedy.contains("connect once and trace again") && remedy.contains("endpointslices"), "{remedy}");
+    untranslated(&mut service, Some("not permitted"));
+    let told = hop(&service, HopName::Destination).evidence;
+    assert!(told[0].contains("no connection to it is translated now, so connect once"), "{told:?}");
+    assert!(told[1].contains("could not be read (not permitted)"), "{told:?}");
+    evidence.cluster_cidrs.push("10.96.0.0/16".parse().unwrap());
+    let mut nobodys = report(&evidence);
+    untranslated(&mut nobodys, None);
+    assert_eq!(nobodys, report(&evidence), "an address of the cluster is no Service's");
+    evidence.connection.protocol = 1;
+    assert!(!may_be_translated(&report(&evidence)), "a ping has no port");
 }
 
 #[test]

@@ -15,8 +15,9 @@ use crate::report::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, T
 const NAME_WIDTH: usize = 14;
 
 pub(in crate::huskctl) fn trace(report: &TraceReport, verbose: bool) -> String {
+    let via = report.translated.as_ref().map(|it| format!("  via  {}, translated\n", it.from)).unwrap_or_default();
     let mut text = format!(
-        "{}  {}\n  from {}\n  to   {}\n",
+        "{}  {}\n  from {}\n{via}  to   {}\n",
         verdict(report),
         report.connection,
         end(&report.source),
