@@ -14,7 +14,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -28,7 +27,8 @@ use husk_overlay::probe::{Path, Prober, Report, Shot, Target};
 
 use self::responder::Responder;
 use self::sockets::Sockets;
-use crate::nudge::{self, Nudge, Nudged};
+use crate::nudge::Nudged;
+use crate::worker::{self, Shared, Worker};
 
 /// Least time between two times that the loop is told of other limits: where the node's own uplink swallows, one path after the
 /// other is found to.
@@ -45,14 +45,11 @@ const LARGEST: usize = 1 << 16;
 
 /// The thread, as the others see it. It ends with the last of these.
 #[derive(Debug, Clone)]
-pub struct Probing {
-    shared: Arc<Mutex<Shared>>,
-    nudge: Nudge,
-    thread: Arc<thread::JoinHandle<()>>,
-}
+pub struct Probing(Worker<Paths>);
 
+/// What the thread shares with the loop.
 #[derive(Debug)]
-struct Shared {
+struct Paths {
     prober: Prober,
     targets: BTreeMap<Path, Target>,
     /// The sockets may have to be others.
@@ -67,25 +64,19 @@ impl Probing {
     /// # Errors
     /// When there is no thread, no socket or no randomness to be had.
     pub fn start(changed: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(io::Error::other)?;
-        let prober = Prober::new(u64::from_ne_bytes(seed));
-        let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false, received: 0 }));
-        let (nudge, nudged) = nudge::pair()?;
-        let thread = Thread {
-            shared: Arc::clone(&shared),
-            nudged,
-            sockets: Sockets::default(),
-            responder: Responder::default(),
-            told: Told::default(),
-        };
-        let thread = thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge, thread: Arc::new(thread) })
+        let prober = Prober::new(worker::seed()?);
+        let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
+        let worker = Worker::start("husk-probe", paths, |shared, nudged, _| {
+            let (sockets, responder, announced) = (Sockets::default(), Responder::default(), Announced::default());
+            let thread = Thread { shared, nudged, sockets, responder, announced };
+            move || thread.run(&changed)
+        })?;
+        Ok(Self(worker))
     }
 
     /// What there is to be probed from now on, and who is answered.
     pub fn set_targets(&self, targets: &BTreeMap<Path, Target>) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.0.lock();
         if shared.targets == *targets {
             return;
         }
@@ -93,15 +84,15 @@ impl Probing {
         shared.targets.clone_from(targets);
         shared.moved = true;
         drop(shared);
-        self.nudge.wake();
+        self.0.wake();
     }
 
     /// Verifies the paths to a peer at once, and looks for what passes anew. When that began, as time since boot.
     #[must_use]
     pub fn demand(&self, peer: &NodeName) -> Duration {
         let now = since_boot();
-        lock(&self.shared).prober.demand(peer, now);
-        self.nudge.wake();
+        self.0.lock().prober.demand(peer, now);
+        self.0.wake();
         now
     }
 
@@ -112,31 +103,31 @@ impl Probing {
             // Nobody would ever find that a path is whole again.
             return BTreeMap::new();
         }
-        lock(&self.shared).prober.limits()
+        self.0.lock().prober.limits()
     }
 
     /// The thread has ended, which only a panic brings about; the log tells of it.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        self.0.is_over()
     }
 
     /// No path is known to be answered.
     #[must_use]
     pub fn is_silent(&self) -> bool {
-        lock(&self.shared).prober.is_silent()
+        self.0.lock().prober.is_silent()
     }
 
     /// Messages that came in so far, whatever they are.
     #[must_use]
     pub fn received(&self) -> u64 {
-        lock(&self.shared).received
+        self.0.lock().received
     }
 
     /// The paths to a peer.
     #[must_use]
     pub fn reports_of(&self, peer: &NodeName) -> BTreeMap<Path, Report> {
-        let shared = lock(&self.shared);
+        let shared = self.0.lock();
         let paths = Family::ALL.into_iter().map(|family| Path { peer: peer.clone(), family });
         paths.filter_map(|path| shared.prober.report(&path).map(|report| (path, report))).collect()
     }
@@ -144,12 +135,8 @@ impl Probing {
     /// All paths.
     #[must_use]
     pub fn reports(&self) -> BTreeMap<Path, Report> {
-        lock(&self.shared).prober.reports()
+        self.0.lock().prober.reports()
     }
-}
-
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The wall clock; a host that believes to be before 1970 says 1970.
@@ -158,33 +145,33 @@ fn since_1970() -> Duration {
 }
 
 struct Thread {
-    shared: Arc<Mutex<Shared>>,
+    shared: Shared<Paths>,
     nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
-    told: Told,
+    announced: Announced,
 }
 
 /// What the loop knows of limits.
 #[derive(Debug, Default)]
-struct Told {
+struct Announced {
     /// Revision of the limits that it was told of last.
     revision: u64,
     /// When that was, as time since boot.
     at: Option<Duration>,
 }
 
-impl Told {
+impl Announced {
     /// What is to be done of limits that have this revision by now: tell at once, or tell later, as time since boot, or nothing.
-    fn tell(&mut self, revision: u64, now: Duration) -> Tell {
+    fn due(&mut self, revision: u64, now: Duration) -> Due {
         if revision == self.revision {
-            return Tell::Nothing;
+            return Due::Nothing;
         }
         match self.at.map(|at| at + TELL_INTERVAL).filter(|earliest| now < *earliest) {
-            Some(earliest) => Tell::Later(earliest),
+            Some(earliest) => Due::Later(earliest),
             None => {
                 *self = Self { revision, at: Some(now) };
-                Tell::Now
+                Due::Now
             }
         }
     }
@@ -192,7 +179,7 @@ impl Told {
 
 /// When to tell the loop of other limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tell {
+enum Due {
     Nothing,
     Now,
     Later(Duration),
@@ -204,14 +191,14 @@ impl Thread {
         loop {
             self.follow_targets();
             let next = self.send();
-            let revision = lock(&self.shared).prober.revision();
-            let later = match self.told.tell(revision, since_boot()) {
-                Tell::Now => {
+            let revision = self.shared.lock().prober.revision();
+            let later = match self.announced.due(revision, since_boot()) {
+                Due::Now => {
                     changed();
                     None
                 }
-                Tell::Later(at) => Some(at),
-                Tell::Nothing => None,
+                Due::Later(at) => Some(at),
+                Due::Nothing => None,
             };
             let due = [next, self.sockets.next_try(), later].into_iter().flatten().min();
             if let Err(error) = self.nudged.wait(self.sockets.all().map(|socket| socket.as_fd()), due) {
@@ -228,7 +215,7 @@ impl Thread {
 
     /// Brings sockets and guest list to what there is to be probed.
     fn follow_targets(&mut self) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         if std::mem::take(&mut shared.moved) {
             let own: BTreeSet<IpAddr> = shared.targets.values().map(|target| target.own).collect();
             self.responder.answer_only(shared.targets.values().map(|target| target.address).collect());
@@ -242,14 +229,14 @@ impl Thread {
     fn send(&self) -> Option<Duration> {
         let now = since_boot();
         let (shots, next) = {
-            let mut shared = lock(&self.shared);
+            let mut shared = self.shared.lock();
             (shared.prober.due(now), shared.prober.next())
         };
         let refused: Vec<u64> = shots.iter().filter(|shot| !self.fire(shot)).map(|shot| shot.id).collect();
         if refused.is_empty() {
             return next;
         }
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         for id in refused {
             shared.prober.refused(id, now);
         }
@@ -309,7 +296,7 @@ impl Thread {
         }
         if count > 0 {
             let (now, wall) = (since_boot(), since_1970());
-            let mut shared = lock(&self.shared);
+            let mut shared = self.shared.lock();
             shared.received += count;
             for (id, time) in answered {
                 if let Some(theirs) = time {
@@ -328,17 +315,17 @@ mod tests {
     #[test]
     fn limits_that_change_all_the_time_are_told_once_a_second() {
         let at = |milliseconds| Duration::from_millis(100_000 + milliseconds);
-        let mut told = Told::default();
-        assert_eq!(told.tell(0, at(0)), Tell::Nothing);
-        assert_eq!(told.tell(1, at(0)), Tell::Now, "the first at once");
-        assert_eq!(told.tell(1, at(10)), Tell::Nothing);
+        let mut announced = Announced::default();
+        assert_eq!(announced.due(0, at(0)), Due::Nothing);
+        assert_eq!(announced.due(1, at(0)), Due::Now, "the first at once");
+        assert_eq!(announced.due(1, at(10)), Due::Nothing);
         let times = (0..5000_u64)
             .step_by(30)
             .zip(2_u64..)
-            .filter(|(time, revision)| told.tell(*revision, at(*time)) == Tell::Now);
+            .filter(|(time, revision)| announced.due(*revision, at(*time)) == Due::Now);
         assert_eq!(times.count(), 4);
-        assert_eq!(told.tell(1000, at(5000)), Tell::Later(at(5080)), "none is forgotten");
-        assert_eq!(told.tell(1000, at(5080)), Tell::Now);
-        assert_eq!(told.tell(1000, at(5081)), Tell::Nothing);
+        assert_eq!(announced.due(1000, at(5000)), Due::Later(at(5080)), "none is forgotten");
+        assert_eq!(announced.due(1000, at(5080)), Due::Now);
+        assert_eq!(announced.due(1000, at(5081)), Due::Nothing);
     }
 }

@@ -32,10 +32,10 @@ impl At {
 /// Puts one up with these rules, in nft's words.
 ///
 /// # Errors
-/// When nft refuses, or there is one already.
+/// When nft refuses.
 pub fn raise(netns: &Netns, at: At, rules: &[&str]) -> Result<()> {
     let (hook, rules) = (at.hook(), rules.join("; "));
-    let table = format!("create table {TABLE} {{ chain c {{ type filter hook {hook}; {rules}; }}; }}");
+    let table = format!("table {TABLE} {{ chain c {{ type filter hook {hook}; {rules}; }}; }}");
     netns.command("nft", [table.as_str()]).map(drop)
 }
 

@@ -98,7 +98,7 @@ impl Prober {
                 self.tracks.insert(path.clone(), Track::new(target, now, first + COURTESY));
                 self.schedule(path);
             } else if self.tracks.get(path).is_some_and(|track| *track.target() != target) {
-                self.with(path, now, |track, _| track.retarget(target, now, first));
+                self.act(path, now, |track, _| track.retarget(target, now, first));
             }
         }
     }
@@ -111,14 +111,14 @@ impl Prober {
             }
             self.order.pop_front();
             if let Some((path, fired)) = self.flying.remove(&id) {
-                self.with(&path, now, |track, shared| track.outcome(fired, false, now, shared));
+                self.act(&path, now, |track, shared| track.outcome(fired, false, now, shared));
             }
         }
         self.pace.earn(now);
         let mut shots = Vec::new();
         while self.pace.affords() {
             let Some(path) = self.choose(now) else { break };
-            let Some(fired) = self.with(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
+            let Some(fired) = self.act(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
                 continue;
             };
             let Some(target) = self.tracks.get(&path).map(Track::target) else { continue };
@@ -146,7 +146,7 @@ impl Prober {
     /// A probe was answered. Answers to what was never sent, or is answered or given up already, change nothing.
     pub fn answered(&mut self, id: u64, now: Duration) {
         if let Some((path, fired)) = self.flying.remove(&id) {
-            self.with(&path, now, |track, shared| track.outcome(fired, true, now, shared));
+            self.act(&path, now, |track, shared| track.outcome(fired, true, now, shared));
         }
     }
 
@@ -163,14 +163,14 @@ impl Prober {
     /// This host's own kernel refused to send a probe, which says nothing about the path.
     pub fn refused(&mut self, id: u64, now: Duration) {
         if let Some((path, fired)) = self.flying.remove(&id) {
-            self.with(&path, now, |track, shared| track.refused(fired, now, shared));
+            self.act(&path, now, |track, shared| track.refused(fired, now, shared));
         }
     }
 
     /// Somebody wants to know at once: what is promised is verified, and a limit looked for anew.
     pub fn demand(&mut self, peer: &NodeName, now: Duration) {
         for family in Family::ALL {
-            self.with(&Path { peer: peer.clone(), family }, now, |track, shared| track.demand(now, shared));
+            self.act(&Path { peer: peer.clone(), family }, now, |track, shared| track.demand(now, shared));
         }
     }
 
@@ -223,18 +223,18 @@ impl Prober {
     }
 
     /// Does something with a path, and what follows from that for the other paths to the same peer.
-    fn with<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
-        let result = self.alone(path, act);
+    fn act<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+        let result = self.act_on_path(path, act);
         if std::mem::take(&mut self.shared.alarm) {
             for family in Family::ALL.into_iter().filter(|family| *family != path.family) {
-                self.alone(&Path { peer: path.peer.clone(), family }, |track, _| track.hasten(now));
+                self.act_on_path(&Path { peer: path.peer.clone(), family }, |track, _| track.hasten(now));
             }
         }
         result
     }
 
     /// Does something with a path, and what follows from that for its limit and for when it wants to send.
-    fn alone<T>(&mut self, path: &Path, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+    fn act_on_path<T>(&mut self, path: &Path, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
         self.unschedule(path);
         let track = self.tracks.get_mut(path)?;
         let result = act(track, &mut self.shared);

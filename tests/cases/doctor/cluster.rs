@@ -271,7 +271,6 @@ fn mtu(bed: &mut Bed) -> Result<()> {
 
 fn paths(bed: &mut Bed) -> Result<()> {
     let (one, two) = (bed.cluster.host(1), bed.cluster.host(2));
-    probe(one, "host2")?;
     bed.await_well("paths")?;
     let from = one.address(Family::Ipv4)?;
     let rule = format!("iifname eth0 ip saddr {from} ip length > 1401 drop");

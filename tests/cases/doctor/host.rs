@@ -21,7 +21,7 @@ pub(crate) const BREAKAGES: &[Breakage] = &[
     Breakage { check: "mac-addresses", finds: &["MACAddressPolicy=persistent"], run: mac_addresses },
     Breakage { check: "conntrack", finds: &["% full"], run: conntrack },
     Breakage { check: "disk", finds: &["full", "inodes", "read-only"], run: disk },
-    Breakage { check: "memory", finds: &["/proc/meminfo"], run: memory },
+    Breakage { check: "memory", finds: &["MemAvailable: 48.8 MiB"], run: memory },
 ];
 
 /// How long a packet may take that is expected to arrive.

@@ -73,6 +73,10 @@ pub(crate) fn tell(builder: ClusterBuilder, rounds: Rounds) -> Result<()> {
     let dead = dead_daemon(&cluster, &[a, b, c])?;
     settled(&cluster)?;
     let unplugged = unplugged(&cluster, &[a, b])?;
+    await_answers_among(&pods, LIMIT)?;
+    let seen = leak.finish(&cluster)?.with_tunnelled(1000)?;
+    ensure!(seen.fragments == 0, "{} fragments", seen.fragments);
+    seen.nothing_strange()?;
     for (what, account) in [("while all rotate", rotated), ("with a dead daemon", dead), ("unplugged", unplugged)] {
         // A machine that is busy stalls connections by itself: as much as without a rotation, or at the time.
         let baseline = quiet.longest_stall().max(account.control.largest_stall);
@@ -82,10 +86,7 @@ pub(crate) fn tell(builder: ClusterBuilder, rounds: Rounds) -> Result<()> {
             "{what}: TCP stood still for {stall:?}, of which the machine explains {baseline:?}"
         );
     }
-    await_answers_among(&pods, LIMIT)?;
-    let seen = leak.finish(&cluster)?.with_tunnelled(1000)?;
-    ensure!(seen.fragments == 0, "{} fragments", seen.fragments);
-    seen.nothing_strange()
+    Ok(())
 }
 
 /// Runs traffic among pods while `work` goes on; every datagram has to arrive once.
