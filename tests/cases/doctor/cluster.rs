@@ -298,10 +298,10 @@ fn peers(bed: &mut Bed) -> Result<()> {
     let huskctl = binary("huskctl")?;
     let bare = one.program("setpriv").args(["--bounding-set", "-net_raw"]).args([&huskctl]);
     let bare = bare.args(["doctor", "--only", "peers"]).run()?;
+    firewall::lift(two.netns())?;
     for told in ["UDP port 4789 is blocked", "answers an attempt to connect", "pings may not be sent from here"] {
         ensure!(bare.stdout.contains(told), "{told}: {bare:?}");
     }
-    firewall::lift(two.netns())?;
     well()?;
 
     bed.cluster.set_cable(2, false)?;

@@ -17,6 +17,10 @@ use crate::knock::knock;
 use crate::report::PeerReport;
 use crate::trace::Knock;
 
+/// The port at which a host is knocked at on the underlay: the kubelet's (Kubernetes documentation, "Ports and Protocols"), which
+/// firewalls of nodes let pass. A host without one refuses, which is an answer, too.
+const KUBELET_PORT: u16 = 10_250;
+
 /// A peer that does not answer, and what was found out about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Silent {
@@ -88,7 +92,12 @@ pub(super) fn examine(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<
     let (by, answers) = match echo::answering(&all) {
         Ok(answered) => (Means::Ping, all.iter().map(|address| (*address, answered.contains(address))).collect()),
         // A container without CAP_NET_RAW, on a host whose ping_group_range leaves root out.
-        Err(_) => (Means::Knock, knock_at_all(&all)),
+        Err(_) => {
+            let on_underlay = hosts.iter().map(|address| SocketAddr::new(*address, KUBELET_PORT));
+            // Husk itself drops what comes to this port from anywhere but the tunnel.
+            let through_tunnel = inside.iter().map(|address| SocketAddr::new(*address, PROBE_PORT));
+            (Means::Knock, knock_at_all(on_underlay.chain(through_tunnel)))
+        }
     };
     // After that, which makes the kernel ask for neighbours.
     let failed = neighbours::failed(&mut socket)?;
@@ -136,11 +145,9 @@ pub(super) fn evidence_of(one: &Silent, report: Option<&PeerReport>) -> String {
 }
 
 /// Which of these addresses answer an attempt to connect, asked all at once; without those that could not be asked.
-fn knock_at_all(addresses: &BTreeSet<IpAddr>) -> BTreeMap<IpAddr, bool> {
-    let knocking = addresses.iter().map(|address| {
-        let at = SocketAddr::new(*address, PROBE_PORT);
-        (*address, thread::Builder::new().name("knock".into()).spawn(move || knock(at)).ok())
-    });
+fn knock_at_all(addresses: impl Iterator<Item = SocketAddr>) -> BTreeMap<IpAddr, bool> {
+    let knocking =
+        addresses.map(|at| (at.ip(), thread::Builder::new().name("knock".into()).spawn(move || knock(at)).ok()));
     // All are under way before the first is waited for.
     let knocking: Vec<_> = knocking.collect();
     let found = knocking.into_iter().filter_map(|(address, knock)| Some((address, knock?.join().ok().flatten()?)));
@@ -185,8 +192,8 @@ mod tests {
         let up = Silent { by: Means::Knock, host_answers: Some(true), ..silent() };
         let told = evidence_of(&up, None);
         assert!(told.starts_with("beta (192.0.2.2): answers an attempt to connect, pings may not be sent"), "{told}");
-        // A closed port is an answer; documentation addresses (RFC 5737) are nobody's.
-        let local = "127.0.0.1".parse().unwrap();
-        assert_eq!(knock_at_all(&[local].into()).get(&local), Some(&true));
+        // A closed port is an answer.
+        let local = SocketAddr::from(([127, 0, 0, 1], 1));
+        assert_eq!(knock_at_all([local].into_iter()).get(&local.ip()), Some(&true));
     }
 }
