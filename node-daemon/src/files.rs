@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
+
 /// Files with this prefix are halves of a write; readers of a directory pass over them.
 pub const TEMPORARY_PREFIX: &str = ".husk-tmp-";
 
@@ -58,16 +60,26 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Opens a regular file to be read, and nothing else: a pipe or a device in its place would be waited for without end.
+///
+/// # Errors
+/// Of the file system, or when it is no regular file; without the path.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    // Without this flag the opening itself waits for somebody who writes to the pipe (fifo(7)). Regular files know no waiting.
+    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
+}
+
 /// Bytes that have to be free for the standard library to read into a text directly, rather than by way of its own buffer.
 const READ_AHEAD: usize = 64;
 
-/// Reads a text file of at most `limit` bytes; none if there is no such file.
+/// Reads a regular text file of at most `limit` bytes; none if there is no such file.
 ///
 /// # Errors
 /// Of the file system, or when the file is larger, with the path.
 pub fn read_text(path: &Path, limit: u64) -> io::Result<Option<String>> {
     use std::io::Read as _;
-    let file = match File::open(path) {
+    let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(named(path, "read", &error)),
@@ -135,6 +147,18 @@ mod tests {
         assert!(!create_exclusively(&path, b"second", 0o644).unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"first");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused_and_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        for path in [pipe.as_path(), directory.path(), Path::new("/dev/null")] {
+            let error = read_text(path, 100).unwrap_err().to_string();
+            assert_eq!(error, format!("cannot read {}: it is no regular file", path.display()));
+        }
+        assert!(read_text(Path::new("/proc/self/status"), 1 << 16).unwrap().is_some());
     }
 
     #[test]

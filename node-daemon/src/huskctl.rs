@@ -21,6 +21,7 @@ mod ui;
 pub(crate) use self::tables::bytes;
 
 use std::io::{ErrorKind, Write as _};
+use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -34,8 +35,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::style::Colour;
+use crate::leases;
 use crate::manual::{self, Shell};
-use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, Status};
+use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, ReleaseReport, Status};
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -168,6 +170,13 @@ enum IpamCommand {
     Show,
     /// Looks for contradictions between leases, blocks and interfaces; exit status 1 if any
     Check,
+    /// Releases the lease of a pod that is gone and was never deleted, as the doctor tells of; refuses if the pod may be there yet
+    ///
+    /// Works without the daemon. The address rests for ipam.coolDown, as after every release.
+    Release {
+        /// An address of the pod
+        address: IpAddr,
+    },
 }
 
 impl Arguments {
@@ -240,14 +249,16 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             let written = reference::manual().write(directory)?.len();
             Ok((format!("{written} pages are in {}.\n", directory.display()), false))
         }
-        Command::Ipam(command) => {
+        Command::Ipam(IpamCommand::Release { address }) => {
+            let released = leases::release(&arguments.run_directory, *address)?;
+            Ok((show.text(&ReleaseReport { released }, tables::released)?, false))
+        }
+        Command::Ipam(command @ (IpamCommand::Show | IpamCommand::Check)) => {
             let ipam: IpamReport = ask(&socket, &Request::Ipam)?;
-            match command {
-                IpamCommand::Show => Ok((show.text(&ipam, tables::ipam)?, false)),
-                IpamCommand::Check => {
-                    Ok((show.text(&ipam.findings, |f| tables::findings(f))?, !ipam.findings.is_empty()))
-                }
+            if matches!(command, IpamCommand::Show) {
+                return Ok((show.text(&ipam, tables::ipam)?, false));
             }
+            Ok((show.text(&ipam.findings, |f| tables::findings(f))?, !ipam.findings.is_empty()))
         }
     }
 }

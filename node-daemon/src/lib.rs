@@ -9,7 +9,7 @@
 //! what a reboot ends; [`cleanup`] the way out.
 //!
 //! What tells people: [`server`] and [`report`] are the daemon's socket, [`huskctl`] its client, [`manual`] its pages;
-//! [`trace`] what becomes of a packet; [`doctor`] what is looked at beyond the daemon; [`metrics`] what is counted, [`http`]
+//! [`trace`] what becomes of a packet; [`doctor`] what is looked at beyond the daemon, [`leases`] those of pods that are gone; [`metrics`] what is counted, [`http`]
 //! what serves that, [`ui`] its page; [`line_log`] logs of flows and decisions.
 
 pub mod boot;
@@ -27,7 +27,9 @@ pub mod http;
 pub mod huskctl;
 pub mod identity;
 pub mod keys;
+mod knock;
 pub mod kubernetes;
+pub mod leases;
 pub mod line_log;
 pub mod logging;
 pub mod manual;
@@ -36,6 +38,7 @@ pub mod node_file;
 mod nudge;
 pub mod offload;
 pub mod probing;
+mod programs;
 pub mod report;
 pub mod server;
 pub mod source;

@@ -17,7 +17,7 @@ pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp}
 pub use crate::line_log::LogLine;
 pub use capture::{CaptureReport, Tap, TunnelPorts, VerifyPath};
 pub use doctor::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
-pub use ipam::{BlockReport, IpamReport, PoolReport};
+pub use ipam::{BlockReport, IpamReport, PoolReport, ReleaseReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
 pub use mtu::{MismatchKind, MtuMismatch, MtuOrigin, MtuReport, MtuSource, WhatIfReport};
 pub use paths::{PathReport, ProbeStarted};

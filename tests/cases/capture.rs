@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use husk_tests::firewall::{self, At};
 use husk_tests::pod::await_answers_among;
 use husk_tests::probe::Echo;
 use husk_tests::process::{self, Output};
@@ -48,11 +49,10 @@ fn packets_are_captured_in_wireguard_mode() -> Result<()> {
     ensure!(verified.status.code() == Some(0) && verified.stdout.contains("ENCRYPTED"), "{verified:?}");
     ensure!(verified.stdout.contains("0 of them held the marker"), "{verified:?}");
     // What does not come out proves nothing.
-    let table = "table inet between { chain c { type filter hook output priority 0; udp dport 51820-51821 drop; }; }";
-    stage.one().netns().command("nft", [table])?;
+    firewall::raise(stage.one().netns(), At::Output, &["udp dport 51820-51821 drop"])?;
     let verified = stage.one().huskctl_json(["capture", "host2", "--verify-encrypted"])?;
     ensure!(verified["verdict"] == "unproven" && verified["withMarker"] == 0, "{verified}");
-    stage.one().netns().command("nft", ["delete", "table", "inet", "between"])?;
+    firewall::lift(stage.one().netns())?;
     stage.cluster.ensure_settled()
 }
 

@@ -10,57 +10,138 @@ mod host;
 #[path = "doctor/services.rs"]
 mod services;
 
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::host::Host;
 use husk_tests::process::{Output, binary};
-use husk_tests::{Cluster, Mode};
+use husk_tests::{Cluster, Mode, eventually};
 use serde_json::Value;
 
-/// What breaks a check, and mends it.
+/// What breaks a check, and what the doctor has to say to that.
 struct Breakage {
     /// The check.
     check: &'static str,
-    /// From well to well.
-    run: fn(&Bed) -> Result<()>,
+    /// Words of which each is in some finding of the check while this runs, whatever the host is called.
+    finds: &'static [&'static str],
+    /// Breaks it for real, sees it found, mends it as the doctor says, and sees it well again.
+    run: fn(&mut Bed) -> Result<()>,
+}
+
+/// A cluster to break things on, and all that is broken there.
+struct Ground {
+    /// Makes the cluster.
+    bed: fn() -> Result<Bed>,
+    /// What is broken on it, in this order.
+    breakages: &'static [&'static [Breakage]],
+}
+
+/// All of them, each of which has its test. A check that none of them breaks fails [`every_check_is_broken_by_a_test`].
+const GROUNDS: [&Ground; 6] =
+    [&ONE_HOST, &cluster::TWO_HOSTS, &cluster::KEYS, &cluster::POOL, &cluster::IPSEC, &cluster::OFFLOAD];
+
+/// What one host does to itself.
+const ONE_HOST: Ground = Ground {
+    bed: || Bed::with_root(Cluster::builder().mode(Mode::Vxlan).start()?),
+    breakages: &[host::BREAKAGES, services::BREAKAGES, firewall::BREAKAGES],
+};
+
+impl Ground {
+    fn breakages(&self) -> impl Iterator<Item = &'static Breakage> {
+        self.breakages.iter().flat_map(|some| some.iter())
+    }
+
+    /// Breaks one thing after the other, all of them, and says which were not found or not mended.
+    fn run(&self) -> Result<Bed> {
+        let mut bed = (self.bed)()?;
+        let mut failed = Vec::new();
+        for Breakage { check, finds, run } in self.breakages() {
+            bed.told.get_mut().clear();
+            let told = |bed: &mut Bed| {
+                let findings = bed.told.get_mut();
+                let missing: Vec<_> =
+                    finds.iter().filter(|it| !findings.iter().any(|(_, text)| text.contains(**it))).collect();
+                let strange = findings.iter().any(|(id, _)| id == check);
+                ensure!(strange && missing.is_empty(), "no finding of it has {missing:?}: {findings:?}");
+                Ok(())
+            };
+            match run(&mut bed).and_then(|()| told(&mut bed)) {
+                Ok(()) => eprintln!("{check}: well, found, mended"),
+                Err(error) => failed.push(format!("{check}: {error:#}")),
+            }
+        }
+        ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
+        Ok(bed)
+    }
 }
 
 /// A cluster, and files that stand for those of its first host.
 struct Bed {
     cluster: Cluster,
-    root: PathBuf,
+    /// Where those files are; without, the host's own are looked at.
+    root: Option<PathBuf>,
+    /// Number of the host that is looked at.
+    patient: Cell<usize>,
+    /// What was found since this was emptied: the check, and its finding as JSON.
+    told: RefCell<Vec<(String, String)>>,
 }
 
+/// How long it may take until what was broken or mended between hosts shows.
+const SHOWS: Duration = Duration::from_secs(30);
+
 impl Bed {
-    fn new(mode: Mode) -> Result<Self> {
-        let cluster = Cluster::builder().mode(mode).start()?;
-        let root = cluster.scope().directory().join("root-of-host1");
-        fs::create_dir_all(&root)?;
-        Ok(Self { cluster, root })
+    fn new(cluster: Cluster) -> Self {
+        Self { cluster, root: None, patient: Cell::new(1), told: RefCell::default() }
     }
 
+    fn with_root(cluster: Cluster) -> Result<Self> {
+        let root = cluster.scope().directory().join("root-of-host1");
+        fs::create_dir_all(&root)?;
+        Ok(Self { root: Some(root), ..Self::new(cluster) })
+    }
+
+    /// The host that is looked at.
     fn host(&self) -> &Host {
-        self.cluster.host(1)
+        self.cluster.host(self.patient.get())
+    }
+
+    /// Looks at another host for a while.
+    fn on<T>(&self, number: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let before = self.patient.replace(number);
+        let done = work();
+        self.patient.set(before);
+        done
+    }
+
+    fn root(&self) -> Result<&Path> {
+        self.root.as_deref().context("the host's own files are looked at")
     }
 
     /// Writes a file of the host's.
     fn write(&self, path: &str, contents: &str) -> Result<()> {
-        let path = self.root.join(path.trim_start_matches('/'));
+        let path = self.root()?.join(path.trim_start_matches('/'));
         fs::create_dir_all(path.parent().context("a file is in a directory")?)?;
         fs::write(&path, contents).with_context(|| format!("writing {}", path.display()))
     }
 
     /// A file of the host's, if there is one.
     fn read(&self, path: &str) -> Option<String> {
-        fs::read_to_string(self.root.join(path.trim_start_matches('/'))).ok()
+        fs::read_to_string(self.root.as_ref()?.join(path.trim_start_matches('/'))).ok()
+    }
+
+    /// Removes a directory of the host's.
+    fn remove(&self, path: &str) -> Result<()> {
+        fs::remove_dir_all(self.root()?.join(path)).with_context(|| format!("removing {path}"))
     }
 
     fn doctor(&self, arguments: &[&str]) -> Result<Output> {
-        let root = self.root.to_str().context("a path of letters")?;
-        self.host().huskctl(["doctor", "--host-root", root].iter().chain(arguments).copied())
+        let root = self.root.as_deref().map(|root| root.to_str().context("a path of letters")).transpose()?;
+        let root = root.into_iter().flat_map(|root| ["--host-root", root]);
+        self.host().huskctl(["doctor"].into_iter().chain(root).chain(arguments.iter().copied()))
     }
 
     /// The whole report about one check.
@@ -70,7 +151,14 @@ impl Bed {
             serde_json::from_str(&output.stdout).with_context(|| format!("{check}: no JSON: {output:?}"))?;
         let found = report["checks"][0]["outcome"] == "found";
         ensure!(output.status.code() == Some(i32::from(found)), "{check}: exit status of {output:?}");
+        self.note(check, &report["checks"][0]);
         Ok(report)
+    }
+
+    /// Remembers what a check has found.
+    fn note(&self, check: &str, outcome: &Value) {
+        let findings = outcome["findings"].as_array().into_iter().flatten();
+        self.told.borrow_mut().extend(findings.map(|finding| (check.to_owned(), finding.to_string())));
     }
 
     fn look(&self, check: &str) -> Result<Value> {
@@ -97,6 +185,33 @@ impl Bed {
         Ok(findings[0].clone())
     }
 
+    /// Waits until the check finds nothing.
+    fn await_well(&self, check: &str) -> Result<()> {
+        let mut last = Value::Null;
+        let awaited = eventually(&format!("the check {check} to be well"), SHOWS, || {
+            last = self.look(check)?;
+            Ok(last["outcome"] == "well")
+        });
+        awaited.with_context(|| format!("{}: {last:#}", self.host().name()))
+    }
+
+    /// Waits for a finding that has all of these parts, the fix included.
+    fn await_found(&self, check: &str, parts: &[&str]) -> Result<Value> {
+        let (mut last, mut found) = (Value::Null, None);
+        let awaited = eventually(&format!("the check {check} to find it"), SHOWS, || {
+            last = self.look(check)?;
+            let has_all = |finding: &&Value| parts.iter().all(|part| finding.to_string().contains(part));
+            found = last["findings"].as_array().into_iter().flatten().find(has_all).cloned();
+            Ok(found.is_some())
+        });
+        awaited.with_context(|| format!("{}: no finding with {parts:?}: {last:#}", self.host().name()))?;
+        // As people see it, with its exit status.
+        let told = self.doctor(&["--only", check])?;
+        ensure!(told.status.code() == Some(1), "{told:?}");
+        eprintln!("{}", told.stdout);
+        found.context("it was found")
+    }
+
     /// `--fix` does away with what the check found; returns what is left to do on the host.
     fn fixed(&self, check: &str) -> Result<Value> {
         let report = self.report(check, &["--fix", "--yes"])?;
@@ -112,38 +227,20 @@ impl Bed {
         let commands = finding["fix"]["commands"].as_array().context("a fix has commands")?;
         ensure!(!commands.is_empty(), "no commands: {finding:#}");
         for command in commands.iter().filter_map(Value::as_str) {
-            self.host().program("sh").args(["-c", command]).check()?;
+            let pasted = self.host().program("/bin/sh").args(["-ec", command]);
+            let said = pasted.check().with_context(|| command.to_owned())?;
+            eprintln!("$ {command}\n{said}");
         }
         Ok(())
     }
 }
 
-/// All breakages of one host.
-fn breakages() -> impl Iterator<Item = &'static Breakage> {
-    [host::BREAKAGES, services::BREAKAGES, firewall::BREAKAGES].into_iter().flatten()
-}
-
-/// Runs breakages one after the other, all of them, and says which failed.
-fn run(bed: &Bed, breakages: &[&Breakage]) -> Result<()> {
-    let mut failed = Vec::new();
-    for Breakage { check, run } in breakages {
-        match run(bed) {
-            Ok(()) => eprintln!("{check}: well, found, mended"),
-            Err(error) => failed.push(format!("{check}: {error:#}")),
-        }
-    }
-    ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
-    Ok(())
-}
-
 #[test]
 fn what_is_broken_on_a_host_is_found_and_mended() -> Result<()> {
-    let bed = Bed::new(Mode::Vxlan)?;
-    let all: Vec<&Breakage> = breakages().collect();
-    run(&bed, &all)?;
+    let bed = ONE_HOST.run()?;
     // Nothing of all that is left. What lies between the nodes needs its time to recover, and is not looked at here.
     // Nor the runtime's directory: that of the host itself is not below the root.
-    let here = breakages().filter(|breakage| breakage.check != "cni-config-order");
+    let here = ONE_HOST.breakages().filter(|breakage| breakage.check != "cni-config-order");
     let only: Vec<&str> = here.flat_map(|breakage| ["--only", breakage.check]).collect();
     let whole = bed.doctor(&only)?;
     ensure!(whole.status.code() == Some(0) && whole.stdout.contains("nothing is wrong"), "{whole:?}");
@@ -152,7 +249,7 @@ fn what_is_broken_on_a_host_is_found_and_mended() -> Result<()> {
 
 #[test]
 fn nothing_is_fixed_that_nobody_agreed_to() -> Result<()> {
-    let bed = Bed::new(Mode::Direct)?;
+    let bed = Bed::with_root(Cluster::builder().mode(Mode::Direct).start()?)?;
     let parameter = "net/ipv4/conf/eth0/forwarding";
     bed.host().netns().sysctl(parameter, "0")?;
     // Neither without --fix nor where nobody can be asked.
@@ -164,7 +261,7 @@ fn nothing_is_fixed_that_nobody_agreed_to() -> Result<()> {
     ensure!(unknown.status.code() == Some(2), "{unknown:?}");
     // Somebody at a terminal says no, and then yes.
     for (answer, code, left) in [("n", "1", "left"), ("y", "0", "fixed")] {
-        let root = bed.root.to_str().context("a path of letters")?;
+        let root = bed.root()?.display();
         let huskctl = binary("huskctl")?;
         let command =
             format!("{} doctor --host-root {root} --only forwarding --fix; echo status $?", huskctl.display());
@@ -188,7 +285,7 @@ fn every_check_is_broken_by_a_test() -> Result<()> {
     let checks = listed.as_array().context("a list")?;
     let checks: BTreeSet<&str> = checks.iter().filter_map(|check| check["id"].as_str()).collect();
     let broken: BTreeSet<&str> =
-        breakages().map(|breakage| breakage.check).chain(cluster::BREAKS.iter().copied()).collect();
+        GROUNDS.iter().flat_map(|ground| ground.breakages()).map(|breakage| breakage.check).collect();
     ensure!(checks == broken, "without a test: {:?}; without a check: {:?}", &checks - &broken, &broken - &checks);
     Ok(())
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use husk_dataplane::probe::{ProbeSocket, Sent};
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::probe::wire;
+use husk_tests::firewall::{self, At};
 use husk_tests::netns::Netns;
 use husk_tests::paths::{await_verified, is_exact, issues, probed, routes_have, send_and_wait};
 use husk_tests::pod::{Served, await_answers_among};
@@ -34,9 +35,6 @@ const LOSSES: &str = "numgen random mod 1000 < 50 drop";
 
 /// Bytes of the connection that stalls.
 const BYTES: usize = 100_000;
-
-/// Name of the table that stands for the path.
-const TABLE: &str = "inet path";
 
 #[test]
 fn a_vxlan_path_that_swallows_is_found_and_climbs_back() -> Result<()> {
@@ -69,16 +67,13 @@ struct Hole {
 fn disturb(cluster: &Cluster, rules: &[&str]) -> Result<()> {
     let links = cluster.host(1).netns().ip_json(["link", "show", "dev", "eth0"])?;
     let from = links[0]["address"].as_str().context("eth0 has no Ethernet address")?;
-    let rules: Vec<_> = rules.iter().map(|rule| format!("iifname eth0 ether saddr {from} {rule};")).collect();
-    let table = format!(
-        "table {TABLE} {{ chain arriving {{ type filter hook prerouting priority -400; {} }}; }}",
-        rules.join(" ")
-    );
-    cluster.host(2).netns().command("nft", [table.as_str()]).map(drop)
+    let rules: Vec<_> = rules.iter().map(|rule| format!("iifname eth0 ether saddr {from} {rule}")).collect();
+    let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
+    firewall::raise(cluster.host(2).netns(), At::Path, &rules)
 }
 
 fn calm(cluster: &Cluster) -> Result<()> {
-    cluster.host(2).netns().command("nft", ["delete", "table", "inet", "path"]).map(drop)
+    firewall::lift(cluster.host(2).netns())
 }
 
 fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
@@ -222,15 +217,14 @@ fn a_firewall_of_the_hosts_own_that_drops_probes_is_told_with_its_remedy() -> Re
     two.start()?;
     await_verified(one, "host2", FOUND)?;
 
-    let strict = "table inet strict { chain input { type filter hook input priority 0; iifname \"husk-*\" udp dport 4875 drop; }; }";
-    one.netns().command("nft", [strict])?;
+    firewall::raise(one.netns(), At::Input, &["iifname \"husk-*\" udp dport 4875 drop"])?;
     let started = Instant::now();
     eventually("the firewall to be told of", 2 * FOUND, || Ok(!deaf()?.is_empty()))
         .with_context(|| format!("{:?}", probed(one, "host2")))?;
     eprintln!("told of a firewall that drops probes after {:?}", started.elapsed());
     let told = deaf()?;
     ensure!(told[0]["severity"] == "warning" && told[0]["remedy"].to_string().contains("4875"), "{told:?}");
-    one.netns().command("nft", ["delete", "table", "inet", "strict"])?;
+    firewall::lift(one.netns())?;
     await_verified(one, "host2", FOUND)?;
     eventually("the issue to go", PATIENCE, || Ok(deaf()?.is_empty()))
 }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_tests::firewall::{self, At};
 use husk_tests::policy::scene::{Scene, Service, answers};
 use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
 use serde_json::{Value, json};
@@ -92,15 +93,11 @@ fn port(mode: Mode) -> u16 {
 fn block(cluster: &Cluster, on: bool) -> Result<()> {
     let netns = cluster.host(2).netns();
     if !on {
-        return netns.command("nft", ["delete", "table", "inet", "between"]).map(drop);
+        return firewall::lift(netns);
     }
     // Either generation of WireGuard.
     let port = port(cluster.mode());
-    let rule = format!("udp dport {port}-{} drop", port + 1);
-    let table = format!(
-        "table inet between {{ chain c {{ type filter hook prerouting priority -400; iifname eth0 {rule}; }}; }}"
-    );
-    netns.command("nft", [table.as_str()]).map(drop)
+    firewall::raise(netns, At::Path, &[&format!("iifname eth0 udp dport {port}-{} drop", port + 1)])
 }
 
 #[test]

@@ -299,7 +299,7 @@ impl Collector {
 
     /// Everything, once the program has ended; a detached descendant may hold the pipe open for good.
     fn text(self) -> String {
-        let _ = self.ended.recv_timeout(Duration::from_millis(300));
+        let _ = self.ended.recv_timeout(Duration::from_secs(1));
         String::from_utf8_lossy(&lock(&self.bytes)).into_owned()
     }
 }

@@ -1,9 +1,11 @@
 //! The daemon itself: its configuration, and whether it answers.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 use crate::files;
+use crate::programs::{self, Keep, Limits};
 use husk_overlay::config::Config;
 use husk_overlay::issue::Severity;
 
@@ -22,6 +24,9 @@ const SYSTEMD: &str = "/run/systemd/system";
 
 /// Lines of the log that are shown.
 const LOG_LINES: usize = 5;
+
+/// Limits of a program that is only asked something.
+pub(super) const LIMITS: Limits = Limits { time: Duration::from_secs(5), bytes: 64 << 10 };
 
 /// Reads the configuration file.
 pub(super) fn read_config(evidence: &Evidence) -> Result<Config, String> {
@@ -94,16 +99,30 @@ fn silent(evidence: &Evidence, why: String) -> Finding {
 }
 
 fn systemctl(arguments: &[&str]) -> Option<String> {
-    output(Command::new("systemctl").args(arguments))
+    asked(Command::new("systemctl").args(arguments), LIMITS)
 }
 
 fn last_lines() -> Vec<String> {
     let lines = LOG_LINES.to_string();
-    let log = output(Command::new("journalctl").args(["-u", UNIT, "-n", &lines, "-o", "cat", "--no-pager"]));
+    let log = asked(Command::new("journalctl").args(["-u", UNIT, "-n", &lines, "-o", "cat", "--no-pager"]), LIMITS);
     log.unwrap_or_default().lines().take(LOG_LINES).map(str::to_owned).collect()
 }
 
-fn output(command: &mut Command) -> Option<String> {
-    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+/// What a program says that is only asked; none if it fails, or does not answer in time.
+pub(super) fn asked(command: &mut Command, limits: Limits) -> Option<String> {
+    let ran = programs::run(command.env("PATH", programs::search_path()), Keep::Beginning, limits).ok()?;
+    (ran.status == Some(0)).then(|| String::from_utf8_lossy(&ran.output.content).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_manager_that_hangs_says_nothing_and_is_not_waited_for() {
+        let limits = Limits { time: Duration::from_millis(100), ..LIMITS };
+        assert_eq!(asked(Command::new("sh").args(["-c", "echo LoadState=loaded; sleep 600"]), limits), None);
+        assert_eq!(asked(Command::new("sh").args(["-c", "echo well"]), LIMITS).as_deref(), Some("well\n"));
+        assert_eq!(asked(Command::new("sh").args(["-c", "echo ill; exit 1"]), LIMITS), None);
+    }
 }

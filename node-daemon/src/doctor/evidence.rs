@@ -1,16 +1,18 @@
 //! What checks look at, gathered when it is first asked for and then kept, so that all checks of a run see the same.
 
 use std::cell::OnceCell;
-use std::path::PathBuf;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use husk_dataplane::nft;
 use husk_overlay::config::Config;
 use husk_overlay::ipc::{Request, Response, SOCKET_FILE};
+use husk_overlay::marks;
 use serde::de::DeserializeOwned;
 
-use super::Unknown;
 use super::firewall::Ruleset;
 use super::host::HostFiles;
+use super::{Action, Unknown};
 use crate::huskctl::exchange;
 use crate::report::{IpamReport, KeysReport, MtuReport, PeerReport, Status};
 
@@ -25,6 +27,39 @@ pub struct Places {
     pub config: PathBuf,
     /// Root of the host's files.
     pub host_root: PathBuf,
+    /// How a shell finds `huskctl`.
+    pub huskctl: String,
+}
+
+impl Places {
+    /// A question to this daemon, asked by this very program.
+    pub(super) fn huskctl(&self, arguments: &[&str]) -> Action {
+        let elsewhere = self.run_directory_elsewhere().map(|it| it.display().to_string());
+        let told = elsewhere.into_iter().flat_map(|it| ["--run-directory".to_owned(), it]);
+        Action::run(&self.huskctl, arguments.iter().map(|&word| word.to_owned()).chain(told))
+    }
+
+    /// Releases the lease of an address.
+    pub(super) fn release_lease(&self, address: IpAddr) -> Action {
+        let run_directory = self.run_directory_elsewhere().map(Path::to_owned);
+        Action::ReleaseLease { program: self.huskctl.clone(), address, run_directory }
+    }
+
+    /// The usual ones.
+    #[cfg(test)]
+    pub(super) fn of_tests() -> Self {
+        Self {
+            run_directory: marks::RUN_DIRECTORY.into(),
+            state_directory: marks::STATE_DIRECTORY.into(),
+            config: crate::daemon::CONFIG_FILE.into(),
+            host_root: "/".into(),
+            huskctl: "huskctl".into(),
+        }
+    }
+
+    fn run_directory_elsewhere(&self) -> Option<&Path> {
+        Some(self.run_directory.as_path()).filter(|it| *it != Path::new(marks::RUN_DIRECTORY))
+    }
 }
 
 /// What checks look at. The kernel is asked directly, in the calling thread's network namespace.
@@ -158,4 +193,21 @@ impl Evidence {
 
 fn known<T>(gathered: &Result<T, Unknown>) -> Result<&T, Unknown> {
     gathered.as_ref().map_err(Clone::clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_goes_to_the_daemon_that_was_looked_at() {
+        let mut places = Places::of_tests();
+        assert_eq!(places.huskctl(&["keys", "rotate"]).to_string(), "huskctl keys rotate");
+        places.run_directory = "/run/other".into();
+        places.huskctl = "/opt/huskctl".into();
+        let elsewhere = "/opt/huskctl keys rotate --run-directory /run/other";
+        assert_eq!(places.huskctl(&["keys", "rotate"]).to_string(), elsewhere);
+        let release = places.release_lease("fd42::1".parse().unwrap()).to_string();
+        assert_eq!(release, "/opt/huskctl ipam release fd42::1 --run-directory /run/other");
+    }
 }

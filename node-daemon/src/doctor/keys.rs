@@ -10,7 +10,7 @@ use husk_overlay::name::NodeName;
 
 use super::issues::{self, Teller};
 use super::words::{age, several};
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Places};
 use crate::report::{EpochReport, KeysReport};
 
 /// Keys.
@@ -37,13 +37,13 @@ fn keys(evidence: &Evidence) -> Looked {
     }
     let report = evidence.keys()?;
     let mut findings = issues::findings(evidence, Teller::Keys)?;
-    findings.extend(judge(report, &config.rotation));
+    findings.extend(judge(report, &config.rotation, &evidence.places));
     let newest = report.epochs.last();
     let seen = newest.map_or_else(|| "no key yet".to_owned(), |it| format!("epoch {}, {} old", it.epoch, age(it.age)));
     Ok(Outcome::of(findings, seen))
 }
 
-fn judge(report: &KeysReport, rotation: &RotationConfig) -> Vec<Finding> {
+fn judge(report: &KeysReport, rotation: &RotationConfig, places: &Places) -> Vec<Finding> {
     let mut findings = Vec::new();
     let Some(newest) = report.epochs.last() else { return findings };
     let late = newest.age >= u64::from(rotation.grace).saturating_mul(LATE);
@@ -60,7 +60,7 @@ fn judge(report: &KeysReport, rotation: &RotationConfig) -> Vec<Finding> {
             told.clone(),
             Fix::by_hand(
                 "the cluster source does not take the node's record: see `huskctl status`, and the daemon's log",
-                [Action::run_on_host("huskctl", ["status"])],
+                [places.huskctl(&["status"])],
                 "it depends on what the source says",
             ),
         ));
@@ -98,10 +98,7 @@ fn judge(report: &KeysReport, rotation: &RotationConfig) -> Vec<Finding> {
                 age(newest.age)
             ),
             [told, vec![format!("keys.rotation is {}", age(rotation.interval.unwrap_or_default().into()))]].concat(),
-            Fix::safe(
-                "ask for a new one; the answer says what it waits for",
-                [Action::run("huskctl", ["keys", "rotate"])],
-            ),
+            Fix::safe("ask for a new one; the answer says what it waits for", [places.huskctl(&["keys", "rotate"])]),
         ));
     }
     findings
@@ -126,7 +123,7 @@ fn xfrm_errors(evidence: &Evidence) -> Looked {
     }
     // The counters begin with the boot, and what went wrong once may be long over.
     thread::sleep(WATCHED);
-    let findings = growing(&before, &xfrm::statistics());
+    let findings = growing(&before, &xfrm::statistics(), &evidence.places);
     let past: Vec<String> =
         before.iter().filter(|(_, count)| **count > 0).map(|(name, count)| format!("{name} {count}")).collect();
     let seen = match past.as_slice() {
@@ -136,13 +133,13 @@ fn xfrm_errors(evidence: &Evidence) -> Looked {
     Ok(Outcome::of(findings, seen))
 }
 
-fn growing(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> Vec<Finding> {
+fn growing(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>, places: &Places) -> Vec<Finding> {
     let finding = |(name, count): (&String, &u64)| {
         let more = count.saturating_sub(before.get(name).copied().unwrap_or_default());
         if more == 0 {
             return None;
         }
-        let (meaning, words, action) = meaning(name);
+        let (meaning, words, action) = meaning(name, places);
         let told = format!("/proc/net/xfrm_stat: {name} {count}, {more} more within {} s", WATCHED.as_secs());
         let fix = match action {
             Some(action) => Fix::by_hand(words, [action], "this only shows more"),
@@ -154,8 +151,8 @@ fn growing(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> Vec
 }
 
 /// What a counter counts (Documentation/networking/xfrm_proc.rst of the kernel), and what to do.
-fn meaning(counter: &str) -> (&'static str, &'static str, Option<Action>) {
-    let huskctl = |arguments: &[&str]| Some(Action::run("huskctl", arguments.iter().copied()));
+fn meaning(counter: &str, places: &Places) -> (&'static str, &'static str, Option<Action>) {
+    let huskctl = |arguments: &[&str]| Some(places.huskctl(arguments));
     let ip = |arguments: &[&str]| Some(Action::run("ip", arguments.iter().copied()));
     match counter {
         "XfrmInNoStates" => (
@@ -252,7 +249,11 @@ mod tests {
     }
 
     fn judged(epochs: &[(u64, u64, &[&str])]) -> Vec<Finding> {
-        judge(&report(epochs), &RotationConfig { interval: Some(86_400), grace: 30, hard_lifetime: 86_400 })
+        judge(
+            &report(epochs),
+            &RotationConfig { interval: Some(86_400), grace: 30, hard_lifetime: 86_400 },
+            &Places::of_tests(),
+        )
     }
 
     #[test]
@@ -266,7 +267,7 @@ mod tests {
         let mut unpublished = report(&[(2, 300, &[])]);
         unpublished.epochs[0].published = false;
         let rotation = RotationConfig { interval: None, grace: 30, hard_lifetime: 86_400 };
-        assert!(judge(&unpublished, &rotation)[0].cause.contains("not published"));
+        assert!(judge(&unpublished, &rotation, &Places::of_tests())[0].cause.contains("not published"));
     }
 
     #[test]
@@ -281,12 +282,12 @@ mod tests {
     fn only_counters_that_grow_are_found() {
         let before = BTreeMap::from([("XfrmInNoStates".to_owned(), 7), ("XfrmOutNoStates".to_owned(), 1)]);
         let mut after = before.clone();
-        assert!(growing(&before, &after).is_empty());
+        assert!(growing(&before, &after, &Places::of_tests()).is_empty());
         after.insert("XfrmInNoStates".into(), 9);
-        let found = growing(&before, &after);
+        let found = growing(&before, &after, &Places::of_tests());
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].evidence, ["/proc/net/xfrm_stat: XfrmInNoStates 9, 2 more within 2 s"]);
         after.insert("XfrmSomethingNew".into(), 1);
-        assert!(growing(&before, &after)[1].cause.contains("xfrm_proc.rst"));
+        assert!(growing(&before, &after, &Places::of_tests())[1].cause.contains("xfrm_proc.rst"));
     }
 }

@@ -4,20 +4,18 @@
 //! one without the other for a moment: only what is found twice is told.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::thread;
 use std::time::Duration;
 
-use husk_dataplane::netlink::{Protocol, Socket};
-use husk_dataplane::underlay;
 use husk_ipam::lease::{self, LeaseStore, NetnsEvidence};
 use husk_overlay::endpoint::Endpoint;
-use husk_overlay::ipc::LEASE_DIRECTORY;
-use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 
 use super::issues::{self, Teller};
 use super::words::MOST_FINDINGS;
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Places, Unknown};
+use crate::leases::{pod_interfaces, store};
 
 /// The check.
 pub(super) const CHECK: Check =
@@ -26,16 +24,13 @@ pub(super) const CHECK: Check =
 /// Pause before what was found is looked at again.
 const AGAIN: Duration = Duration::from_millis(700);
 
-/// How long the store may be locked by others.
-const LOCK: Duration = Duration::from_secs(2);
-
 /// What is wrong with a lease or an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Wrong {
     /// The pod's interface is gone, the pod is not: it has no network.
     Cut { pod: Pod, interface: InterfaceName },
     /// The pod is provably gone.
-    Stale { pod: Pod, interface: InterfaceName, file: String },
+    Stale { pod: Pod, interface: InterfaceName, file: String, address: IpAddr },
     /// An interface of a pod without a lease.
     Orphan { interface: InterfaceName },
 }
@@ -50,7 +45,7 @@ struct Pod {
 }
 
 fn look(evidence: &Evidence) -> Looked {
-    let store = LeaseStore::new(evidence.places.run_directory.join(LEASE_DIRECTORY), LOCK);
+    let store = store(&evidence.places.run_directory);
     let (mut found, leases) = survey(&store)?;
     if !found.is_empty() {
         thread::sleep(AGAIN);
@@ -60,18 +55,19 @@ fn look(evidence: &Evidence) -> Looked {
     // The daemon tells of files that cannot be read, too, and of addresses it would not route.
     let mut findings = issues::findings(evidence, Teller::Leases).unwrap_or_default();
     let more = found.len().saturating_sub(MOST_FINDINGS);
-    findings.extend(found.iter().take(MOST_FINDINGS).map(|wrong| finding(wrong, more)));
-    Ok(Outcome::of(findings, format!("{leases} leases, each with its interface")))
+    findings.extend(found.iter().take(MOST_FINDINGS).map(|wrong| finding(wrong, more, &evidence.places)));
+    let seen = match leases {
+        1 => "1 lease, with its interface".to_owned(),
+        many => format!("{many} leases, each with its interface"),
+    };
+    Ok(Outcome::of(findings, seen))
 }
 
 /// What is wrong now, and how many leases there are.
 fn survey(store: &LeaseStore) -> Result<(Vec<Wrong>, usize), Unknown> {
     let problem = |error: husk_ipam::Error| Unknown(error.to_string());
     // In this order: a lease is made before its interface, so that an interface that was seen here has its lease below.
-    let mut socket = Socket::open(Protocol::Route)?;
-    let interfaces = underlay::interfaces(&mut socket)?.into_iter().map(|it| it.name);
-    let interfaces: BTreeSet<InterfaceName> =
-        interfaces.filter(|name| marks::is_pod_interface(name.as_str())).collect();
+    let interfaces = pod_interfaces()?;
     let leases = store.load().map_err(problem)?;
     let mut wrong = Vec::new();
     for endpoint in leases.endpoints.values().filter(|it| !interfaces.contains(&it.host_interface)) {
@@ -79,10 +75,12 @@ fn survey(store: &LeaseStore) -> Result<(Vec<Wrong>, usize), Unknown> {
         let being_wired = store.is_being_wired(&endpoint.id).map_err(problem)?;
         let is_stale = lease::stale(&lease::Evidence { netns, host_interface_exists: false, being_wired });
         let (pod, interface) = (pod_of(endpoint), endpoint.host_interface.clone());
-        let file = endpoint.addresses.iter().find_map(|address| leases.leased.get(&address));
+        let file = endpoint.addresses.iter().find_map(|address| Some((leases.leased.get(&address)?, address)));
         match file {
             _ if being_wired => {}
-            Some(file) if is_stale => wrong.push(Wrong::Stale { pod, interface, file: file.display().to_string() }),
+            Some((file, address)) if is_stale => {
+                wrong.push(Wrong::Stale { pod, interface, file: file.display().to_string(), address });
+            }
             _ => wrong.push(Wrong::Cut { pod, interface }),
         }
     }
@@ -101,7 +99,7 @@ fn pod_of(endpoint: &Endpoint) -> Pod {
     }
 }
 
-fn finding(wrong: &Wrong, more: usize) -> Finding {
+fn finding(wrong: &Wrong, more: usize, places: &Places) -> Finding {
     let told = |line: String| {
         let more = (more > 0).then(|| format!("{more} more of these are told by huskctl ipam check"));
         [line].into_iter().chain(more).collect()
@@ -127,13 +125,13 @@ fn finding(wrong: &Wrong, more: usize) -> Finding {
                 fix,
             )
         }
-        Wrong::Stale { pod, interface, file } => Finding::warning(
+        Wrong::Stale { pod, interface, file, address } => Finding::warning(
             format!(
-                "the lease of {} outlived its pod: {} stay taken until the runtime's next GC, or until no other address is left",
+                "the lease of {} outlived its pod: {} stay taken until the daemon runs, or the runtime's next GC",
                 pod.name, pod.addresses
             ),
             told(format!("{file}: neither the pod's network namespace nor {interface} exists")),
-            Fix::safe("release it", [Action::run("rm", ["-f", file.as_str()])]),
+            Fix::safe("release it; if its pod is there after all, this refuses", [places.release_lease(*address)]),
         ),
         Wrong::Orphan { interface } => Finding::warning(
             format!(

@@ -2,19 +2,25 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use husk_dataplane::sysctl;
+use husk_overlay::marks;
 
 use super::{Action, Check, Evidence, Finding, Fix, HostFiles, Outcome, Places};
-use crate::files;
+use crate::programs::{self, Keep, Limits, Ran};
 use crate::report::{CheckReport, RepairReport, RepairResult};
+use crate::{files, leases};
 
 /// How long a fix may take to show: a daemon that was started reads its cluster first.
 const TAKES_EFFECT: Duration = Duration::from_secs(10);
+
+/// Limits of a program that mends something: systemd gives a unit 90 seconds to stop (systemd-system.conf(5),
+/// `DefaultTimeoutStopSec`).
+const LIMITS: Limits = Limits { time: Duration::from_secs(120), bytes: 4 << 10 };
 
 /// Pause between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -68,6 +74,11 @@ fn mend(
     if ask(finding)? == Answer::No {
         return Ok(RepairResult::Declined);
     }
+    // Somebody may have thought about the answer for an hour, and much may have changed. Its words may have another number now.
+    *report = check.report(&Evidence::new(places.clone()));
+    if !findings_of(report).iter().any(|it| it.fix.actions == finding.fix.actions) {
+        return Ok(RepairResult::Gone { left: Vec::new() });
+    }
     let before = findings_of(report).len();
     let applied = apply(&finding.fix, host);
     // A step that failed may come after those that counted.
@@ -119,6 +130,10 @@ fn apply(fix: &Fix, host: &HostFiles) -> Result<Vec<String>> {
                     .with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))?;
             }
             Action::SetSysctl { path, value } => sysctl::write(path, value)?,
+            Action::ReleaseLease { address, run_directory, .. } => {
+                let run_directory = run_directory.as_deref().unwrap_or(Path::new(marks::RUN_DIRECTORY));
+                leases::release(run_directory, *address)?;
+            }
             Action::Run { program, arguments } => run(program, arguments)?,
             Action::RunOnHost { program, arguments } if host.is_here() => run(program, arguments)?,
             Action::RunOnHost { .. } => left.push(action.to_string()),
@@ -128,18 +143,50 @@ fn apply(fix: &Fix, host: &HostFiles) -> Result<Vec<String>> {
 }
 
 fn run(program: &str, arguments: &[String]) -> Result<()> {
-    // As for the daemon: a path without the directories of administration programs is common.
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let output = Command::new(program)
-        .args(arguments)
-        .env("PATH", path)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {program}; is it installed?"))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("`{program} {}` failed ({}): {}", arguments.join(" "), output.status, said.trim());
+    let mut command = Command::new(program);
+    command.args(arguments).env("PATH", programs::search_path()).env("LC_ALL", "C");
+    let Ran { complaint, status, .. } = programs::run(&mut command, Keep::End, LIMITS)?;
+    if status != Some(0) {
+        let status = status.map_or_else(|| "a signal ended it".to_owned(), |status| format!("exit status {status}"));
+        bail!("`{program} {}` failed ({status}): {complaint}", arguments.join(" "));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_step_that_fails_says_what_its_program_said_and_ends_the_fix() {
+        let root = tempfile::tempdir().unwrap();
+        let after = Action::WriteFile { path: "/etc/after".into(), contents: String::new() };
+        let fix = Fix::safe("", [Action::run("sh", ["-c", "echo no such device >&2; exit 7"]), after]);
+        let error = apply(&fix, &HostFiles::new(root.path())).unwrap_err().to_string();
+        assert!(error.ends_with("failed (exit status 7): no such device"), "{error}");
+        assert!(!root.path().join("etc").exists());
+        let missing = apply(&Fix::safe("", [Action::run("/nonexistent", [""])]), &HostFiles::new(root.path()));
+        assert_eq!(missing.unwrap_err().to_string(), "/nonexistent is not installed");
+    }
+
+    #[test]
+    fn what_is_over_by_the_time_of_the_answer_is_left_alone() {
+        static WRONG: AtomicBool = AtomicBool::new(true);
+        fn look(_: &Evidence) -> super::super::Looked {
+            let fix = Fix::safe("", [Action::run("sh", ["-c", "exit 7"])]);
+            let found = WRONG.load(Ordering::Relaxed).then(|| Finding::warning("it is wrong", vec![], fix));
+            Ok(Outcome::of(found.into_iter().collect(), ""))
+        }
+        let check = Check { id: "c", title: "t", look };
+        let places = Places::of_tests();
+        let mut report = check.report(&Evidence::new(places.clone()));
+        let mut ask = |_: &Finding| {
+            WRONG.store(false, Ordering::Relaxed);
+            Ok(Answer::Yes)
+        };
+        let repairs = repair(&check, &mut report, &places, &mut ask).unwrap();
+        assert_eq!(repairs[0].result, RepairResult::Gone { left: vec![] }, "the program would have failed");
+    }
 }

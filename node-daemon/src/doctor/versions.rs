@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use husk_overlay::ipc::{self, NODE_FILE, NodeFile};
 use husk_overlay::marks::CNI_TYPE;
 
+use super::daemon::{LIMITS, asked};
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 use crate::files;
 
@@ -23,7 +24,7 @@ pub(super) const NODE_FILE_CHECK: Check =
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Largest file that is read.
-const LIMIT: u64 = 1 << 20;
+const LARGEST: u64 = 1 << 20;
 
 fn look(evidence: &Evidence) -> Looked {
     let own = env!("CARGO_PKG_VERSION");
@@ -87,14 +88,7 @@ fn install(directory: &Path) -> Fix {
 
 /// The version in `husk-cni 1.2.3, CNI specification ...`.
 fn version_of(path: &Path) -> Option<String> {
-    let output = Command::new(path)
-        .arg("version")
-        .env_remove("CNI_COMMAND")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = asked(Command::new(path).arg("version").env_remove("CNI_COMMAND"), LIMITS)?;
     let version = text.strip_prefix("husk-cni ")?.split([',', '\n']).next()?;
     Some(version.trim().to_owned())
 }
@@ -102,7 +96,7 @@ fn version_of(path: &Path) -> Option<String> {
 fn node_file(evidence: &Evidence) -> Looked {
     let path = evidence.places.run_directory.join(NODE_FILE);
     let boot = fs::read_to_string(BOOT_ID)?;
-    let text = match files::read_text(&path, LIMIT) {
+    let text = match files::read_text(&path, LARGEST) {
         Ok(text) => text,
         Err(error) => return Ok(Outcome::of(vec![refused(&path, error.to_string())], "")),
     };

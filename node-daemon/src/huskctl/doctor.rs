@@ -12,6 +12,7 @@ use husk_overlay::marks;
 use super::{Output, Show, style, tables};
 use crate::daemon::CONFIG_FILE;
 use crate::doctor::{Answer, CHECKS, CheckListing, DoctorReport, Evidence, Finding, Places, chosen, repair};
+use crate::programs;
 use crate::report::RepairReport;
 
 /// What to look at, and what may be done.
@@ -59,6 +60,7 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
         state_directory: options.state_directory.clone(),
         config: options.config.clone(),
         host_root: options.host_root.clone(),
+        huskctl: programs::own_name("huskctl"),
     };
     let evidence = Evidence::new(places.clone());
     let checks = chosen(&options.only);
@@ -75,11 +77,13 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
     if show.output == Output::Table {
         style::print(&show.finish(&tables::to_repair(&report)));
     }
+    let width = tables::repair_width(&report);
     let mut ask = |finding: &Finding| if options.yes { Ok(Answer::Yes) } else { ask(finding) };
     for (check, found) in checks.iter().zip(&mut report.checks) {
         let repairs = repair(check, found, &places, &mut ask)?;
         if show.output == Output::Table {
-            repairs.iter().for_each(|repair: &RepairReport| _ = style::print(&show.finish(&tables::repair(repair))));
+            let tell = |repair: &RepairReport| _ = style::print(&show.finish(&tables::repair(repair, width)));
+            repairs.iter().for_each(tell);
         }
         report.repairs.extend(repairs);
     }

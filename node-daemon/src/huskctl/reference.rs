@@ -72,6 +72,15 @@ pub(super) const ENTRIES: &[Entry] = &[
         examples: &[("Do leases and interfaces agree?", "huskctl ipam check")],
     },
     Entry {
+        command: "ipam release",
+        schemas: &["ipam-release"],
+        found: None,
+        examples: &[(
+            "Give back the address of a pod that is gone and was never deleted",
+            "huskctl ipam release 10.42.36.65",
+        )],
+    },
+    Entry {
         command: "keys status",
         schemas: &["keys"],
         found: None,

@@ -14,7 +14,8 @@ use super::{capture, mtu, support_bundle};
 use crate::line_log::LogLine;
 use crate::report::{
     CheckListing, DiffReport, DoctorReport, Flow, IpamReport, KeysReport, MtuReport, PeerReport, PodPolicyReport,
-    PolicyReport, QuarantineReport, QuarantinedPod, RotationReport, Status, Top, TraceReport, UiReport, WhatIfReport,
+    PolicyReport, QuarantineReport, QuarantinedPod, ReleaseReport, RotationReport, Status, Top, TraceReport, UiReport,
+    WhatIfReport,
 };
 
 /// Makes the schema of a type.
@@ -30,6 +31,7 @@ pub(super) const ALL: &[(&str, Make)] = &[
     ("flow", of::<Flow>),
     ("ipam", of::<IpamReport>),
     ("ipam-check", of::<Vec<String>>),
+    ("ipam-release", of::<ReleaseReport>),
     ("keys", of::<KeysReport>),
     ("log", of::<LogLine>),
     ("mtu", of::<Vec<MtuReport>>),

@@ -27,7 +27,6 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::archive::Archive;
-use self::gather::Limits;
 use self::items::{Item, Places, items};
 use self::secrets::Net;
 use super::Show;
@@ -35,6 +34,7 @@ use super::style::{Tone, paint};
 use crate::daemon::CONFIG_FILE;
 use crate::files;
 use crate::follow::LAST_GOOD_FILE;
+use crate::programs::Limits;
 
 /// Time that one item may take.
 const ITEM_TIME: Duration = Duration::from_secs(20);
@@ -316,6 +316,7 @@ impl Progress {
 mod tests {
     use super::gather::Source;
     use super::*;
+    use crate::programs::Keep;
 
     const LIMITS: Limits = Limits { time: Duration::from_secs(60), bytes: 1000 };
 
@@ -338,7 +339,7 @@ mod tests {
 
     fn item(script: &str) -> Item {
         let arguments = vec!["-c".to_owned(), script.to_owned()];
-        let source = Source::Program { program: "sh".into(), arguments, statuses: &[0], end: false };
+        let source = Source::Program { program: "sh".into(), arguments, statuses: &[0], keep: Keep::Beginning };
         Item { name: "a/b".into(), source, log: false, asks: true, hide_numbers: false }
     }
 

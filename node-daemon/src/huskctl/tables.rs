@@ -15,13 +15,13 @@ use husk_overlay::issue::{Issue, Severity};
 
 use super::style::{Tone, paint};
 
-pub(super) use self::doctor::{doctor, doctor_list, question, repair, repaired, to_repair};
+pub(super) use self::doctor::{doctor, doctor_list, question, repair, repair_width, repaired, to_repair};
 pub(super) use self::keys::keys;
 pub(super) use self::mtu::{mtu, what_if};
 pub(super) use self::paths::{milliseconds, paths, percent};
 pub(super) use self::policy::{flows, policy, policy_of, quarantine, quarantined};
 pub(super) use self::trace::trace;
-use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, Status};
+use crate::report::{DiffReport, IpamReport, KeysSummary, PeerReport, PeerState, PoolReport, ReleaseReport, Status};
 
 /// A table without lines.
 pub(super) fn table(header: &[&str]) -> Table {
@@ -205,6 +205,12 @@ pub(super) fn diff(diff: &DiffReport) -> String {
         return "Nothing: the kernel is as it should be.\n".into();
     }
     diff.changes.iter().fold(String::new(), |text, change| text + change + "\n")
+}
+
+pub(super) fn released(report: &ReleaseReport) -> String {
+    let addresses: Vec<String> = report.released.addresses.iter().map(|address| address.to_string()).collect();
+    let (pod, addresses) = (report.released.display_name(), addresses.join(", "));
+    format!("Released the lease of {pod}: {addresses} rest before another pod gets them.\n")
 }
 
 pub(super) fn ipam(ipam: &IpamReport) -> String {

@@ -1,8 +1,8 @@
 //! `huskctl trace`: asks the daemon for the way of a connection, and knocks at the other node itself where probes are not
 //! answered.
 
-use std::io::{ErrorKind, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,11 +16,9 @@ use husk_overlay::prefix::Family;
 use husk_policy::verdict::Verdict;
 
 use super::{Show, ask, tables};
+use crate::knock::knock;
 use crate::report::{HopName, HopStanding, Live, PathReport, ProbeStarted, TracePeer, TraceReport};
 use crate::trace::{Knock, Knocks, knocked, may_be_translated, translated, translated_to, translation, untranslated};
-
-/// How long the other host may take to answer a knock.
-const KNOCKING: Duration = Duration::from_secs(1);
 
 /// How long a probe that was asked for may take. A path that is whole is verified within two seconds, one that is cut is given
 /// up within ten or so; the search for a size, which takes longer, is not waited for.
@@ -112,7 +110,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         }
     }
     if let Some(peer) = report.peer.clone().filter(|_| is_unanswered(&report)) {
-        knocked(&mut report, &peer, knock(&peer));
+        knocked(&mut report, &peer, knock_at_node(&peer));
     }
     let wrong = report.broken.is_some()
         || report.verdict == Verdict::Deny
@@ -170,39 +168,13 @@ fn is_unanswered(report: &TraceReport) -> bool {
 }
 
 /// Knocks inside the tunnel and on the underlay at once.
-fn knock(peer: &TracePeer) -> Knocks {
+fn knock_at_node(peer: &TracePeer) -> Knocks {
     let at = |address: Option<IpAddr>, port: u16| {
         let address = SocketAddr::new(address?, port);
-        thread::Builder::new().name("knock".into()).spawn(move || knock_at(address)).ok()
+        thread::Builder::new().name("knock".into()).spawn(move || knock(address)).ok()
     };
     // No tunnel listens for TCP: its port is as closed as any, and nobody takes the knock for something else.
     let (inside, underlay) = (at(peer.inside, PROBE_PORT), at(peer.underlay, peer.port.unwrap_or(PROBE_PORT)));
     let found = |knocking: Option<thread::JoinHandle<Option<Knock>>>| knocking?.join().ok().flatten();
     Knocks { inside: found(inside), underlay: found(underlay) }
-}
-
-fn knock_at(address: SocketAddr) -> Option<Knock> {
-    match TcpStream::connect_timeout(&address, KNOCKING) {
-        Ok(_) => Some(Knock::Answered),
-        Err(error) => match error.kind() {
-            ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Some(Knock::Answered),
-            ErrorKind::TimedOut | ErrorKind::WouldBlock => Some(Knock::Silent),
-            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => Some(Knock::NoWay),
-            _ => None,
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_open_port_and_a_closed_one_both_answer() {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        assert_eq!(knock_at(address), Some(Knock::Answered));
-        drop(listener);
-        assert_eq!(knock_at(address), Some(Knock::Answered));
-    }
 }

@@ -1,6 +1,7 @@
 //! `huskctl doctor`: what was looked at, what was found, and what mends it.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use husk_overlay::issue::Severity;
@@ -161,6 +162,16 @@ pub enum Action {
         /// Value.
         value: String,
     },
+    /// Releases the lease of a pod that is gone, under the lock of the lease store and if that is still so then; its addresses rest.
+    ReleaseLease {
+        /// How a shell finds `huskctl`.
+        program: String,
+        /// An address of the lease.
+        address: IpAddr,
+        /// Directory of the daemon's socket, below which the leases are; none for the usual one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run_directory: Option<PathBuf>,
+    },
     /// Runs a program that works on the network namespace: `ip`, `nft`.
     Run {
         /// Name.
@@ -203,8 +214,14 @@ impl fmt::Display for Action {
                 write!(f, "mv {} {}", quoted(&from.display().to_string()), quoted(&to.display().to_string()))
             }
             Self::SetSysctl { path, value } => write!(f, "sysctl -w {}", quoted(&format!("{path}={value}"))),
+            Self::ReleaseLease { program, address, run_directory } => {
+                write!(f, "{} ipam release {address}", quoted(program))?;
+                run_directory
+                    .iter()
+                    .try_for_each(|it| write!(f, " --run-directory {}", quoted(&it.display().to_string())))
+            }
             Self::Run { program, arguments } | Self::RunOnHost { program, arguments } => {
-                f.write_str(program)?;
+                f.write_str(&quoted(program))?;
                 arguments.iter().try_for_each(|argument| write!(f, " {}", quoted(argument)))
             }
         }
@@ -274,6 +291,14 @@ mod tests {
         assert_eq!(nft.to_string(), "nft insert rule ip filter FORWARD iifname '\"husk*\"' accept");
         let sysctl = Action::SetSysctl { path: "net/ipv4/conf/eth0.1/rp_filter".into(), value: "2".into() };
         assert_eq!(sysctl.to_string(), "sysctl -w net/ipv4/conf/eth0.1/rp_filter=2");
+        let release = |program: &str, run_directory| Action::ReleaseLease {
+            program: program.into(),
+            address: "10.42.0.1".parse().unwrap(),
+            run_directory,
+        };
+        assert_eq!(release("huskctl", None).to_string(), "huskctl ipam release 10.42.0.1");
+        let elsewhere = release("/opt/my husk/huskctl", Some("/run/other".into())).to_string();
+        assert_eq!(elsewhere, "'/opt/my husk/huskctl' ipam release 10.42.0.1 --run-directory /run/other");
         assert_eq!(quoted("it's"), r"'it'\''s'");
         assert_eq!(quoted(""), "''");
     }

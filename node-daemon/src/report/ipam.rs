@@ -19,6 +19,14 @@ pub struct IpamReport {
     pub findings: Vec<String>,
 }
 
+/// `huskctl ipam release`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReleaseReport {
+    /// Whose lease was released.
+    pub released: Endpoint,
+}
+
 /// A pool and its fill.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -7,8 +7,10 @@ use husk_tests::Pod;
 
 use super::{Bed, Breakage};
 
-pub(crate) const BREAKAGES: &[Breakage] =
-    &[Breakage { check: "foreign-firewall", run: rules }, Breakage { check: "iptables-backends", run: backends }];
+pub(crate) const BREAKAGES: &[Breakage] = &[
+    Breakage { check: "foreign-firewall", finds: &["udp dport 4000-5000 drop", "policy of chain FORWARD"], run: rules },
+    Breakage { check: "iptables-backends", finds: &["table ip filter"], run: backends },
+];
 
 /// How long a packet may take that is expected to arrive.
 const ARRIVES: Duration = Duration::from_secs(10);
@@ -16,7 +18,7 @@ const ARRIVES: Duration = Duration::from_secs(10);
 /// How long one is waited for that is not.
 const LOST: Duration = Duration::from_secs(1);
 
-fn rules(bed: &Bed) -> Result<()> {
+fn rules(bed: &mut Bed) -> Result<()> {
     let (a, b) = (bed.host().add_pod("a")?, bed.cluster.host(2).add_pod("b")?);
     a.await_answer_of(&b, ARRIVES)?;
     let other = bed.cluster.host(2).address(husk_tests::Family::Ipv4)?;
@@ -69,7 +71,7 @@ fn closed(bed: &Bed, [a, b]: [&Pod; 2], table: &str, names: &[&str]) -> Result<(
     bed.host().netns().command("nft", [format!("delete table {}", name.join(" ")).as_str()]).map(drop)
 }
 
-fn backends(bed: &Bed) -> Result<()> {
+fn backends(bed: &mut Bed) -> Result<()> {
     let check = "iptables-backends";
     bed.well(check)?;
     let host = bed.host().netns();

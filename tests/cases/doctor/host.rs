@@ -13,15 +13,15 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::{Bed, Breakage};
 
 pub(crate) const BREAKAGES: &[Breakage] = &[
-    Breakage { check: "configuration", run: configuration },
-    Breakage { check: "daemon", run: daemon },
-    Breakage { check: "kernel-features", run: kernel_features },
-    Breakage { check: "forwarding", run: forwarding },
-    Breakage { check: "reverse-path-filter", run: reverse_path },
-    Breakage { check: "mac-addresses", run: mac_addresses },
-    Breakage { check: "conntrack", run: conntrack },
-    Breakage { check: "disk", run: disk },
-    Breakage { check: "memory", run: memory },
+    Breakage { check: "configuration", finds: &["cannot start with this configuration"], run: configuration },
+    Breakage { check: "daemon", finds: &["no daemon answers"], run: daemon },
+    Breakage { check: "kernel-features", finds: &["/dev/net/tun"], run: kernel_features },
+    Breakage { check: "forwarding", finds: &["does not forward"], run: forwarding },
+    Breakage { check: "reverse-path-filter", finds: &["IPReversePathFilter"], run: reverse_path },
+    Breakage { check: "mac-addresses", finds: &["MACAddressPolicy=persistent"], run: mac_addresses },
+    Breakage { check: "conntrack", finds: &["% full"], run: conntrack },
+    Breakage { check: "disk", finds: &["full", "inodes", "read-only"], run: disk },
+    Breakage { check: "memory", finds: &["MemAvailable: 48.8 MiB"], run: memory },
 ];
 
 /// How long a packet may take that is expected to arrive.
@@ -30,7 +30,7 @@ const ARRIVES: Duration = Duration::from_secs(10);
 /// How long one is waited for that is not.
 const LOST: Duration = Duration::from_secs(1);
 
-fn configuration(bed: &Bed) -> Result<()> {
+fn configuration(bed: &mut Bed) -> Result<()> {
     let file = bed.host().file("/etc/husk/config.yaml");
     bed.well("configuration")?;
     let text = fs::read_to_string(&file)?;
@@ -48,7 +48,7 @@ fn configuration(bed: &Bed) -> Result<()> {
     bed.well("configuration")
 }
 
-fn daemon(bed: &Bed) -> Result<()> {
+fn daemon(bed: &mut Bed) -> Result<()> {
     bed.well("daemon")?;
     bed.host().stop_daemon(Signal::SIGKILL)?;
     bed.found("daemon", &["/run/husk/daemon.sock"])?;
@@ -73,7 +73,7 @@ fn uncover(bed: &Bed, target: &str) -> Result<()> {
     bed.host().run(|| umount2(target, MntFlags::MNT_DETACH))?.with_context(|| format!("unmounting {target}"))
 }
 
-fn kernel_features(bed: &Bed) -> Result<()> {
+fn kernel_features(bed: &mut Bed) -> Result<()> {
     bed.well("kernel-features")?;
     let host = bed.host();
     let change = |mode: &str, device: &str| {
@@ -99,7 +99,7 @@ fn kernel_features(bed: &Bed) -> Result<()> {
     bed.well("kernel-features")
 }
 
-fn forwarding(bed: &Bed) -> Result<()> {
+fn forwarding(bed: &mut Bed) -> Result<()> {
     let (a, b) = (bed.host().add_pod("a")?, bed.cluster.host(2).add_pod("b")?);
     a.await_answer_of(&b, ARRIVES)?;
     bed.well("forwarding")?;
@@ -113,12 +113,12 @@ fn forwarding(bed: &Bed) -> Result<()> {
     a.await_answer_of(&b, ARRIVES)?;
     let kept = bed.read("/etc/sysctl.d/zz-husk-forwarding.conf").context("what is set should stay set")?;
     ensure!(kept.contains(&format!("{parameter} = 1")), "{kept}");
-    fs::remove_dir_all(bed.root.join("etc/sysctl.d"))?;
+    bed.remove("etc/sysctl.d")?;
     Ok(())
 }
 
 /// The host sends to the other by way of the gateway, on a second cable, and gets answers on the first.
-fn reverse_path(bed: &Bed) -> Result<()> {
+fn reverse_path(bed: &mut Bed) -> Result<()> {
     let (host, other) = (bed.host(), bed.cluster.host(2).address(Family::Ipv4)?);
     let own = host.address(Family::Ipv4)?;
     let outside = bed.cluster.outside();
@@ -155,10 +155,10 @@ fn reverse_path(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-fn mac_addresses(bed: &Bed) -> Result<()> {
+fn mac_addresses(bed: &mut Bed) -> Result<()> {
     let (a, b) = (bed.host().add_pod("a")?, bed.cluster.host(2).add_pod("b")?);
     a.await_answer_of(&b, ARRIVES)?;
-    fs::create_dir_all(bed.root.join("run/udev"))?;
+    fs::create_dir_all(bed.root()?.join("run/udev"))?;
     let by_default =
         "[Match]\nOriginalName=*\n\n[Link]\nNamePolicy=keep kernel database\nMACAddressPolicy=persistent\n";
     bed.write("/usr/lib/systemd/network/99-default.link", by_default)?;
@@ -173,13 +173,13 @@ fn mac_addresses(bed: &Bed) -> Result<()> {
     ensure!(left[0] == "udevadm control --reload", "{left}");
     a.await_answer_of(&b, ARRIVES)?;
     ensure!(bed.read("/etc/systemd/network/10-husk.link").is_some_and(|it| it.contains("OriginalName=husk*")));
-    fs::remove_dir_all(bed.root.join("etc/systemd"))?;
-    fs::remove_dir_all(bed.root.join("usr"))?;
+    bed.remove("etc/systemd")?;
+    bed.remove("usr")?;
     Ok(())
 }
 
 /// The kernel has one limit for all namespaces, which a test may not touch: a file stands for it. The connections are real.
-fn conntrack(bed: &Bed) -> Result<()> {
+fn conntrack(bed: &mut Bed) -> Result<()> {
     bed.well("conntrack")?;
     let (host, other) = (bed.host(), bed.cluster.host(2).address(Family::Ipv4)?);
     for port in 0..100 {
@@ -199,7 +199,7 @@ fn conntrack(bed: &Bed) -> Result<()> {
     bed.well("conntrack")
 }
 
-fn disk(bed: &Bed) -> Result<()> {
+fn disk(bed: &mut Bed) -> Result<()> {
     let state = "/var/lib/husk";
     bed.well("disk")?;
     cover(bed, None, state, Some("size=32m,nr_inodes=1k"))?;
@@ -220,7 +220,7 @@ fn disk(bed: &Bed) -> Result<()> {
 }
 
 /// Nobody can want the machine's memory gone: a file stands for what the kernel says of it.
-fn memory(bed: &Bed) -> Result<()> {
+fn memory(bed: &mut Bed) -> Result<()> {
     bed.well("memory")?;
     let file = bed.host().file("meminfo");
     fs::write(&file, "MemTotal:       16000000 kB\nMemFree:          100000 kB\nMemAvailable:      50000 kB\n")?;

@@ -3,17 +3,18 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use husk_tests::Signal;
 
 use super::{Bed, Breakage};
 
 pub(crate) const BREAKAGES: &[Breakage] = &[
-    Breakage { check: "systemd-networkd", run: networkd },
-    Breakage { check: "network-manager", run: network_manager },
-    Breakage { check: "other-cni", run: other_cni },
-    Breakage { check: "cni-config-order", run: config_order },
+    Breakage { check: "systemd-networkd", finds: &["ManageForeignRoutes=yes", "10-all.network"], run: networkd },
+    Breakage { check: "network-manager", finds: &["unmanaged-devices"], run: network_manager },
+    Breakage { check: "other-cni", finds: &["Flannel", "Calico", "bridge plugin"], run: other_cni },
+    Breakage { check: "cni-config-order", finds: &["type bridge", "05-husk.conflist"], run: config_order },
 ];
 
-fn networkd(bed: &Bed) -> Result<()> {
+fn networkd(bed: &mut Bed) -> Result<()> {
     let check = "systemd-networkd";
     ensure!(bed.look(check)?["outcome"] == "doesNotApply");
     bed.write("/run/systemd/netif/state", "OPER_STATE=routable\n")?;
@@ -32,14 +33,14 @@ fn networkd(bed: &Bed) -> Result<()> {
     let left = bed.fixed(check)?;
     ensure!(left[0] == "networkctl reload", "{left}");
     ensure!(bed.read("/etc/systemd/network/00-husk.network").is_some_and(|text| text.contains("Unmanaged=yes")));
-    fs::remove_dir_all(bed.root.join("run/systemd"))?;
+    bed.remove("run/systemd")?;
     Ok(())
 }
 
-fn network_manager(bed: &Bed) -> Result<()> {
+fn network_manager(bed: &mut Bed) -> Result<()> {
     let check = "network-manager";
     ensure!(bed.look(check)?["outcome"] == "doesNotApply");
-    fs::create_dir_all(bed.root.join("run/NetworkManager"))?;
+    fs::create_dir_all(bed.root()?.join("run/NetworkManager"))?;
     let main = "/etc/NetworkManager/NetworkManager.conf";
     bed.write(
         main,
@@ -50,17 +51,17 @@ fn network_manager(bed: &Bed) -> Result<()> {
     bed.found(check, &["NetworkManager.conf:5: unmanaged-devices=interface-name:cali*"])?;
     let left = bed.fixed(check)?;
     ensure!(left[0] == "nmcli general reload conf", "{left}");
-    fs::remove_dir_all(bed.root.join("run/NetworkManager"))?;
+    bed.remove("run/NetworkManager")?;
     Ok(())
 }
 
-fn other_cni(bed: &Bed) -> Result<()> {
+fn other_cni(bed: &mut Bed) -> Result<()> {
     let check = "other-cni";
     bed.well(check)?;
     bed.write("/run/flannel/subnet.env", "FLANNEL_NETWORK=10.244.0.0/16\n")?;
     let finding = bed.found(check, &["Flannel", "/run/flannel/subnet.env"])?;
     ensure!(finding["fix"]["commands"][0] == "rm /run/flannel/subnet.env", "{finding:#}");
-    fs::remove_dir_all(bed.root.join("run/flannel"))?;
+    bed.remove("run/flannel")?;
     bed.host().ip(["link", "add", "cni0", "type", "bridge"])?;
     bed.host().netns().command("nft", ["add table ip filter; add chain ip filter cali-FORWARD"])?;
     let both = bed.look(check)?;
@@ -77,10 +78,12 @@ fn other_cni(bed: &Bed) -> Result<()> {
 }
 
 /// The files are the host's own, in its private directory.
-fn config_order(bed: &Bed) -> Result<()> {
+fn config_order(bed: &mut Bed) -> Result<()> {
     let look = || -> Result<serde_json::Value> {
         let report = bed.host().huskctl_json(["doctor", "--only", "cni-config-order"])?;
-        Ok(report["checks"][0].clone())
+        let outcome = report["checks"][0].clone();
+        bed.note("cni-config-order", &outcome);
+        Ok(outcome)
     };
     let well = look()?;
     ensure!(well["outcome"] == "well" && well["seen"].to_string().contains("05-husk.conflist"), "{well:#}");
@@ -96,19 +99,28 @@ fn config_order(bed: &Bed) -> Result<()> {
     bed.obey(finding)?;
     ensure!(look()?["outcome"] == "well", "{:#}", look()?);
     ensure!(directory.join("01-bridge.conf.disabled").exists());
-    // And one that is not there at all.
-    let own = directory.join("05-husk.conflist");
-    let text = fs::read(&own)?;
-    fs::remove_file(&own)?;
+    // And one that is not there at all: somebody moved the directory, and the daemon that runs has not heard of it.
+    let moved = |to: &str| bed.host().configure(|config| config["cni"]["configDirectory"] = to.into());
+    moved("/etc/cni/moved")?;
     let missing = look()?;
-    ensure!(
-        missing["findings"][0]["cause"].as_str().context("a cause")?.contains("missing") || own.exists(),
-        "{missing:#}"
-    );
-    fs::write(&own, text)?;
+    let cause = missing["findings"][0]["cause"].as_str().context("a cause")?;
+    ensure!(cause.starts_with("05-husk.conflist is missing"), "{missing:#}");
+    let told = missing["findings"][0].to_string();
+    ensure!(told.contains("/etc/cni/moved: no files") && told.contains("systemctl restart huskd"), "{missing:#}");
+    restarted(bed)?;
+    ensure!(look()?["outcome"] == "well", "{:#}", look()?);
+    moved("/etc/cni/net.d")?;
+    restarted(bed)?;
     for name in ["00-multus.conf", "10-flannel.conflist"] {
         fs::remove_file(directory.join(name))?;
     }
     ensure!(look()?["outcome"] == "well");
     Ok(())
+}
+
+/// The daemon starts anew, with what its configuration says now.
+fn restarted(bed: &Bed) -> Result<()> {
+    bed.host().restart_daemon(Signal::SIGTERM)?;
+    bed.host().wait_ready()?;
+    bed.cluster.wait_meshed()
 }

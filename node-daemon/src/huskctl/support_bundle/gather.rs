@@ -3,26 +3,12 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use std::process::Command;
 
 use super::redact;
-
-/// Where to look for programs besides the caller's PATH, which may lack those of administrators.
-const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Pause between looks at a program that has closed its output and is about to end.
-const POLL: Duration = Duration::from_millis(5);
-
-/// Most of a program's complaints that is kept, in bytes.
-const COMPLAINT: u64 = 2 << 10;
+use crate::files;
+use crate::programs::{self, Keep, Kept, Limits, Ran};
 
 /// Most files of a listing or a walk.
 const MOST_FILES: usize = 50_000;
@@ -36,8 +22,8 @@ const SECRET_PARAMETERS: [&str; 3] = ["tcp_fastopen_key", "stable_secret", "ipv6
 /// What an item is got from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Source {
-    /// Output of a program, whose exit status may be one of these; `end` says which part is kept where there is too much.
-    Program { program: PathBuf, arguments: Vec<String>, statuses: &'static [i32], end: bool },
+    /// Output of a program, whose exit status may be one of these.
+    Program { program: PathBuf, arguments: Vec<String>, statuses: &'static [i32], keep: Keep },
     /// A file, its end where it is large.
     File { path: PathBuf },
     /// A YAML or JSON file, without its secrets.
@@ -50,31 +36,14 @@ pub(super) enum Source {
     Parameters { path: PathBuf },
 }
 
-/// Limits of one item.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    /// Time a program may take.
-    pub(super) time: Duration,
-    /// Most bytes.
-    pub(super) bytes: u64,
-}
-
-/// An item.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Gathered {
-    pub(super) content: Vec<u8>,
-    /// There is more of it.
-    pub(super) truncated: bool,
-}
-
 impl Source {
     /// Gets the item.
     ///
     /// # Errors
     /// Why it cannot be had, in words.
-    pub(super) fn gather(&self, limits: Limits) -> Result<Gathered, String> {
+    pub(super) fn gather(&self, limits: Limits) -> Result<Kept, String> {
         match self {
-            Self::Program { program, arguments, statuses, end } => run(program, arguments, statuses, *end, limits),
+            Self::Program { program, arguments, statuses, keep } => run(program, arguments, statuses, *keep, limits),
             Self::File { path } => tail(path, limits.bytes).map_err(|error| failed(path, &error)),
             Self::Structured { path } => structured(path, limits.bytes).map(|text| bounded(text.into_bytes(), limits)),
             Self::Folders { paths } => Ok(bounded(folders(paths, limits.bytes)?.into_bytes(), limits)),
@@ -88,31 +57,27 @@ fn failed(path: &Path, error: &io::Error) -> String {
     format!("cannot read {}: {error}", path.display())
 }
 
-fn bounded(mut content: Vec<u8>, limits: Limits) -> Gathered {
+fn bounded(mut content: Vec<u8>, limits: Limits) -> Kept {
     let most = usize::try_from(limits.bytes).unwrap_or(usize::MAX);
     let truncated = content.len() > most;
     content.truncate(most);
-    Gathered { content, truncated }
+    Kept { content, truncated }
 }
 
 /// The end of a file. Those of /proc have no length and are read from their beginning.
-fn tail(path: &Path, most: u64) -> io::Result<Gathered> {
-    let mut file = File::open(path)?;
-    let found = file.metadata()?;
-    if !found.is_file() {
-        return Err(io::Error::other("it is no file"));
-    }
-    let truncated = found.len() > most;
+fn tail(path: &Path, most: u64) -> io::Result<Kept> {
+    let mut file = files::open_regular(path)?;
+    let truncated = file.metadata()?.len() > most;
     if truncated {
         file.seek(SeekFrom::End(-i64::try_from(most).unwrap_or(i64::MAX)))?;
     }
     let mut content = Vec::new();
     file.take(most).read_to_end(&mut content)?;
-    Ok(Gathered { content, truncated })
+    Ok(Kept { content, truncated })
 }
 
 fn structured(path: &Path, most: u64) -> Result<String, String> {
-    let Gathered { content, truncated } = tail(path, most).map_err(|error| failed(path, &error))?;
+    let Kept { content, truncated } = tail(path, most).map_err(|error| failed(path, &error))?;
     if truncated {
         return Err(format!("{} is larger than {most} bytes", path.display()));
     }
@@ -205,13 +170,13 @@ fn parameter(path: &Path) -> Option<String> {
     Some(value.trim().replace('\n', " "))
 }
 
-fn run(program: &Path, arguments: &[String], statuses: &[i32], end: bool, limits: Limits) -> Result<Gathered, String> {
+fn run(program: &Path, arguments: &[String], statuses: &[i32], keep: Keep, limits: Limits) -> Result<Kept, String> {
     let name = program.display();
-    let path = std::env::var("PATH").map_or_else(|_| PROGRAMS.to_owned(), |path| format!("{path}:{PROGRAMS}"));
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(arguments)
         .env_clear()
-        .env("PATH", path)
+        .env("PATH", programs::search_path())
         .env("LC_ALL", "C")
         // By these the doctor knows whether it sees the host's files.
         .envs(
@@ -220,124 +185,55 @@ fn run(program: &Path, arguments: &[String], statuses: &[i32], end: bool, limits
                 .filter_map(|name| std::env::var_os(name).map(|value| (name, value))),
         )
         // wg show prints keys where this says so; the caller's environment must not.
-        .env("WG_HIDE_KEYS", "always")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => format!("{name} is not installed"),
-            _ => format!("cannot start {name}: {error}"),
-        })?;
-    let output =
-        reader(child.stdout.take(), move |out| if end { last(out, limits.bytes) } else { first(out, limits.bytes) });
-    let complaint = reader(child.stderr.take(), |out| first(out, COMPLAINT));
-    let over = Instant::now() + limits.time;
-    let output = output.recv_timeout(limits.time);
-    let (output, status) = match (output, wait(&mut child, over)) {
-        (Ok(output), Some(status)) => (output, status),
-        _ => return Err(format!("{name} took longer than {} s", limits.time.as_secs())),
-    };
-    let complaint = complaint.recv_timeout(limits.time).map(|it| it.content).unwrap_or_default();
-    let complaint = String::from_utf8_lossy(&complaint);
-    let complaint = redact::long_numbers(complaint.trim());
+        .env("WG_HIDE_KEYS", "always");
+    let Ran { output, complaint, status } =
+        programs::run(&mut command, keep, limits).map_err(|failure| failure.to_string())?;
     // One of which there was too much was stopped.
     if output.truncated || status.is_some_and(|status| statuses.contains(&status)) {
         return Ok(output);
     }
+    let complaint = redact::long_numbers(&complaint);
     let status = status.map_or_else(|| "it was killed".to_owned(), |status| format!("exit status {status}"));
     Err(if complaint.is_empty() { format!("{name}: {status}") } else { format!("{name}: {complaint} ({status})") })
 }
 
-/// Reads a pipe on a thread of its own, which ends with the program.
-fn reader(
-    pipe: Option<impl Read + Send + 'static>,
-    read: impl FnOnce(&mut dyn Read) -> Gathered + Send + 'static,
-) -> mpsc::Receiver<Gathered> {
-    let (sender, receiver) = mpsc::channel();
-    if let Some(mut pipe) = pipe {
-        // Nobody waits for what came too late.
-        thread::spawn(move || drop(sender.send(read(&mut pipe))));
-    }
-    receiver
-}
-
-/// The beginning; the pipe is closed after that.
-fn first(pipe: &mut dyn Read, most: u64) -> Gathered {
-    let mut content = Vec::new();
-    let _ = pipe.take(most + 1).read_to_end(&mut content);
-    let truncated = content.len() as u64 > most;
-    content.truncate(usize::try_from(most).unwrap_or(usize::MAX));
-    Gathered { content, truncated }
-}
-
-/// The end; never holds more than twice as much.
-fn last(pipe: &mut dyn Read, most: u64) -> Gathered {
-    let most = usize::try_from(most).unwrap_or(usize::MAX);
-    let (mut content, mut truncated) = (Vec::new(), false);
-    while Read::take(&mut *pipe, most as u64).read_to_end(&mut content).is_ok_and(|read| read > 0) {
-        if content.len() > most {
-            content.drain(..content.len() - most);
-            truncated = true;
-        }
-    }
-    Gathered { content, truncated }
-}
-
-/// The exit status of a program whose output is read; it is killed when its time is over. The inner one is none if a signal
-/// ended it, the outer one if it did not end in time.
-fn wait(child: &mut Child, over: Instant) -> Option<Option<i32>> {
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status.code()),
-            Ok(None) if Instant::now() < over => thread::sleep(POLL),
-            _ => break,
-        }
-    }
-    if let Ok(id) = i32::try_from(child.id()) {
-        // It leads a group of its own, so that what it started goes too.
-        let _ = killpg(Pid::from_raw(id), Signal::SIGKILL);
-    }
-    let _ = child.wait();
-    None
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const LIMITS: Limits = Limits { time: Duration::from_secs(60), bytes: 1000 };
 
-    fn shell(script: &str, end: bool, limits: Limits) -> Result<String, String> {
+    fn shell(script: &str) -> Result<String, String> {
         let arguments = vec!["-c".to_owned(), script.to_owned()];
-        let program = Source::Program { program: "sh".into(), arguments, statuses: &[0, 1], end };
-        program.gather(limits).map(|it| String::from_utf8(it.content).unwrap())
+        let program = Source::Program { program: "sh".into(), arguments, statuses: &[0, 1], keep: Keep::Beginning };
+        program.gather(LIMITS).map(|it| String::from_utf8(it.content).unwrap())
     }
 
     #[test]
-    fn programs_are_bounded_in_time_and_size_and_their_complaints_told() {
-        assert_eq!(shell("echo well; exit 1", false, LIMITS).unwrap(), "well\n");
-        let error = shell("echo no such thing >&2; exit 7", false, LIMITS).unwrap_err();
+    fn programs_end_as_they_may_or_their_complaints_are_told_without_numbers() {
+        assert_eq!(shell("echo well; exit 1").unwrap(), "well\n");
+        let error = shell("echo no such thing >&2; exit 7").unwrap_err();
         assert_eq!(error, "sh: no such thing (exit status 7)");
         let key = "0x00112233445566778899aabbccddeeff";
-        assert!(!shell(&format!("echo {key} >&2; exit 7"), false, LIMITS).unwrap_err().contains(key));
-        let short = Limits { time: Duration::from_millis(200), bytes: 1000 };
-        // The second one holds the pipe open.
-        for script in ["sleep 600", "sleep 600 & sleep 600"] {
-            assert!(shell(script, false, short).unwrap_err().contains("took longer"), "{script}");
+        assert!(!shell(&format!("echo {key} >&2; exit 7")).unwrap_err().contains(key));
+    }
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_file_does_not_hang_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("flows.jsonl");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        for source in [Source::File { path: path.clone() }, Source::Structured { path: path.clone() }] {
+            let error = source.gather(LIMITS).unwrap_err();
+            assert_eq!(error, format!("cannot read {}: it is no regular file", path.display()));
         }
-        let count = "i=0; while [ $i -lt 1000 ]; do echo line $i; i=$((i+1)); done";
-        assert!(shell(count, false, LIMITS).unwrap().starts_with("line 0\n"));
-        assert!(shell(count, true, LIMITS).unwrap().ends_with("line 999\n"));
-        assert_eq!(shell(count, true, LIMITS).unwrap().len(), 1000);
-        let missing = Source::Program { program: "/nonexistent".into(), arguments: vec![], statuses: &[0], end: false };
-        assert_eq!(missing.gather(LIMITS).unwrap_err(), "/nonexistent is not installed");
     }
 
     #[test]
     fn the_callers_environment_does_not_make_wg_print_keys() {
-        assert_eq!(shell("echo $WG_HIDE_KEYS $HOME", false, LIMITS).unwrap(), "always\n");
+        assert_eq!(shell("echo $WG_HIDE_KEYS $HOME").unwrap(), "always\n");
     }
 
     #[test]

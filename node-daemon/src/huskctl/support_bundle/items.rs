@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::gather::Source;
 use crate::daemon::SNAPSHOT_FILE;
 use crate::follow::LAST_GOOD_FILE;
+use crate::programs::Keep;
 
 /// Where the container runtime looks unless the configuration says otherwise, as `cni` of the configuration has it.
 const CNI_CONFIGURATION: &str = "/etc/cni/net.d";
@@ -49,7 +50,7 @@ impl Item {
     fn program(name: &str, line: &str) -> Self {
         let mut words = line.split(' ').map(str::to_owned);
         let program = PathBuf::from(words.next().unwrap_or_default());
-        Self::new(name, Source::Program { program, arguments: words.collect(), statuses: &[0], end: false })
+        Self::new(name, Source::Program { program, arguments: words.collect(), statuses: &[0], keep: Keep::Beginning })
     }
 
     fn file(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
@@ -163,8 +164,15 @@ fn reports(places: &Places) -> Vec<Item> {
         let run_directory = places.run_directory.display();
         let options = ["--color", "never", "--output", form, "--run-directory"].map(str::to_owned);
         let words = line.split(' ').map(str::to_owned);
-        let arguments = words.chain(options).chain([run_directory.to_string()]).collect();
-        let source = Source::Program { program: places.huskctl.clone(), arguments, statuses: &[0, 1], end: false };
+        let mut arguments: Vec<String> = words.chain(options).chain([run_directory.to_string()]).collect();
+        if name == "doctor" {
+            // It reads what the others ask the daemon for.
+            let (config, state) = (places.config_file.display(), places.state_directory.display());
+            let told = ["--config", &config.to_string(), "--state-directory", &state.to_string()].map(str::to_owned);
+            arguments.extend(told);
+        }
+        let source =
+            Source::Program { program: places.huskctl.clone(), arguments, statuses: &[0, 1], keep: Keep::Beginning };
         // The doctor looks at a host without a daemon, too, and takes its time.
         Item { asks: name != "doctor", ..Item::new(format!("reports/{name}.{ending}"), source) }
     };
@@ -206,7 +214,8 @@ fn versions(places: &Places) -> Vec<Item> {
     let beside = |name: &str| places.huskctl.with_file_name(name);
     let of = |path: PathBuf, name: &str| {
         let program = if path.is_file() { path } else { name.into() };
-        let source = Source::Program { program, arguments: vec!["--version".into()], statuses: &[0], end: false };
+        let source =
+            Source::Program { program, arguments: vec!["--version".into()], statuses: &[0], keep: Keep::Beginning };
         Item::new(format!("versions/{name}.txt"), source)
     };
     let plugin = places.text(&["cni", "binDirectory"]).unwrap_or(CNI_BINARIES);
@@ -222,8 +231,8 @@ fn versions(places: &Places) -> Vec<Item> {
 fn logs(places: &Places) -> Vec<Item> {
     let journal = |name: &str, line: &str| {
         let mut item = Item { log: true, ..Item::program(name, line) };
-        if let Source::Program { end, .. } = &mut item.source {
-            *end = true;
+        if let Source::Program { keep, .. } = &mut item.source {
+            *keep = Keep::End;
         }
         item
     };
@@ -289,6 +298,23 @@ mod tests {
         {
             assert!(names.contains(expected), "{expected}");
         }
+    }
+
+    #[test]
+    fn the_doctor_looks_where_the_bundle_was_told_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut places = places(directory.path());
+        (places.config_file, places.state_directory) = ("/a/config.yaml".into(), "/a/state".into());
+        let all = items(&places);
+        let doctor = all.iter().find(|item| item.name == "reports/doctor.json").unwrap();
+        let Source::Program { program, arguments, .. } = &doctor.source else { panic!("{doctor:?}") };
+        assert_eq!(program, Path::new("/usr/local/bin/huskctl"));
+        let line = arguments.join(" ");
+        let run = directory.path().display();
+        let told = format!("--run-directory {run} --config /a/config.yaml --state-directory /a/state");
+        assert!(line.starts_with("doctor ") && line.ends_with(&told), "{line}");
+        let arguments = std::iter::once("huskctl").chain(arguments.iter().map(String::as_str));
+        crate::huskctl::reference::command().try_get_matches_from(arguments).unwrap();
     }
 
     #[test]

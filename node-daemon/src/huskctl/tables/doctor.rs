@@ -96,7 +96,11 @@ fn summary(report: &DoctorReport) -> String {
         1 => "1 finding".to_owned(),
         many => format!("{many} findings"),
     };
-    let mut text = format!("{} checks: {well} well, {found}", report.checks.len());
+    let checks = match report.checks.len() {
+        1 => "1 check".to_owned(),
+        many => format!("{many} checks"),
+    };
+    let mut text = format!("{checks}: {well} well, {found}");
     if unknown > 0 {
         let _ = write!(text, ", {unknown} could not be looked at");
     }
@@ -123,7 +127,7 @@ pub(in crate::huskctl) fn question(finding: &Finding) -> String {
 }
 
 /// What became of one fix.
-pub(in crate::huskctl) fn repair(repair: &RepairReport) -> String {
+pub(in crate::huskctl) fn repair(repair: &RepairReport, width: usize) -> String {
     let RepairReport { id, cause, result } = repair;
     let (tone, mark, what, left): (_, _, _, &[String]) = match result {
         RepairResult::Gone { left } => (Tone::Good, "fixed  ", "applied, and gone".to_owned(), left),
@@ -132,11 +136,17 @@ pub(in crate::huskctl) fn repair(repair: &RepairReport) -> String {
         RepairResult::ByHand { because } => (Tone::Warning, "left   ", format!("for you to do: {because}"), &[]),
         RepairResult::Declined => (Tone::Warning, "left   ", "as you wish".to_owned(), &[]),
     };
-    let mut text = format!("{}  {id}  {}\n           {}\n", paint(tone, mark), plain(cause), plain(&what));
+    let mut text = format!("{}  {id:width$}  {}\n           {}\n", paint(tone, mark), plain(cause), plain(&what));
     for command in left {
         let _ = writeln!(text, "        -> on the host: {command}");
     }
     text
+}
+
+/// Width of the names of all checks that `--fix` may tell of, which tells of one after the other.
+pub(in crate::huskctl) fn repair_width(report: &DoctorReport) -> usize {
+    let found = report.checks.iter().filter(|check| matches!(check.outcome, Outcome::Found { .. }));
+    found.map(|check| check.id.len()).max().unwrap_or_default()
 }
 
 /// The end of `--fix`.
