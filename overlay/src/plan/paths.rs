@@ -37,11 +37,15 @@ pub(super) fn render(
         }
         let Some(promised) = peer.promised else { continue };
         issues.extend(peer.plan.probed.map(|passes| issue(context, peer, passes, promised)));
-        // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are answered
-        // only by who probes it.
-        let floor = context.config.least_inner_mtu().min(promised);
         let handshakes = context.config.mode.uses_wireguard();
-        let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor, handshakes });
+        let target = |(own, address)| {
+            // In mode `direct` this is a next hop, whose way may be narrower than that of the underlay's family.
+            let promised = context.facts.routes.get(&address).map_or(promised, |route| promised.min(route.mtu));
+            // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are
+            // answered only by who probes it.
+            let floor = context.config.least_inner_mtu().min(promised);
+            (Family::of(address), Target { address, own, promised, floor, handshakes })
+        };
         let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
             Mode::Direct => next_hops(context, peer, desired),
             Mode::Vxlan | Mode::Wireguard | Mode::Ipsec | Mode::VxlanIpsec => routers(context, peer, desired),

@@ -126,6 +126,28 @@ fn router_addresses_are_probed_through_tunnels_and_underlay_addresses_where_ther
 }
 
 #[test]
+fn in_mode_direct_each_family_has_the_mtu_of_its_own_way() {
+    let plan_with = |bytes| {
+        let mut facts = facts(3);
+        facts.routes.get_mut(&address("2001:db8::2")).unwrap().mtu = bytes;
+        plan_of(&config(Mode::Direct), &snapshot(3), &facts)
+    };
+    let plan = plan_with(1400);
+    let mtus = |block| route(&plan, block).unwrap().mtu;
+    assert_eq!((mtus(FIRST[0]), mtus(FIRST[1])), (Some(1500), Some(1400)));
+    assert_eq!((mtus(SECOND[0]), mtus(SECOND[1])), (Some(1500), Some(1500)), "others have another way");
+    let promised = |family| plan.peers[&node("host1")].probe[&family].promised;
+    assert_eq!((promised(Family::Ipv4), promised(Family::Ipv6)), (1500, 1400), "what is probed is what is sent");
+    assert!(plan.issues.is_empty(), "{:?}", plan.issues);
+
+    let plan = plan_with(1279);
+    assert!(route(&plan, FIRST[1]).is_none() && route(&plan, FIRST[0]).is_some());
+    let [issue] = &plan.issues[..] else { panic!("{:?}", plan.issues) };
+    assert_eq!((issue.kind, issue.subject.as_str()), (IssueKind::MtuTooSmall, "host1"));
+    assert!(issue.message.contains("2001:db8::2 takes too little: an MTU of 1279"), "{issue}");
+}
+
+#[test]
 fn who_gets_no_packets_is_not_probed() {
     let mut snapshot = snapshot(3);
     snapshot.nodes.get_mut(&node("host1")).unwrap().wireguard.clear();
