@@ -224,8 +224,13 @@ impl Tester {
 
     /// Who can be reached now.
     pub fn set_candidates(&mut self, candidates: BTreeMap<NodeName, Candidate>, now: Duration) {
-        self.waiting.retain(|peer, _| candidates.contains_key(peer));
-        self.sound.retain(|peer, _| candidates.contains_key(peer));
+        // What was found of a peer was found with the card that led to it.
+        let same_card = |peer: &NodeName| {
+            let interface = |of: &BTreeMap<NodeName, Candidate>| of.get(peer).map(|it| it.interface.clone());
+            candidates.contains_key(peer) && interface(&self.candidates) == interface(&candidates)
+        };
+        self.waiting.retain(|peer, _| same_card(peer));
+        self.sound.retain(|peer, _| same_card(peer));
         for peer in candidates.keys() {
             self.waiting.entry(peer.clone()).or_insert(Wait { until: now + SETTLING, declined: 0 });
         }

@@ -117,6 +117,21 @@ fn a_healthy_node_tries_two_peers_per_interface_a_day_however_many_there_are() {
 }
 
 #[test]
+fn another_card_on_the_way_is_tested_at_once() {
+    let mut world = World::new(peers(3, 1), healthy);
+    world.live(Duration::from_secs(60));
+    assert_eq!(world.transfers.len(), 2);
+    // The same peers behind another card, whose offload is broken.
+    let mut moved = peers(3, 1);
+    moved.values_mut().for_each(|candidate| candidate.interface = eth(1));
+    world.becomes = broken;
+    world.tester.set_candidates(moved, world.now);
+    world.live(FOUND_WITHIN);
+    let finding = world.tester.offload().finding.clone().expect("the new card was tested");
+    assert_eq!(finding.interface, eth(1));
+}
+
+#[test]
 fn a_broken_offload_is_found_and_stays_off() {
     let mut world = World::new(peers(3, 1), broken);
     world.live(FOUND_WITHIN);
