@@ -22,6 +22,7 @@ use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
 use husk_overlay::probe::Standing;
+use husk_overlay::record::DualStack;
 
 use super::issues::{self, Teller};
 use super::words::{age, several};
@@ -152,7 +153,7 @@ fn examine(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<Silent>, Un
     let hosts: BTreeSet<IpAddr> = examined.iter().map(|(_, address)| *address).collect();
     let inside: BTreeSet<IpAddr> = examined.iter().flat_map(|(peer, _)| peer.router.iter()).collect();
     let mut socket = Socket::open(Protocol::Route)?;
-    let routes = underlay::routes(&mut socket, hosts.iter().copied())?;
+    let routes = underlay::routes(&mut socket, DualStack::default(), hosts.iter().copied())?;
     let answers = echo::answering(&hosts.union(&inside).copied().collect());
     // After the pings, which make the kernel ask for neighbours.
     let failed = neighbours::failed(&mut socket)?;

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use super::Context;
 use super::local::route_key;
 use super::peers::Peer;
+use super::{Context, paths};
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, Route, RouteTarget};
 use crate::mtu::{self, LARGEST_OF_ROUTE, MtuError};
@@ -33,7 +33,8 @@ pub(super) fn render(
             }
             let target = RouteTarget::Interface { interface: route.interface.clone(), via: Some(via), onlink: false };
             // The other family's way to the peer may be narrower than the one that the peer's ledger is about.
-            let mtu = peer.mtu().map(|mtu| mtu.min(route.mtu).min(LARGEST_OF_ROUTE));
+            let probed = paths::probed_by(context, &peer.record.name, via, block.family()).unwrap_or(u32::MAX);
+            let mtu = peer.promised.map(|mtu| mtu.min(route.mtu).min(probed).min(LARGEST_OF_ROUTE));
             if let Some(error) = mtu.and_then(|mtu| mtu::check(block.family(), mtu).err()) {
                 issues.push(too_narrow(peer, block.family(), via, &error));
                 continue;
