@@ -17,8 +17,8 @@ use husk_overlay::name::InterfaceName;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike as _, bind, recvmsg,
-    setsockopt, socket, sockopt,
+    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike as _, UnknownCmsg, bind,
+    recvmsg, setsockopt, socket, sockopt,
 };
 
 pub use filter::{Filter, Test, WHOLE};
@@ -54,7 +54,7 @@ pub struct Captured {
     pub link: Link,
     /// Bytes of it that are in the buffer.
     pub kept: usize,
-    /// Bytes of it.
+    /// Bytes of it as it passed, however few were kept.
     pub length: usize,
 }
 
@@ -97,6 +97,7 @@ impl CaptureSocket {
             setsockopt(&socket, sockopt::RcvBuf, &QUEUE).map_err(failed("make room for packets of"))?;
         }
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true).map_err(failed("take the time of packets of"))?;
+        tell_lengths(&socket).map_err(failed("take the length of packets of"))?;
         let hears = address(index).ok_or(Errno::EINVAL).map_err(failed("address"))?;
         bind(socket.as_raw_fd(), &hears).map_err(failed("listen on"))?;
         let kind = hardware(&socket).map_err(failed("examine"))?;
@@ -123,22 +124,24 @@ impl CaptureSocket {
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Option<Captured>, Error> {
         let room = buffer.len();
         let mut parts = [IoSliceMut::new(buffer)];
-        let mut control = nix::cmsg_space!(libc::timespec);
+        let mut control = nix::cmsg_space!(libc::timespec, libc::tpacket_auxdata);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
         let message = match recvmsg::<LinkAddr>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
             Ok(message) => message,
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
             Err(errno) => return Err(self.failed("read from", errno.into())),
         };
-        let at = message.cmsgs().ok().and_then(|mut all| {
-            all.find_map(|it| match it {
-                ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
-                _ => None,
-            })
-        });
+        // The filter has cut the packet already, so that what the kernel hands over is not all of it.
+        let (mut at, mut length) = (Duration::ZERO, message.bytes);
+        for told in message.cmsgs().into_iter().flatten() {
+            match told {
+                ControlMessageOwned::ScmTimestampns(time) => at = time.into(),
+                ControlMessageOwned::Unknown(other) => length = length_before_cut(&other).unwrap_or(length),
+                _ => {}
+            }
+        }
         let outgoing = message.address.is_some_and(|from| from.pkttype() == libc::PACKET_OUTGOING);
-        let length = message.bytes;
-        Ok(Some(Captured { at: at.unwrap_or_default(), outgoing, link: self.link, kept: length.min(room), length }))
+        Ok(Some(Captured { at, outgoing, link: self.link, kept: message.bytes.min(room), length }))
     }
 
     /// What was counted since the socket was opened.
@@ -219,6 +222,32 @@ fn attach(socket: &OwnedFd, program: &[libc::sock_filter]) -> nix::Result<()> {
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// `PACKET_AUXDATA` (include/uapi/linux/if_packet.h), which libc knows for one target only. The message that comes with each packet
+/// has the same number.
+const PACKET_AUXDATA: libc::c_int = 8;
+
+/// Asks for a `tpacket_auxdata` with each packet.
+#[allow(unsafe_code)]
+fn tell_lengths(socket: &OwnedFd) -> nix::Result<()> {
+    let on: libc::c_int = 1;
+    let size = libc::socklen_t::try_from(size_of_val(&on)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: the kernel reads `size` bytes, which is the size of `on`.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, PACKET_AUXDATA, (&raw const on).cast(), size) };
+    Errno::result(result).map(drop)
+}
+
+/// Bytes that a packet had before the filter cut it, if this message tells them (`tp_len`, packet(7)).
+fn length_before_cut(message: &UnknownCmsg) -> Option<usize> {
+    let header = &message.cmsg_header;
+    if (header.cmsg_level, header.cmsg_type) != (libc::SOL_PACKET, PACKET_AUXDATA) {
+        return None;
+    }
+    let at = std::mem::offset_of!(libc::tpacket_auxdata, tp_len);
+    let length = message.data_bytes.get(at..at + 4)?.try_into().ok()?;
+    usize::try_from(u32::from_ne_bytes(length)).ok()
 }
 
 /// Reads what was counted since it was read last.

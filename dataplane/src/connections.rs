@@ -151,11 +151,22 @@ impl Listener {
     }
 }
 
-/// All connections there are in the calling thread's network namespace.
+/// Connections that somebody asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// As many as there was room for.
+    pub connections: Vec<Tracked>,
+    /// Others of this kind.
+    pub left_off: u64,
+}
+
+/// The connections of a kind that there are in the calling thread's network namespace, `most` of them at most. A host may have
+/// millions: of those that are not asked for no more than one message of the kernel's is in memory. `wanted` may be asked about
+/// one of them again, where the kernel has to be.
 ///
 /// # Errors
 /// [`Error::Unsupported`] when the kernel does not tell about connections, and the errors of a broken netlink exchange.
-pub fn all() -> Result<Vec<Tracked>, Error> {
+pub fn list(most: usize, mut wanted: impl FnMut(&Tracked) -> bool) -> Result<Listed, Error> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let request = Request {
         operation: "list",
@@ -163,8 +174,9 @@ pub fn all() -> Result<Vec<Tracked>, Error> {
         flags: 0,
         message: Message::new(GET, ANY_FAMILY),
     };
-    let entries = socket.dump_shared(request).map_err(explained)?;
-    Ok(entries.iter().filter_map(|entry| Tracked::read(&entry.attributes)).collect())
+    let read = |entry: Message| Tracked::read(&entry.attributes).filter(&mut wanted);
+    let kept = socket.dump_some(request, most, read).map_err(explained)?;
+    Ok(Listed { connections: kept.objects, left_off: kept.left_off })
 }
 
 /// Asks for a connection that there cannot be, from nowhere to nowhere: a kernel that knows of connections says that there is

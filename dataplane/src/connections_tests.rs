@@ -66,7 +66,7 @@ fn a_connection_is_told_when_it_begins_and_when_it_ends_with_what_it_carried() {
             ("127.0.0.2".into(), Some((8080, from.port())))
         );
         assert_eq!((began.original.protocol, began.original.icmp), (6, None));
-        let listed = all().unwrap();
+        let listed = list(usize::MAX, |_| true).unwrap().connections;
         assert!(listed.iter().any(|it| it.original == began.original && it.answer == began.answer), "{listed:?}");
 
         client.write_all(&[7; 1000]).unwrap();
@@ -113,6 +113,22 @@ fn what_was_lost_is_counted() {
             }
         }
         assert!(lost > 0 && began + lost == 200, "{began} told, {lost} lost");
+    });
+}
+
+#[test]
+fn of_many_connections_no_more_are_kept_than_there_is_room_for() {
+    in_namespace(|| {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        for port in 2000..2500 {
+            socket.send_to(b"x", ("127.0.0.5", port)).unwrap();
+        }
+        let is_even = |it: &Tracked| it.original.ports.is_some_and(|(_, port)| port % 2 == 0 && port >= 2000);
+        let listed = list(7, is_even).unwrap();
+        assert_eq!((listed.connections.len(), listed.left_off), (7, 243));
+        assert!(listed.connections.capacity() < 16 && listed.connections.iter().all(is_even), "{listed:?}");
+        let listed = list(250, is_even).unwrap();
+        assert_eq!((listed.connections.len(), listed.left_off), (250, 0));
     });
 }
 

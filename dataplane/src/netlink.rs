@@ -15,6 +15,7 @@ mod socket;
 mod tests;
 mod transaction;
 
+pub use dump::Kept;
 pub(crate) use frame::{Frame, frames};
 pub(crate) use listen::Heard;
 pub use socket::{Protocol, Request, Socket};

@@ -37,8 +37,8 @@ pub struct Outcome {
     pub failures: Vec<Failure>,
     /// Why connections through port mappings that are gone may go on.
     pub lingering: Option<Error>,
-    /// How long the table of network policy took, from reading it on.
-    pub policy_took: Duration,
+    /// How long each table took: reading, comparing and changing it. Those that were not looked at are absent.
+    pub took: BTreeMap<Table, Duration>,
 }
 
 /// Something that went wrong in a pass.
@@ -180,9 +180,15 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
     }
 
     fn policy(&mut self) {
-        let started = Instant::now();
         self.table(Table::Policy);
-        self.outcome.policy_took = started.elapsed();
+    }
+
+    /// Works on a table, and adds to its time.
+    fn timed<T>(&mut self, table: Table, work: impl FnOnce(&mut Self) -> T) -> T {
+        let started = Instant::now();
+        let result = work(self);
+        *self.outcome.took.entry(table).or_default() += started.elapsed();
+        result
     }
 
     /// The policies that keep plaintext from leaving, before there is a device that could send any.
@@ -191,12 +197,14 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
             return;
         }
         let before = self.outcome.failures.len();
-        self.policies_are_current = self.read(Table::XfrmPolicies);
-        if self.policies_are_current {
-            let mut changes = diff_table(Table::XfrmPolicies, self.desired, &self.actual, Sweep::Withheld);
-            changes.retain(Change::blocks);
-            self.apply(changes);
-        }
+        self.timed(Table::XfrmPolicies, |pass| {
+            pass.policies_are_current = pass.read(Table::XfrmPolicies);
+            if pass.policies_are_current {
+                let mut changes = diff_table(Table::XfrmPolicies, pass.desired, &pass.actual, Sweep::Withheld);
+                changes.retain(Change::blocks);
+                pass.apply(changes);
+            }
+        });
         self.unblocked = self.first_reason_since(before);
     }
 
@@ -212,32 +220,38 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
             Table::XfrmPolicies => self.policies_are_current,
             _ => false,
         };
-        if known || self.read(table) {
-            let changes = diff_table(table, self.desired, &self.actual, self.sweep);
-            let (removals, changes) = changes.into_iter().partition(Change::is_removal);
-            self.removals.extend::<Vec<_>>(removals);
-            self.apply(changes);
-        }
+        self.timed(table, |pass| {
+            if known || pass.read(table) {
+                pass.change(table);
+            }
+        });
+    }
+
+    /// Makes what a table that was read lacks; removals are kept for later.
+    fn change(&mut self, table: Table) {
+        let changes = diff_table(table, self.desired, &self.actual, self.sweep);
+        let (removals, changes) = changes.into_iter().partition(Change::is_removal);
+        self.removals.extend::<Vec<_>>(removals);
+        self.apply(changes);
     }
 
     /// Links are read before the unreachable routes are made, for the names of interfaces, and changed after.
     fn devices_over_unreachable_routes(&mut self) {
-        let links_known = self.read(Table::Links);
+        let links_known = self.timed(Table::Links, |pass| pass.read(Table::Links));
         let before = self.outcome.failures.len();
-        self.routes_are_current = self.read(Table::Routes);
-        if self.routes_are_current {
-            let mut changes = diff_table(Table::Routes, self.desired, &self.actual, Sweep::Withheld);
-            changes.retain(Change::makes_unreachable);
-            self.apply(changes);
-        }
+        self.timed(Table::Routes, |pass| {
+            pass.routes_are_current = pass.read(Table::Routes);
+            if pass.routes_are_current {
+                let mut changes = diff_table(Table::Routes, pass.desired, &pass.actual, Sweep::Withheld);
+                changes.retain(Change::makes_unreachable);
+                pass.apply(changes);
+            }
+        });
         if self.desired.routes.values().any(|route| route.target == RouteTarget::Unreachable) {
             self.floorless = self.first_reason_since(before);
         }
         if links_known {
-            let changes = diff_table(Table::Links, self.desired, &self.actual, self.sweep);
-            let (removals, changes) = changes.into_iter().partition(Change::is_removal);
-            self.removals.extend::<Vec<_>>(removals);
-            self.apply(changes);
+            self.timed(Table::Links, |pass| pass.change(Table::Links));
         }
     }
 
@@ -255,7 +269,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         removals.retain(|change| !change.carrier().is_some_and(|interface| doomed.contains(interface)));
         removals.sort_by_key(|change| std::cmp::Reverse(change.table()));
         for group in removals.chunk_by(|one, next| one.table() == next.table()) {
-            self.apply(group.to_vec());
+            self.timed(group[0].table(), |pass| pass.apply(group.to_vec()));
         }
     }
 

@@ -115,13 +115,13 @@ pub struct Engine<K, S, N> {
     /// The node's blocks as far as it knows, those included that the source has forgotten.
     held: BTreeSet<Prefix>,
     /// Where devices were told that their peers are.
-    told: endpoints::Told,
+    told: endpoints::KnownEndpoints,
     /// Pods whose MTU could not be set, or only at one end.
     untuned: BTreeSet<InterfaceName>,
     /// Whether pods have to forget what they know of paths, and when they last had to.
     outgrown: pods::Outgrown,
     /// The smaller underlay MTU in bytes that the source did not take before the own devices were touched.
-    untold: Option<u32>,
+    untaken_mtu: Option<u32>,
     pace: Pace,
     /// What use was made of keys.
     counted: usage::Counted,
@@ -175,10 +175,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             name_taken: false,
             block_changes: blocks::BlockChanges::default(),
             held,
-            told: endpoints::Told::new(),
+            told: endpoints::KnownEndpoints::new(),
             untuned: BTreeSet::new(),
             outgrown: pods::Outgrown::default(),
-            untold: None,
+            untaken_mtu: None,
             pace: Pace::default(),
             counted: usage::Counted::default(),
             keeping: rotation::Keeping::default(),
@@ -393,10 +393,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
 
     /// Whether this node can receive what others would send it, and the source answers.
     fn may_publish(&self, plan: &Plan, issues: &[Issue]) -> bool {
-        // Without a block of a family the node cannot serve pods, but it can receive; with any other it cannot.
-        let without_block = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr];
-        let cannot_receive =
-            |issue: &Issue| issue.severity == Severity::Blocking && !without_block.contains(&issue.kind);
+        // Without a block of a family the node cannot serve pods, but it can receive. So it can where its MTU is too small for a
+        // family, and who does not know of that would send it what is too large. With any other it cannot.
+        let receives = [IssueKind::PoolExhausted, IssueKind::NoNodeCidr, IssueKind::MtuTooSmall];
+        let cannot_receive = |issue: &Issue| issue.severity == Severity::Blocking && !receives.contains(&issue.kind);
         // A source that does not answer reads is not made to wait for either.
         self.delivered && self.source_issue.is_none() && !plan.blocking().chain(issues).any(cannot_receive)
     }

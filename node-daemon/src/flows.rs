@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk_dataplane::connections::{Listener, News, Tracked, all};
+use husk_dataplane::connections::{Listener, News, Tracked, list};
 use husk_dataplane::nflog::Log;
 use husk_overlay::marks;
 use husk_overlay::prefix::Prefix;
@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use self::connections::{Interest, Known, ends};
+use self::connections::{Interest, Known, REMEMBERED, ends};
 pub use self::record::{Flow, FlowCount, FlowEnd, FlowVerdict, Icmp};
 use self::ring::Ring;
 use crate::engine::State;
@@ -206,7 +206,7 @@ impl Flows {
         let mut listener = Listener::open()?;
         let mut known = Known::default();
         let (mut caught_up, mut missed) = (Instant::now(), 0);
-        known.begin(all()?.into_iter().filter(|it| pods.have(it)));
+        known.begin(list(REMEMBERED, |it| pods.have(it))?.connections);
         self.with(|ring| {
             ring.unavailable[CONNECTIONS] = None;
             ring.listening = true;
@@ -232,7 +232,9 @@ impl Flows {
             // is done.
             if missed > 0 && caught_up.elapsed() >= CATCH_UP {
                 caught_up = Instant::now();
-                let found = known.catch_up(all()?.into_iter().filter(|it| pods.have(it)), now);
+                let mut room = known.room();
+                let found = list(REMEMBERED, |it| pods.have(it) && known.asks_for(it, &mut room))?;
+                let found = known.catch_up(&found, now);
                 lost = std::mem::take(&mut missed).saturating_sub(found.len() as u64);
                 changes.extend(found);
             }

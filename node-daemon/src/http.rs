@@ -1,7 +1,7 @@
 //! A small HTTP server: a few pages, all of them read, none of them waited for.
 //!
-//! Whoever reaches the address may be anybody, so everything is bounded: connections, the size of a request's head, and the time
-//! for all of it. A connection is one request: whoever holds it longer holds up somebody else. An address that is not to be had,
+//! Whoever reaches the address may be anybody, so everything is bounded: connections in all and from one address, the size of a
+//! request's head, and the time for all of it. A connection is one request: whoever holds it longer holds up somebody else. An address that is not to be had,
 //! as a port that another program has, is an issue and is tried again; the daemon goes on without.
 
 use std::convert::Infallible;
@@ -22,11 +22,18 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
+use self::visitors::Visitors;
+
 pub mod endpoint;
 pub mod sites;
+mod visitors;
 
 /// Connections served at once; more wait in the kernel's queue.
 const CONNECTIONS: usize = 32;
+
+/// Connections from one address; more are closed at once, so that who says nothing does not take the places of others. A browser
+/// opens six.
+const FROM_ONE: usize = 8;
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
@@ -77,6 +84,7 @@ pub struct Listening {
 /// Serves until the task is dropped. `changed` is called when the issue came or went.
 pub async fn serve(listening: Listening, site: impl Site, changed: impl Fn() + Send) {
     let (site, permits) = (Arc::new(site), Arc::new(Semaphore::new(CONNECTIONS)));
+    let visitors = Visitors::new(FROM_ONE);
     loop {
         let listener = match TcpListener::bind(listening.address).await {
             Ok(listener) => listener,
@@ -96,11 +104,15 @@ pub async fn serve(listening: Listening, site: impl Site, changed: impl Fn() + S
         loop {
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
             match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, from)) => {
+                    let Some(visit) = visitors.admit(from.ip()) else {
+                        tracing::debug!(%from, key = listening.key, "an address has too many connections");
+                        continue;
+                    };
                     let (site, limits) = (Arc::clone(&site), listening.limits);
                     tokio::spawn(async move {
                         converse(stream, site, limits).await;
-                        drop(permit);
+                        drop((visit, permit));
                     });
                 }
                 Err(error) => {

@@ -20,7 +20,7 @@ mod ui;
 
 pub(crate) use self::tables::bytes;
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -175,7 +175,13 @@ impl Arguments {
     #[must_use]
     pub fn of_process() -> Self {
         let matches = reference::command().get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        let arguments = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        if let Command::Trace(options) = &arguments.command
+            && let Err((kind, message)) = options.check()
+        {
+            reference::command().error(kind, message).exit();
+        }
+        arguments
     }
 }
 
@@ -279,8 +285,12 @@ const FOREIGN: &str = "the daemon's answer is not understood; huskctl and huskd 
 
 /// Asks the daemon, with a time limit.
 pub(crate) fn exchange(socket: &Path, request: &Request) -> anyhow::Result<Response> {
+    exchange_within(TIMEOUT, socket, request)
+}
+
+fn exchange_within(limit: Duration, socket: &Path, request: &Request) -> anyhow::Result<Response> {
     let connected = UnixStream::connect(socket);
-    let denied = connected.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
+    let denied = connected.as_ref().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
     let mut stream = connected.with_context(|| {
         let socket = socket.display();
         if denied {
@@ -289,8 +299,40 @@ pub(crate) fn exchange(socket: &Path, request: &Request) -> anyhow::Result<Respo
             format!("no daemon answers on {socket}; is huskd running? Try: systemctl status huskd, or huskd run")
         }
     })?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
     ipc::write_message(&mut stream, request).context("cannot send the request to the daemon")?;
-    ipc::read_message(&mut stream).context("cannot read the daemon's answer")
+    ipc::read_message(&mut stream).map_err(|error| {
+        let late = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+        let context = if late {
+            format!(
+                "the daemon is there and does not answer within {} s: it hangs, or the machine is overloaded. Its log tells what \
+                 it was at; restarting it interrupts no traffic",
+                limit.as_secs()
+            )
+        } else {
+            "cannot read the daemon's answer; was it restarted just now? Try again".to_owned()
+        };
+        anyhow::Error::new(error).context(context)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_hangs_is_told_from_one_that_is_not_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("husk.sock");
+        let ask =
+            || format!("{:#}", exchange_within(Duration::from_millis(50), &socket, &Request::Status).unwrap_err());
+        assert!(ask().starts_with("no daemon answers on "), "{}", ask());
+        let listener = UnixListener::bind(&socket).unwrap();
+        let hung = ask();
+        assert!(hung.contains("it hangs, or the machine is overloaded"), "{hung}");
+        drop(listener);
+    }
 }

@@ -45,3 +45,4 @@ pub mod udp_encapsulation;
 pub mod ui;
 pub mod watch;
 pub mod wireguard_userspace;
+mod worker;

@@ -13,7 +13,6 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,7 +25,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
-use crate::nudge::{self, Nudge, Nudged, WeakNudge};
+use crate::nudge::{Nudged, WeakNudge};
+use crate::worker::{self, Shared, Worker};
 
 /// File in the run directory that keeps what was found.
 const FILE: &str = "offload.json";
@@ -48,14 +48,11 @@ const RECEIVED: u8 = b'!';
 
 /// The thread, as the others see it. It ends with the last of these.
 #[derive(Debug, Clone)]
-pub struct OffloadTesting {
-    shared: Arc<Mutex<Shared>>,
-    nudge: Nudge,
-    thread: Arc<thread::JoinHandle<()>>,
-}
+pub struct OffloadTesting(Worker<Test>);
 
+/// What the thread shares with the loop and with the threads of transfers.
 #[derive(Debug)]
-struct Shared {
+struct Test {
     tester: Tester,
     candidates: BTreeMap<NodeName, Candidate>,
     /// What became of the transfer under way.
@@ -77,32 +74,30 @@ impl OffloadTesting {
     /// # Errors
     /// When there is no thread, no socket or no randomness to be had.
     pub fn start(run_directory: &Path, boot: &str, changed: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(io::Error::other)?;
-        let file = run_directory.join(FILE);
-        let tester = Tester::new(load(&file, boot), u64::from_ne_bytes(seed));
-        let shared = Shared { tester, candidates: BTreeMap::new(), outcome: None, guests: 0 };
-        let shared = Arc::new(Mutex::new(shared));
-        let (nudge, nudged) = nudge::pair()?;
-        let thread = Thread {
-            shared: Arc::clone(&shared),
-            nudged,
-            // Not the handle itself, which would keep the thread from ending.
-            waker: nudge.downgrade(),
-            file,
-            boot: boot.to_owned(),
-            offloads: None,
-            listeners: BTreeMap::new(),
-            tried: None,
-            known: None,
-        };
-        let thread = thread::Builder::new().name("husk-offload".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge, thread: Arc::new(thread) })
+        let (file, boot) = (run_directory.join(FILE), boot.to_owned());
+        let tester = Tester::new(load(&file, &boot), worker::seed()?);
+        let test = Test { tester, candidates: BTreeMap::new(), outcome: None, guests: 0 };
+        let worker = Worker::start("husk-offload", test, |shared, nudged, nudge| {
+            let thread = Thread {
+                shared,
+                nudged,
+                // Not the handle itself, which would keep the thread from ending.
+                waker: nudge.downgrade(),
+                file,
+                boot,
+                offloads: None,
+                listeners: BTreeMap::new(),
+                tried: None,
+                known: None,
+            };
+            move || thread.run(&changed)
+        })?;
+        Ok(Self(worker))
     }
 
     /// Who can be reached through the VXLAN device now. To be called after each pass: the device may be as wanted by then.
     pub fn set_candidates(&self, candidates: BTreeMap<NodeName, Candidate>) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.0.lock();
         if candidates.is_empty() && shared.candidates.is_empty() {
             return;
         }
@@ -111,24 +106,20 @@ impl OffloadTesting {
             shared.candidates = candidates;
         }
         drop(shared);
-        self.nudge.wake();
+        self.0.wake();
     }
 
     /// The thread has ended, which only a panic brings about; the log tells of it.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        self.0.is_over()
     }
 
     /// What is to be done with the device, and why.
     #[must_use]
     pub fn offload(&self) -> Offload {
-        lock(&self.shared).tester.offload().clone()
+        self.0.lock().tester.offload().clone()
     }
-}
-
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What an earlier daemon found since the host was booted. Damage means that it has to be found again.
@@ -139,7 +130,7 @@ fn load(file: &Path, boot: &str) -> Offload {
 }
 
 struct Thread {
-    shared: Arc<Mutex<Shared>>,
+    shared: Shared<Test>,
     nudged: Nudged,
     /// For the threads of transfers, which end in their own time.
     waker: WeakNudge,
@@ -176,7 +167,7 @@ impl Thread {
 
     /// Listens at the own addresses. True if there is one at which that is still to be tried.
     fn listen(&mut self) -> bool {
-        let own: BTreeSet<IpAddr> = lock(&self.shared).candidates.values().map(|candidate| candidate.own).collect();
+        let own: BTreeSet<IpAddr> = self.shared.lock().candidates.values().map(|candidate| candidate.own).collect();
         self.listeners.retain(|address, _| own.contains(address));
         let now = since_boot();
         let missing: Vec<IpAddr> = own.into_iter().filter(|address| !self.listeners.contains_key(address)).collect();
@@ -198,10 +189,10 @@ impl Thread {
 
     /// Carries the test on; when there will be something to do by itself.
     fn advance(&mut self) -> Option<Duration> {
-        let watches = lock(&self.shared).tester.watches_device();
+        let watches = self.shared.lock().tester.watches_device();
         let device = if watches { self.device() } else { None };
         let now = since_boot();
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         shared.tester.set_device(device);
         if let Some(outcome) = shared.outcome.take() {
             tracing::debug!(?outcome, offload = ?device, "a transfer through the VXLAN device ended");
@@ -210,7 +201,7 @@ impl Thread {
         if let Some(transfer) = shared.tester.due(now) {
             drop(shared);
             self.begin(transfer);
-            shared = lock(&self.shared);
+            shared = self.shared.lock();
         }
         shared.tester.next(now)
     }
@@ -229,21 +220,21 @@ impl Thread {
 
     /// Makes a transfer on a thread of its own: it may stand still.
     fn begin(&self, transfer: Transfer) {
-        let (shared, waker) = (Arc::clone(&self.shared), self.waker.clone());
+        let (shared, waker) = (self.shared.clone(), self.waker.clone());
         let work = move || {
             let outcome = make(&transfer);
-            lock(&shared).outcome = Some(outcome);
+            shared.lock().outcome = Some(outcome);
             waker.wake();
         };
         if let Err(error) = thread::Builder::new().name("husk-transfer".into()).spawn(work) {
             tracing::debug!(%error, "no transfer could be made");
-            lock(&self.shared).tester.finished(Outcome::Declined, since_boot());
+            self.shared.lock().tester.finished(Outcome::Declined, since_boot());
         }
     }
 
     /// Keeps what is known, if it has changed; then the loop has to hear of it.
     fn note(&mut self) -> bool {
-        let offload = lock(&self.shared).tester.offload().clone();
+        let offload = self.shared.lock().tester.offload().clone();
         if self.known.as_ref() == Some(&offload) {
             return false;
         }
@@ -289,22 +280,22 @@ impl Thread {
     }
 
     fn welcome(&self, stream: TcpStream, from: SocketAddr) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         let known = shared.candidates.values().any(|candidate| candidate.address == from.ip());
         if !known || shared.guests >= GUESTS {
             return;
         }
         shared.guests += 1;
         drop(shared);
-        let shared = Arc::clone(&self.shared);
+        let shared = self.shared.clone();
         let work = move || {
             if let Err(error) = take(&stream) {
                 tracing::debug!(%from, %error, "a transfer did not arrive");
             }
-            lock(&shared).guests -= 1;
+            shared.lock().guests -= 1;
         };
         if thread::Builder::new().name("husk-guest".into()).spawn(work).is_err() {
-            lock(&self.shared).guests -= 1;
+            self.shared.lock().guests -= 1;
         }
     }
 }

@@ -15,7 +15,6 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::{self, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -31,7 +30,8 @@ use serde::{Deserialize, Serialize};
 use self::responder::Responder;
 use self::sockets::Sockets;
 use crate::files;
-use crate::nudge::{self, Nudge, Nudged};
+use crate::nudge::Nudged;
+use crate::worker::{self, Shared, Worker};
 
 /// File in the run directory that keeps the limits.
 const FILE: &str = "limits.json";
@@ -60,14 +60,11 @@ const LARGEST: usize = 1 << 16;
 
 /// The thread, as the others see it. It ends with the last of these.
 #[derive(Debug, Clone)]
-pub struct Probing {
-    shared: Arc<Mutex<Shared>>,
-    nudge: Nudge,
-    thread: Arc<thread::JoinHandle<()>>,
-}
+pub struct Probing(Worker<Paths>);
 
+/// What the thread shares with the loop.
 #[derive(Debug)]
-struct Shared {
+struct Paths {
     prober: Prober,
     targets: BTreeMap<Path, Target>,
     /// The sockets may have to be others.
@@ -89,29 +86,22 @@ impl Probing {
     /// # Errors
     /// When there is no thread, no socket or no randomness to be had.
     pub fn start(run_directory: &path::Path, boot: &str, changed: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(io::Error::other)?;
         let file = run_directory.join(FILE);
-        let known = load(&file, boot);
-        let prober = Prober::new(known.clone(), u64::from_ne_bytes(seed));
-        let shared = Arc::new(Mutex::new(Shared { prober, targets: BTreeMap::new(), moved: false, received: 0 }));
-        let (nudge, nudged) = nudge::pair()?;
-        let thread = Thread {
-            shared: Arc::clone(&shared),
-            nudged,
-            sockets: Sockets::default(),
-            responder: Responder::default(),
-            told: Told::default(),
-            file,
-            kept: Kept { boot: boot.to_owned(), limits: known },
-        };
-        let thread = thread::Builder::new().name("husk-probe".into()).spawn(move || thread.run(&changed))?;
-        Ok(Self { shared, nudge, thread: Arc::new(thread) })
+        let limits = load(&file, boot);
+        let prober = Prober::new(limits.clone(), worker::seed()?);
+        let kept = Kept { boot: boot.to_owned(), limits };
+        let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
+        let worker = Worker::start("husk-probe", paths, |shared, nudged, _| {
+            let (sockets, responder, announced) = (Sockets::default(), Responder::default(), Announced::default());
+            let thread = Thread { shared, nudged, sockets, responder, announced, file, kept };
+            move || thread.run(&changed)
+        })?;
+        Ok(Self(worker))
     }
 
     /// What there is to be probed from now on, and who is answered.
     pub fn set_targets(&self, targets: &BTreeMap<Path, Target>) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.0.lock();
         if shared.targets == *targets {
             return;
         }
@@ -119,13 +109,13 @@ impl Probing {
         shared.targets.clone_from(targets);
         shared.moved = true;
         drop(shared);
-        self.nudge.wake();
+        self.0.wake();
     }
 
     /// The limits as they will be with these targets ([`Prober::limits_under`]).
     #[must_use]
     pub fn limits_under(&self, targets: &BTreeMap<Path, Target>) -> Limits {
-        let shared = lock(&self.shared);
+        let shared = self.0.lock();
         if shared.targets == *targets { shared.prober.limits() } else { shared.prober.limits_under(targets) }
     }
 
@@ -133,8 +123,8 @@ impl Probing {
     #[must_use]
     pub fn demand(&self, peer: &NodeName) -> Duration {
         let now = since_boot();
-        lock(&self.shared).prober.demand(peer, now);
-        self.nudge.wake();
+        self.0.lock().prober.demand(peer, now);
+        self.0.wake();
         now
     }
 
@@ -142,31 +132,31 @@ impl Probing {
     /// more costs less than a black hole.
     #[must_use]
     pub fn limits(&self) -> Limits {
-        lock(&self.shared).prober.limits()
+        self.0.lock().prober.limits()
     }
 
     /// The thread has ended, which only a panic brings about; the log tells of it.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        self.0.is_over()
     }
 
     /// No path is known to be answered.
     #[must_use]
     pub fn is_silent(&self) -> bool {
-        lock(&self.shared).prober.is_silent()
+        self.0.lock().prober.is_silent()
     }
 
     /// Messages that came in so far, whatever they are.
     #[must_use]
     pub fn received(&self) -> u64 {
-        lock(&self.shared).received
+        self.0.lock().received
     }
 
     /// The paths to a peer.
     #[must_use]
     pub fn reports_of(&self, peer: &NodeName) -> BTreeMap<Path, Report> {
-        let shared = lock(&self.shared);
+        let shared = self.0.lock();
         let paths = Family::ALL.into_iter().map(|family| Path { peer: peer.clone(), family });
         paths.filter_map(|path| shared.prober.report(&path).map(|report| (path, report))).collect()
     }
@@ -174,12 +164,8 @@ impl Probing {
     /// All paths.
     #[must_use]
     pub fn reports(&self) -> BTreeMap<Path, Report> {
-        lock(&self.shared).prober.reports()
+        self.0.lock().prober.reports()
     }
-}
-
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The wall clock; a host that believes to be before 1970 says 1970.
@@ -195,18 +181,18 @@ fn load(file: &path::Path, boot: &str) -> Limits {
 }
 
 struct Thread {
-    shared: Arc<Mutex<Shared>>,
+    shared: Shared<Paths>,
     nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
-    told: Told,
+    announced: Announced,
     file: PathBuf,
     kept: Kept,
 }
 
 /// What the loop knows of limits.
 #[derive(Debug, Default)]
-struct Told {
+struct Announced {
     /// Revision of the limits that it was told of last.
     revision: u64,
     /// When they were first seen to be others, as time since boot.
@@ -215,25 +201,25 @@ struct Told {
     next: Duration,
 }
 
-impl Told {
+impl Announced {
     /// What is to be done of limits that have this revision by now: tell at once, or tell later, as time since boot, or nothing.
-    fn tell(&mut self, revision: u64, now: Duration) -> Tell {
+    fn due(&mut self, revision: u64, now: Duration) -> Due {
         if revision == self.revision {
-            return Tell::Nothing;
+            return Due::Nothing;
         }
         let noticed = *self.noticed.get_or_insert(now);
         let earliest = (noticed + TELL_AFTER).max(self.next.saturating_sub(TELL_INTERVAL * (TELL_BURST - 1)));
         if now < earliest {
-            return Tell::Later(earliest);
+            return Due::Later(earliest);
         }
         *self = Self { revision, noticed: None, next: self.next.max(now) + TELL_INTERVAL };
-        Tell::Now
+        Due::Now
     }
 }
 
 /// When to tell the loop of other limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tell {
+enum Due {
     Nothing,
     Now,
     Later(Duration),
@@ -245,15 +231,15 @@ impl Thread {
         loop {
             self.follow_targets();
             let next = self.send();
-            let revision = lock(&self.shared).prober.revision();
-            let later = match self.told.tell(revision, since_boot()) {
-                Tell::Now => {
+            let revision = self.shared.lock().prober.revision();
+            let later = match self.announced.due(revision, since_boot()) {
+                Due::Now => {
                     self.keep();
                     changed();
                     None
                 }
-                Tell::Later(at) => Some(at),
-                Tell::Nothing => None,
+                Due::Later(at) => Some(at),
+                Due::Nothing => None,
             };
             let due = [next, self.sockets.next_try(), later].into_iter().flatten().min();
             if let Err(error) = self.nudged.wait(self.sockets.all().map(|socket| socket.as_fd()), due) {
@@ -270,7 +256,7 @@ impl Thread {
 
     /// Brings sockets and guest list to what there is to be probed.
     fn follow_targets(&mut self) {
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         if std::mem::take(&mut shared.moved) {
             let own: BTreeSet<IpAddr> = shared.targets.values().map(|target| target.own).collect();
             self.responder.answer_only(shared.targets.values().map(|target| target.address).collect());
@@ -286,7 +272,7 @@ impl Thread {
 
     /// Keeps the limits, if they have changed.
     fn keep(&mut self) {
-        let limits = lock(&self.shared).prober.limits();
+        let limits = self.shared.lock().prober.limits();
         if limits == self.kept.limits {
             return;
         }
@@ -301,14 +287,14 @@ impl Thread {
     fn send(&self) -> Option<Duration> {
         let now = since_boot();
         let (shots, next) = {
-            let mut shared = lock(&self.shared);
+            let mut shared = self.shared.lock();
             (shared.prober.due(now), shared.prober.next())
         };
         let refused: Vec<u64> = shots.iter().filter(|shot| !self.fire(shot)).map(|shot| shot.id).collect();
         if refused.is_empty() {
             return next;
         }
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         for id in refused {
             shared.prober.refused(id, now);
         }
@@ -368,7 +354,7 @@ impl Thread {
         }
         if count > 0 {
             let (now, wall) = (since_boot(), since_1970());
-            let mut shared = lock(&self.shared);
+            let mut shared = self.shared.lock();
             shared.received += count;
             for (id, time) in answered {
                 if let Some(theirs) = time {
@@ -389,21 +375,21 @@ mod tests {
     #[test]
     fn limits_that_change_all_the_time_are_told_once_a_second() {
         let at = |milliseconds| Duration::from_millis(100_000 + milliseconds);
-        let mut told = Told::default();
-        assert_eq!(told.tell(0, at(0)), Tell::Nothing);
-        assert_eq!(told.tell(1, at(0)), Tell::Later(at(20)), "with what follows at once");
-        assert_eq!(told.tell(2, at(20)), Tell::Now);
-        assert_eq!(told.tell(2, at(21)), Tell::Nothing);
+        let mut announced = Announced::default();
+        assert_eq!(announced.due(0, at(0)), Due::Nothing);
+        assert_eq!(announced.due(1, at(0)), Due::Later(at(20)), "with what follows at once");
+        assert_eq!(announced.due(2, at(20)), Due::Now);
+        assert_eq!(announced.due(2, at(21)), Due::Nothing);
         let times: Vec<u64> = (100..10_100)
             .step_by(10)
             .zip(3_u64..)
-            .filter(|(time, revision)| told.tell(*revision, at(*time)) == Tell::Now)
+            .filter(|(time, revision)| announced.due(*revision, at(*time)) == Due::Now)
             .map(|(time, _)| time)
             .collect();
         assert!(times[1] < 200, "a few at once: {times:?}");
         assert_eq!(times.len(), 12, "{times:?}");
-        let Tell::Later(then) = told.tell(5000, at(10_100)) else { panic!("none is forgotten") };
-        assert_eq!(told.tell(5000, then), Tell::Now);
+        let Due::Later(then) = announced.due(5000, at(10_100)) else { panic!("none is forgotten") };
+        assert_eq!(announced.due(5000, then), Due::Now);
     }
 
     #[test]
@@ -416,8 +402,9 @@ mod tests {
         let start = |boot| Probing::start(folder.path(), boot, || ()).unwrap();
         assert_eq!(start("one").limits(), limits, "before anything is probed");
         assert_eq!(start("two").limits(), Limits::new());
-        let mut probing = start("one");
-        probing.thread = Arc::new(thread::spawn(|| ()));
+        let prober = Prober::new(limits.clone(), 7);
+        let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
+        let probing = Probing(Worker::start("ended", paths, |_, _, _| || ()).unwrap());
         while !probing.is_over() {
             thread::yield_now();
         }

@@ -145,9 +145,17 @@ impl Stage {
         let written = self.capture(&["default/a", "--count", "3", "-w", name])?;
         ensure!(written.status.code() == Some(0) && written.stdout.is_empty(), "{written:?}");
         ensure!(fs::metadata(&path)?.permissions().mode() & 0o777 == 0o600);
-        ensure!(packets(&fs::read(&path)?)?.len() == 3);
+        let whole = lengths(&fs::read(&path)?)?;
+        ensure!(whole.len() == 3 && whole.iter().all(|(kept, length)| kept == length), "{whole:?}");
         let again = self.capture(&["default/a", "--count", "3", "-w", name])?;
         ensure!(again.status.code() == Some(3) && again.stderr.contains("exists already"), "{again:?}");
+
+        // With 50 bytes around it, no packet is as small as that.
+        let file = self.cluster.scope().directory().join("cut.pcap");
+        let cut = file.to_str().context("a path of text")?;
+        let output = self.capture(&["host2", "--outer", "--count", "3", "--snaplen", "64", "-w", cut])?;
+        let cut = lengths(&fs::read(&file)?)?;
+        ensure!(cut.len() == 3 && cut.iter().all(|(kept, length)| *kept == 64 && *length > 64), "{cut:?} {output:?}");
 
         let huskctl = process::binary("huskctl")?;
         let huskctl = huskctl.to_str().context("a path of text")?;
@@ -185,8 +193,8 @@ impl Stage {
     }
 }
 
-/// The packets of a pcap file of Ethernet with nanoseconds.
-fn packets(mut file: &[u8]) -> Result<Vec<&[u8]>> {
+/// How many bytes of each packet a pcap file of Ethernet with nanoseconds has, and how many the packet had.
+fn lengths(mut file: &[u8]) -> Result<Vec<(u32, u32)>> {
     let number = |bytes: &[u8], at: usize| -> Result<u32> {
         let bytes = bytes.get(at..).and_then(|rest| rest.first_chunk()).context("the file is cut short")?;
         Ok(u32::from_le_bytes(*bytes))
@@ -197,10 +205,8 @@ fn packets(mut file: &[u8]) -> Result<Vec<&[u8]>> {
     while !file.is_empty() {
         ensure!(number(file, 4)? < 1_000_000_000, "nanoseconds");
         let (kept, length) = (number(file, 8)?, number(file, 12)?);
-        ensure!(kept == length, "packets are whole");
-        let end = PACKET_HEADER + usize::try_from(kept)?;
-        packets.push(file.get(PACKET_HEADER..end).context("the file is cut short")?);
-        file = &file[end..];
+        packets.push((kept, length));
+        file = file.get(PACKET_HEADER + usize::try_from(kept)?..).context("the file is cut short")?;
     }
     Ok(packets)
 }

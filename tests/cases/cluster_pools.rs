@@ -195,9 +195,9 @@ fn an_exhausted_pool_is_told_of(bench: &mut Bench) -> Result<()> {
     }
     let told = bench.wait_for_event("Node", "host1", "PoolExhausted")?;
     ensure!(told.contains("add an AddressPool"), "no remedy: {told}");
-    let status = bench.kubernetes.node(1).host().huskctl_json(["status"])?;
-    let issues = status["issues"].as_array().context("a status without issues")?;
-    ensure!(issues.iter().any(|issue| issue["kind"] == "PoolExhausted"), "{status:#}");
+    let host = bench.kubernetes.node(1).host();
+    let status = host.huskctl_json(["status"])?;
+    ensure!(!host.issues("PoolExhausted")?.is_empty(), "{status:#}");
     ensure!(status["ready"] == true, "a pod that goes would make room: {status:#}");
     let (admin, started) = (bench.kubernetes.admin(), Instant::now());
     let mut condition = Value::Null;

@@ -170,11 +170,7 @@ fn a_port_that_is_taken_is_an_issue_and_no_end() -> Result<()> {
     let taken = host.netns().run(|| TcpListener::bind(ENDPOINT))??;
     host.start_daemon()?;
     host.wait_ready()?;
-    let issue = || -> Result<Option<serde_json::Value>> {
-        let status = host.huskctl_json(["status"])?;
-        let issues = status["issues"].as_array().cloned().unwrap_or_default();
-        Ok(issues.into_iter().find(|issue| issue["kind"] == "ListenFailed"))
-    };
+    let issue = || host.issues("ListenFailed").map(|mut issues| issues.pop());
     let mut told = None;
     eventually("the issue", PATIENCE, || {
         told = issue()?;

@@ -102,7 +102,7 @@ fn every_alert_has_its_runbook() -> Result<()> {
     for alert in &alerts {
         let name = text(alert, "/alert");
         let runbook = format!("docs/runbooks.md#{}", name.to_lowercase());
-        ensure!(text(alert, "/annotations/runbook") == runbook, "{name}");
+        ensure!(text(alert, "/annotations/runbook_url") == runbook, "{name}");
         for annotation in ["summary", "description"] {
             ensure!(text(alert, &format!("/annotations/{annotation}")).len() > 20, "{name} has no {annotation}");
         }
@@ -280,10 +280,7 @@ impl<'a> Prometheus<'a> {
 
     fn ask(&self, path: &str, query: &str) -> Result<Value> {
         let query: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
-        let answer = http::get(self.netns, PROMETHEUS, &format!("/api/v1/{path}{query}"), &[("Connection", "close")])?;
-        // It may come in chunks, whose lengths stand on lines of their own.
-        let body: String = answer.body.split("\r\n").filter(|line| line.starts_with(['{', '"', '['])).collect();
-        let body = if answer.headers.contains_key("transfer-encoding") { body } else { answer.body };
+        let body = http::get_whole(self.netns, PROMETHEUS, &format!("/api/v1/{path}{query}"))?.body;
         serde_json::from_str(&body).with_context(|| format!("{path}: {body}"))
     }
 

@@ -4,11 +4,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use husk_tests::paths::{inner_mtu, is_exact, least_underlay_mtu};
 use husk_tests::pod::Served;
 use husk_tests::probe::{Datagram, Echo, Reach, Stream, assert_exact, path_mtu, tcp};
 use husk_tests::steady::Tunnel;
-use husk_tests::{Cluster, Family, Host, Mode, Pod, eventually, patience};
+use husk_tests::{Cluster, Family, Host, Mode, Pod, Signal, eventually, patience};
 use nix::unistd::Pid;
+use serde_json::json;
 
 /// How long a change may take to be everywhere on a machine that does much else.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -21,17 +23,6 @@ const BYTES: u32 = 500_000;
 
 /// Datagrams per second.
 const DATAGRAMS: u32 = 200;
-
-/// Bytes that a mode takes of every packet (README has the table).
-fn overhead(mode: Mode, underlay: Family) -> usize {
-    match (mode, underlay) {
-        (Mode::Vxlan, Family::Ipv4) => 50,
-        (Mode::Vxlan, Family::Ipv6) => 70,
-        (Mode::Wireguard, Family::Ipv4) => 60,
-        (Mode::Wireguard, Family::Ipv6) => 80,
-        _ => 0,
-    }
-}
 
 fn tunnel(mode: Mode) -> Option<&'static str> {
     match mode {
@@ -62,7 +53,7 @@ fn mistuned(
 ) -> Result<Option<String>> {
     let host = cluster.host(number);
     // In direct mode there are two families, and neither costs anything.
-    let inner = underlay - overhead(cluster.mode(), cluster.families()[0]);
+    let inner = inner_mtu(cluster.mode(), cluster.families()[0], underlay);
     let mut found = vec![("its record".to_owned(), usize::try_from(cluster.record(number)?.underlay_mtu)?, underlay)];
     if let Some(tunnel) = tunnel(cluster.mode()) {
         found.push((tunnel.to_owned(), host.netns().mtu(tunnel)?, inner));
@@ -98,7 +89,7 @@ fn follows(cluster: &Cluster, pods: &[Pods<'_>; 2], underlay: usize, since: Inst
 
 /// Waits until the kernels of busy pods have forgotten what does not hold any more, a few seconds after the routes have followed.
 fn busy_pods_follow(cluster: &Cluster, pods: &[Pods<'_>; 2], underlay: usize) -> Result<()> {
-    let inner = underlay - overhead(cluster.mode(), cluster.families()[0]);
+    let inner = inner_mtu(cluster.mode(), cluster.families()[0], underlay);
     for (here, there) in [(0, 1), (1, 0)] {
         let Some(busy) = pods[here].busy else { continue };
         for to in pods[there].quiet.addresses().into_iter().chain(pods[there].busy.iter().flat_map(|it| it.addresses()))
@@ -185,7 +176,7 @@ fn everything_follows(mode: Mode, underlay: Family) -> Result<()> {
         let what = format!("{what}, {before} to {mtu}");
         let grows = mtu > before;
         // Full packets of before, in both families and directions: growing costs none of them.
-        let full = before - overhead(mode, underlay);
+        let full = inner_mtu(mode, underlay, before);
         let streams = [(&a.pod, &b.pod, Family::Ipv4), (&b.pod, &a.pod, Family::Ipv6)].map(|(from, to, family)| {
             Stream::udp_of_size(from.netns(), to.netns(), to.address(family)?, DATAGRAMS, full)
         });
@@ -200,7 +191,7 @@ fn everything_follows(mode: Mode, underlay: Family) -> Result<()> {
         })?;
         took.push(followed);
         busy_pods_follow(&cluster, &pods, mtu).context(what.clone())?;
-        let inner = mtu - overhead(mode, underlay);
+        let inner = inner_mtu(mode, underlay, mtu);
         eventually("a pod that was made meanwhile to be tuned", PATIENCE, || Ok(created.mtu()? == inner))?;
         for stream in streams {
             let report = stream?.stop()?;
@@ -238,12 +229,12 @@ fn the_mtu_of_a_route_counts_like_that_of_its_link() -> Result<()> {
     ] {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).start()?;
         let (a, b) = (cluster.host(1).add_pod("a")?, cluster.host(2).add_pod("b")?);
-        let full = 1500 - overhead(mode, underlay);
+        let full = inner_mtu(mode, underlay, 1500);
         for mtu in [Some(1400), Some(1450), None] {
             set_route_mtu(cluster.host(1), narrow, mtu)?;
             for family in Family::ALL {
                 let concerned = mode.tunnelled() || family == narrow;
-                let inner = mtu.filter(|_| concerned).unwrap_or(1500) - overhead(mode, underlay);
+                let inner = inner_mtu(mode, underlay, mtu.filter(|_| concerned).unwrap_or(1500));
                 let what = format!("{mode} over {underlay}: the route to follow the underlay's to {mtu:?}, {family}");
                 let (to, back) = (b.address(family)?, a.address(family)?);
                 eventually(&what, PATIENCE, || Ok(path_mtu(cluster.host(1).netns(), to)? == inner))?;
@@ -253,7 +244,104 @@ fn the_mtu_of_a_route_counts_like_that_of_its_link() -> Result<()> {
                 assert_eq!((a.mtu()?, b.mtu()?), (full, full), "{what}");
             }
         }
+        let what = format!("{mode} over {underlay}");
+        if mode.tunnelled() {
+            more_is_configured_than_carried(&cluster, [&a, &b]).context(what.clone())?;
+            too_little_is_left(&cluster, [&a, &b]).context(what)?;
+        }
         cluster.ensure_settled()?;
+    }
+    Ok(())
+}
+
+/// Of a configured MTU that exceeds the underlay's the second host tells, uses what the underlay carries, and loses no packet of
+/// that size.
+fn more_is_configured_than_carried(cluster: &Cluster, [a, b]: [&Pod; 2]) -> Result<()> {
+    let (host, full) = (cluster.host(2), inner_mtu(cluster.mode(), cluster.families()[0], 1500));
+    let streams = [(a, b, Family::Ipv4), (b, a, Family::Ipv6)]
+        .map(|(from, to, family)| Stream::udp_of_size(from.netns(), to.netns(), to.address(family)?, DATAGRAMS, full));
+    host.configure(|config| config["underlay"]["mtu"] = json!(9000))?;
+    host.restart_daemon(Signal::SIGTERM)?;
+    eventually("the host to tell", PATIENCE, || Ok(!host.issues("MtuTooLarge")?.is_empty()))?;
+    let told = host.issues("MtuTooLarge")?;
+    let message = told[0]["message"].as_str().unwrap_or_default();
+    ensure!(told[0]["severity"] == "warning" && ["9000", "1500"].iter().all(|it| message.contains(it)), "{told:?}");
+    let table = host.huskctl(["mtu"])?;
+    ensure!(table.status.code() == Some(1) && table.stdout.contains("!! 9000 bytes are configured"), "{table:?}");
+    ensure!(cluster.record(2)?.underlay_mtu == 1500, "{:?}", cluster.record(2)?);
+    for (from, to) in [(a, b), (b, a)] {
+        ensure!(from.mtu()? == full, "{} has {}", from.name(), from.mtu()?);
+        Family::ALL.into_iter().try_for_each(|family| assert_exact(from.netns(), to.address(family)?, full))?;
+    }
+    for stream in streams {
+        let report = stream?.stop()?;
+        ensure!(report.lossless() && report.received > 0, "packets were lost: {report}");
+    }
+    host.configure(|config| config["underlay"]["mtu"] = json!(null))?;
+    host.restart_daemon(Signal::SIGTERM)?;
+    eventually("the issue to go", PATIENCE, || Ok(host.issues("MtuTooLarge")?.is_empty()))
+}
+
+/// Where the second host's link leaves too little for a family, that is refused there and towards it with every byte accounted for,
+/// and no pod is cut down to it; as soon as enough is left all is as before.
+fn too_little_is_left(cluster: &Cluster, [a, b]: [&Pod; 2]) -> Result<()> {
+    let (mode, underlay) = (cluster.mode(), cluster.families()[0]);
+    let (one, two) = (cluster.host(1), cluster.host(2));
+    let full = inner_mtu(mode, underlay, 1500);
+    // The least for IPv6 (RFC 8200, section 5) and for IPv4 (RFC 791), and one byte less than what leaves it.
+    let mut steps = vec![(least_underlay_mtu(mode, underlay) - 1, 1279, vec![Family::Ipv6])];
+    if underlay == Family::Ipv4 {
+        // A link as small as this has no IPv6 addresses any more to build tunnels from.
+        steps.push((1500 - full + 575, 575, Family::ALL.to_vec()));
+    }
+    for (mtu, left, refused) in steps {
+        two.set_underlay_mtu(mtu)?;
+        let what = format!("{refused:?} to be refused with an underlay of {mtu} bytes");
+        let subjects: Vec<_> = refused.iter().map(|family| format!("{family} in mode {mode}")).collect();
+        let mut told = Vec::new();
+        eventually(&what, PATIENCE, || {
+            told = two.issues("MtuTooSmall")?;
+            // The others are about the way to the first host.
+            told.retain(|issue| issue["severity"] == "blocking");
+            Ok(told.len() == subjects.len()
+                && subjects.iter().all(|it| told.iter().any(|issue| issue["subject"] == **it)))
+        })
+        .with_context(|| format!("{told:?}"))?;
+        for issue in &told {
+            let message = issue["message"].as_str().unwrap_or_default();
+            let ledger = [mtu, left].iter().all(|bytes| message.contains(&bytes.to_string()));
+            ensure!(ledger, "{issue}");
+        }
+        let status = two.cni_status()?;
+        ensure!(!status.success() && status.stdout.contains(&left.to_string()), "{status:?}");
+        let table = two.huskctl(["mtu"])?;
+        ensure!(table.status.code() == Some(1) && table.stdout.contains("!! an underlay MTU of"), "{table:?}");
+        // What there can be no IPv6 for is not tried for ever.
+        ensure!(two.issues("ApplyFailed")?.is_empty(), "{:?}", two.issues("ApplyFailed")?);
+        let mut towards = Vec::new();
+        eventually(&format!("the other host, {what}"), PATIENCE, || {
+            towards = one.issues("MtuTooSmall")?;
+            Ok(towards.len() == refused.len() && towards.iter().all(|issue| issue["subject"] == "host2"))
+        })
+        .with_context(|| format!("{towards:?}"))?;
+        ensure!(towards.iter().all(|it| it["message"].to_string().contains(&left.to_string())), "{towards:?}");
+        ensure!((a.mtu()?, b.mtu()?) == (full, full), "pods were cut down to {} and {}", a.mtu()?, b.mtu()?);
+        for family in refused {
+            let reach = Echo::to(b.address(family)?).limit(Duration::from_millis(300)).run(a.netns())?;
+            ensure!(!reach.arrived(), "{family}: {reach:?}");
+        }
+    }
+    two.set_underlay_mtu(1500)?;
+    for host in cluster.hosts() {
+        eventually("the issues to go", PATIENCE, || Ok(host.issues("MtuTooSmall")?.is_empty()))?;
+    }
+    for (from, to) in [(a, b), (b, a)] {
+        for family in Family::ALL {
+            let to = to.address(family)?;
+            eventually(&format!("{} to send {full} bytes to {to} again", from.name()), PATIENCE, || {
+                is_exact(from.netns(), to, full)
+            })?;
+        }
     }
     Ok(())
 }
@@ -294,13 +382,13 @@ fn every_pair_of_a_mixed_cluster_has_its_own_exact_mtu() -> Result<()> {
         let pods = cluster.add_pods("a")?;
         for (from, to) in (0..3).flat_map(|from| (0..3).map(move |to| (from, to))).filter(|(from, to)| from != to) {
             let what = format!("{mode} over {underlay}, {} to {}", underlays[from], underlays[to]);
-            let mtu = underlays[from].min(underlays[to]) - overhead(mode, underlay);
+            let mtu = inner_mtu(mode, underlay, underlays[from].min(underlays[to]));
             for family in Family::ALL {
                 let address = pods[to].address(family)?;
                 assert_exact(cluster.hosts()[from].netns(), address, mtu).context(what.clone())?;
                 // The pod's own interface takes more; its host tells it the first time.
                 let own = pods[from].mtu()?;
-                assert_eq!(own, underlays[from] - overhead(mode, underlay), "{what}");
+                assert_eq!(own, inner_mtu(mode, underlay, underlays[from]), "{what}");
                 if own > mtu {
                     let first = Echo::to(address).packet_size(mtu + 1).run(pods[from].netns())?;
                     assert_eq!(first, Reach::TooBig { path_mtu: mtu, local: false }, "{what}, {family}");
@@ -323,7 +411,7 @@ fn jumbo_frames_are_used_to_the_byte() -> Result<()> {
             cluster.set_underlay_mtu(mtu)?;
             let pods = [&a, &b].map(|served| Pods { quiet: &served.pod, busy: None });
             follows(&cluster, &pods, mtu, Instant::now())?;
-            let own = mtu - overhead(mode, underlay);
+            let own = inner_mtu(mode, underlay, mtu);
             let inner = own.min(LARGEST_OF_ROUTE);
             for family in Family::ALL {
                 let to = b.pod.address(family)?;
@@ -358,10 +446,10 @@ fn peers_of_a_host_whose_link_shrinks_send_it_less() -> Result<()> {
             pods[2].netns(),
             pods[2].address(Family::Ipv6)?,
             DATAGRAMS,
-            1500 - overhead(mode, underlay),
+            inner_mtu(mode, underlay, 1500),
         )?;
         cluster.host(2).set_underlay_mtu(1400)?;
-        let inner = 1400 - overhead(mode, underlay);
+        let inner = inner_mtu(mode, underlay, 1400);
         for number in [1, 3] {
             eventually("peers to lower their routes", PATIENCE, || {
                 Ok(path_mtu(cluster.host(number).netns(), pods[1].address(Family::Ipv4)?)? == inner)

@@ -29,9 +29,7 @@ fn has_offload(host: &Host, device: &str) -> Result<bool> {
 
 /// The issue about the offload, if there is one.
 fn issue(host: &Host) -> Result<Option<String>> {
-    let status = host.huskctl_json(["status"])?;
-    let issues = status["issues"].as_array().context("a status has issues")?.clone();
-    Ok(issues.into_iter().find(|issue| issue["kind"] == "BrokenOffload").map(|issue| issue.to_string()))
+    Ok(host.issues("BrokenOffload")?.first().map(ToString::to_string))
 }
 
 /// Waits until the self-test has had a result.

@@ -1,19 +1,17 @@
 //! Packet-too-big: from a router between the hosts and from a host to its pods, through policy and address translation, the
 //! true and the forged.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use etherparse::icmpv4::DestUnreachableHeader;
-use etherparse::{Icmpv4Type, Icmpv6Type, LaxSlicedPacket, PacketBuilder, TransportSlice};
-use husk_overlay::mac::MacAddress;
 use husk_tests::cluster::Router;
-use husk_tests::paths::{self, is_exact};
+use husk_tests::forgery::{Forgery, dropped};
+use husk_tests::paths::{await_exact, inner_mtu, is_exact, least_underlay_mtu, segments_offered};
 use husk_tests::pod::Served;
 use husk_tests::policy::scene::{Scene, Service};
 use husk_tests::probe::{Datagram, Echo, EchoServer, Reach, Stream, path_mtu, tcp};
-use husk_tests::{Capture, Cluster, Family, Host, Kind, Mode, Packet, Pod, Signal, eventually, patience};
+use husk_tests::{Cluster, Family, Kind, Mode, Packet, Signal, eventually, patience};
 use serde_json::json;
 
 /// How long what a kernel or a daemon does by itself may take on a busy machine.
@@ -27,11 +25,11 @@ const RECOVERED: Duration = Duration::from_secs(3);
 const BYTES: u32 = 1_000_000;
 
 /// Modes and underlays of which each packet is to say itself that it must not be cut.
-const TUNNELS: [(Mode, Family, usize); 4] = [
-    (Mode::Vxlan, Family::Ipv4, 50),
-    (Mode::Vxlan, Family::Ipv6, 70),
-    (Mode::Wireguard, Family::Ipv4, 60),
-    (Mode::Wireguard, Family::Ipv6, 80),
+const TUNNELS: [(Mode, Family); 4] = [
+    (Mode::Vxlan, Family::Ipv4),
+    (Mode::Vxlan, Family::Ipv6),
+    (Mode::Wireguard, Family::Ipv4),
+    (Mode::Wireguard, Family::Ipv6),
 ];
 
 fn router(cluster: &Cluster) -> Result<Router<'_>> {
@@ -41,11 +39,6 @@ fn router(cluster: &Cluster) -> Result<Router<'_>> {
 /// The path between the hosts takes so much, both ways.
 fn limit(cluster: &Cluster, family: Family, mtu: Option<usize>) -> Result<()> {
     cluster.hosts().iter().try_for_each(|host| router(cluster)?.limit(host.address(family)?, mtu))
-}
-
-/// Whether an IPv4 packet says that no router may cut it.
-fn dont_fragment(packet: &Packet) -> bool {
-    packet.bytes[14 + 6] & 0x40 != 0
 }
 
 #[test]
@@ -58,11 +51,11 @@ fn a_router_that_tells_is_believed_and_pods_are_told_in_wireguard_mode() -> Resu
     TUNNELS.into_iter().filter(|tunnel| tunnel.0 == Mode::Wireguard).try_for_each(told_by_a_router)
 }
 
-fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result<()> {
+fn told_by_a_router((mode, underlay): (Mode, Family)) -> Result<()> {
     let what = format!("{mode} over {underlay}");
     let cluster = Cluster::builder().mode(mode).underlay(underlay).routed().start()?;
     let (a, b) = (Served::start(cluster.host(1), "a")?, Served::start(cluster.host(2), "b")?);
-    let (full, left) = (1500 - overhead, 1400 - overhead);
+    let [full, left] = [1500, 1400].map(|mtu| inner_mtu(mode, underlay, mtu));
     for family in Family::ALL {
         ensure!(is_exact(a.pod.netns(), b.pod.address(family)?, full)?, "{what}: not exact to begin with");
     }
@@ -79,7 +72,7 @@ fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result
     for family in Family::ALL {
         for (from, to) in [(&a.pod, &b.pod), (&b.pod, &a.pod)] {
             let to = to.address(family)?;
-            paths::await_exact(from.netns(), to, full, left, PATIENCE).context(what.clone())?;
+            await_exact(from.netns(), to, full, left, PATIENCE).context(what.clone())?;
         }
     }
     let learned = since.elapsed();
@@ -96,7 +89,7 @@ fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result
     let tunnelled = |packet: &&Packet| packet.kind == if mode == Mode::Vxlan { Kind::Vxlan } else { Kind::Wireguard };
     let (mut whole, mut cut) = (0, 0);
     for packet in trace.packets().iter().filter(tunnelled) {
-        if underlay == Family::Ipv4 && !dont_fragment(packet) {
+        if underlay == Family::Ipv4 && !packet.dont_fragment {
             cut += 1;
         } else {
             whole += 1;
@@ -117,10 +110,10 @@ fn told_by_a_router((mode, underlay, overhead): (Mode, Family, usize)) -> Result
 
 #[test]
 fn a_path_that_recovers_is_used_again_when_the_kernel_tries_it() -> Result<()> {
-    for (mode, underlay, overhead) in TUNNELS.into_iter().filter(|tunnel| tunnel.0 == Mode::Vxlan) {
+    for (mode, underlay) in TUNNELS.into_iter().filter(|tunnel| tunnel.0 == Mode::Vxlan) {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).routed().start()?;
         let (a, b) = (cluster.host(1).add_pod("a")?, cluster.host(2).add_pod("b")?);
-        let (full, left) = (1500 - overhead, 1400 - overhead);
+        let [full, left] = [1500, 1400].map(|mtu| inner_mtu(mode, underlay, mtu));
         // In everyday life it is ten minutes.
         for netns in [cluster.host(1).netns(), a.netns()] {
             netns.sysctl("net/ipv4/route/mtu_expires", "5")?;
@@ -128,7 +121,7 @@ fn a_path_that_recovers_is_used_again_when_the_kernel_tries_it() -> Result<()> {
         }
         limit(&cluster, underlay, Some(1400))?;
         for family in Family::ALL {
-            paths::await_exact(a.netns(), b.address(family)?, full, left, PATIENCE)?;
+            await_exact(a.netns(), b.address(family)?, full, left, PATIENCE)?;
         }
         limit(&cluster, underlay, None)?;
         for family in Family::ALL {
@@ -200,81 +193,9 @@ fn a_pod_is_told_of_a_narrow_path_whatever_policy_says() -> Result<()> {
     Ok(())
 }
 
-/// What a host would believe of the path to a peer: the error says that a packet of its own tunnel was too large.
-struct Forgery {
-    to: [u8; 6],
-    own: IpAddr,
-    /// The packet that is quoted, from its IP header on.
-    quoted: Vec<u8>,
-}
-
-impl Forgery {
-    /// Quotes a packet of a host to a peer that was on the wire.
-    fn of(host: &Host, peer: IpAddr, kind: Kind, trace: &[Packet]) -> Result<Self> {
-        let own = host.address(Family::of(peer))?;
-        let sent = trace.iter().find(|packet| packet.kind == kind && packet.addresses == Some((own, peer)));
-        let sent = sent.with_context(|| format!("{} sent no {kind} packet to {peer}", host.name()))?;
-        // As much as a router quotes at least of what it got, and more than the kernel asks for.
-        let quoted = sent.bytes[14..].iter().copied().take(120).collect();
-        Ok(Self { to: mac(host)?, own, quoted })
-    }
-
-    /// Quotes the answer to a ping that nobody ever sent: the kernel answers by itself, so that no socket can tell.
-    fn of_an_echo(host: &Host, peer: IpAddr) -> Result<Self> {
-        let own = host.address(Family::of(peer))?;
-        let mut quoted = Vec::new();
-        match (own, peer) {
-            (IpAddr::V4(own), IpAddr::V4(peer)) => PacketBuilder::ipv4(own.octets(), peer.octets(), 64)
-                .icmpv4_echo_reply(7, 7)
-                .write(&mut quoted, &[0; 64])?,
-            (IpAddr::V6(own), IpAddr::V6(peer)) => PacketBuilder::ipv6(own.octets(), peer.octets(), 64)
-                .icmpv6_echo_reply(7, 7)
-                .write(&mut quoted, &[0; 64])?,
-            _ => anyhow::bail!("{own} and {peer} are of two families"),
-        }
-        Ok(Self { to: mac(host)?, own, quoted })
-    }
-
-    /// The frame, in the name of somebody who is no part of the cluster.
-    fn frame(&self, mtu: u16) -> Result<Vec<u8>> {
-        let (from, mut frame) = ([2, 0, 0, 0, 0, 9], Vec::new());
-        let ethernet = PacketBuilder::ethernet2(from, self.to);
-        match self.own {
-            IpAddr::V4(own) => {
-                let needed = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: mtu };
-                ethernet
-                    .ipv4([198, 51, 100, 66], own.octets(), 64)
-                    .icmpv4(Icmpv4Type::DestinationUnreachable(needed))
-                    .write(&mut frame, &self.quoted)?;
-            }
-            IpAddr::V6(own) => {
-                let stranger = [0x20, 0x01, 0x0d, 0xb8, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x66];
-                ethernet
-                    .ipv6(stranger, own.octets(), 64)
-                    .icmpv6(Icmpv6Type::PacketTooBig { mtu: mtu.into() })
-                    .write(&mut frame, &self.quoted)?;
-            }
-        }
-        Ok(frame)
-    }
-}
-
-fn mac(host: &Host) -> Result<[u8; 6]> {
-    let links = host.netns().ip_json(["link", "show", "dev", "eth0"])?;
-    let text = links[0]["address"].as_str().context("eth0 has no Ethernet address")?;
-    let mac: MacAddress = text.parse().with_context(|| format!("{text} is no Ethernet address"))?;
-    Ok(mac.0)
-}
-
-/// Packets that a guard of this host has dropped.
-fn dropped(host: &Host) -> Result<u64> {
-    let status = host.huskctl_json(["status"])?;
-    status["counters"]["path_mtu_below_floor"]["packets"].as_u64().with_context(|| format!("no counter: {status:#}"))
-}
-
 #[test]
 fn forged_errors_do_not_shrink_a_tunnel_below_its_floor() -> Result<()> {
-    for (mode, underlay, overhead) in TUNNELS {
+    for (mode, underlay) in TUNNELS {
         let what = format!("{mode} over {underlay}");
         let cluster = Cluster::builder().mode(mode).underlay(underlay).start()?;
         let (one, two) = (cluster.host(1), cluster.host(2));
@@ -286,7 +207,7 @@ fn forged_errors_do_not_shrink_a_tunnel_below_its_floor() -> Result<()> {
         let kind = if mode == Mode::Vxlan { Kind::Vxlan } else { Kind::Wireguard };
         let forgeries = [Forgery::of(one, peer, kind, trace.packets())?, Forgery::of_an_echo(one, peer)?];
         // The least that leaves IPv6 what it needs.
-        let floor = u16::try_from(1280 + overhead)?;
+        let floor = u16::try_from(least_underlay_mtu(mode, underlay))?;
         let before = dropped(one)?;
         for forgery in &forgeries {
             for mtu in [0, 68, 552, 1280, floor - 1] {
@@ -297,7 +218,10 @@ fn forged_errors_do_not_shrink_a_tunnel_below_its_floor() -> Result<()> {
             .with_context(|| format!("{what}: {} of 10", dropped(one).unwrap_or(0) - before))?;
         assert_eq!(path_mtu(one.netns(), peer)?, 1500, "{what}: the kernel believed it");
         for family in Family::ALL {
-            ensure!(is_exact(a.netns(), b.address(family)?, 1500 - overhead)?, "{what}: the tunnel shrank");
+            ensure!(
+                is_exact(a.netns(), b.address(family)?, inner_mtu(mode, underlay, 1500))?,
+                "{what}: the tunnel shrank"
+            );
         }
 
         // What could be true is believed, and the smallest of it leaves IPv6 what it needs.
@@ -325,31 +249,9 @@ fn forged_errors_do_not_shrink_a_tunnel_below_its_floor() -> Result<()> {
     Ok(())
 }
 
-/// The largest segment that a SYN offers.
-fn offered(packet: &Packet) -> Option<u16> {
-    let sliced = LaxSlicedPacket::from_ethernet(&packet.bytes).ok()?;
-    let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { return None };
-    let sizes = tcp.options_iterator().filter_map(|option| match option {
-        Ok(etherparse::TcpOptionElement::MaximumSegmentSize(size)) => Some(size),
-        _ => None,
-    });
-    sizes.last().filter(|_| tcp.syn())
-}
-
-/// The largest segments that were offered to a pod and by it, when another connected to it.
-fn offers(from: &Pod, to: &Served, family: Family) -> Result<Vec<u16>> {
-    let seen = Capture::on(to.pod.netns(), "eth0")?;
-    let near = Capture::on(from.netns(), "eth0")?;
-    tcp::transfer(from.netns(), to.server.at(to.pod.address(family)?), 50_000)?;
-    let arrived = |trace: &[Packet]| trace.iter().filter(|packet| !packet.outgoing).find_map(offered);
-    let syn = arrived(seen.stop()?.packets()).context("no SYN arrived")?;
-    let answer = arrived(near.stop()?.packets()).context("no SYN came back")?;
-    Ok(vec![syn, answer])
-}
-
 #[test]
 fn segments_are_clamped_to_the_route_of_each_peer() -> Result<()> {
-    for (mode, underlay, overhead) in TUNNELS {
+    for (mode, underlay) in TUNNELS {
         let cluster = Cluster::builder().mode(mode).underlay(underlay).hosts(3).mtu(9000).build()?;
         cluster.host(2).set_underlay_mtu(1400)?;
         cluster.start()?;
@@ -358,9 +260,9 @@ fn segments_are_clamped_to_the_route_of_each_peer() -> Result<()> {
         for (family, headers) in [(Family::Ipv4, 40), (Family::Ipv6, 60)] {
             let what = format!("{mode} over {underlay}, {family}");
             // No packet was ever too large for anybody: the first that each says is right.
-            let size = |mtu: usize| u16::try_from(mtu - overhead - headers);
-            assert_eq!(offers(&a, &small, family)?, [size(1400)?; 2], "{what}");
-            assert_eq!(offers(&a, &large, family)?, [size(9000)?; 2], "{what}");
+            let size = |mtu: usize| u16::try_from(inner_mtu(mode, underlay, mtu) - headers);
+            assert_eq!(segments_offered(&a, &small, family)?, [size(1400)?; 2], "{what}");
+            assert_eq!(segments_offered(&a, &large, family)?, [size(9000)?; 2], "{what}");
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! A path that swallows big packets without a word is found, and is left alone when it does not: what is between two hosts is
 //! what the receiving one does with packets of the sender before anything else sees them.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +15,6 @@ use husk_tests::paths::{await_verified, is_exact, issues, probed, routes_have, s
 use husk_tests::pod::{Served, await_answers_among};
 use husk_tests::probe::{Echo, Reach, Stream, tcp};
 use husk_tests::{Cluster, Family, Mode, Pod, Signal, eventually, patience};
-use serde_json::Value;
 
 /// How long a path that swallows may go unnoticed.
 const FOUND: Duration = Duration::from_secs(30);
@@ -25,8 +25,12 @@ const RECOVERED: Duration = Duration::from_secs(60);
 /// How long what a daemon does by itself may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// How long losses are looked at.
-const LOSSY: Duration = Duration::from_secs(25);
+/// How long losses are looked at, and how often where that is only one of several troubles.
+const LOSSY: Duration = Duration::from_secs(15);
+const LOOKS: usize = 3;
+
+/// One packet in twenty vanishes, whatever its size.
+const LOSSES: &str = "numgen random mod 1000 < 50 drop";
 
 /// Bytes of the connection that stalls.
 const BYTES: usize = 100_000;
@@ -131,6 +135,12 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
     let small = small.stop()?;
     ensure!(small.lossless(), "{mode}: small packets were lost: {small}");
     let [before, narrow, after] = [before, narrow, goodput()?].map(|bits| bits / 1e6);
+    disturb(&cluster, &[LOSSES])?;
+    for _ in 0..LOOKS {
+        nothing_limited(&cluster, &b.pod, promised).context("5 % loss")?;
+    }
+    calm(&cluster)?;
+    await_verified(one, "host2", FOUND)?;
     eprintln!("{mode}: {before:.0} Mbit/s before, {narrow:.0} through what passes, {after:.0} after");
     let probe = one.huskctl(["mtu", "probe", "host2"])?;
     ensure!(probe.status.code() == Some(0), "{probe:?}");
@@ -182,17 +192,24 @@ fn random_losses_are_no_black_hole() -> Result<()> {
     let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
     let (one, b) = (cluster.host(1), cluster.host(2).add_pod("b")?);
     await_verified(one, "host2", PATIENCE)?;
-    disturb(&cluster, &["numgen random mod 1000 < 50 drop"])?;
+    disturb(&cluster, &[LOSSES])?;
     let started = Instant::now();
     let mut looks = 0;
     while started.elapsed() < LOSSY {
-        // Every answer that is asked for is one more chance to be misled.
-        let probe = one.huskctl(["mtu", "probe", "host2"])?;
-        ensure!(probe.status.code() == Some(0), "{probe:?}");
-        ensure!(issues(one)?.is_empty() && routes_have(one, &b, 1450)?, "{:?}", issues(one)?);
+        nothing_limited(&cluster, &b, 1450)?;
         looks += 1;
     }
     eprintln!("5 % loss for {LOSSY:?}: nothing limited in {looks} looks, {}", probed(one, "host2")?["ipv4"]);
+    Ok(())
+}
+
+/// The first host looks at the paths to the second, and finds nothing wrong with them. Every answer that is asked for is one more
+/// chance to be misled.
+fn nothing_limited(cluster: &Cluster, to: &Pod, promised: usize) -> Result<()> {
+    let (one, mode) = (cluster.host(1), cluster.mode());
+    let probe = one.huskctl(["mtu", "probe", "host2"])?;
+    ensure!(probe.status.code() == Some(0), "{mode}: {probe:?}");
+    ensure!(issues(one)?.is_empty() && routes_have(one, to, promised)?, "{mode}: {:?}", issues(one)?);
     Ok(())
 }
 
@@ -201,11 +218,7 @@ fn a_firewall_of_the_hosts_own_that_drops_probes_is_told_with_its_remedy() -> Re
     let cluster = Cluster::builder().mode(Mode::Vxlan).hosts(2).start()?;
     let (one, two) = (cluster.host(1), cluster.host(2));
     await_verified(one, "host2", PATIENCE)?;
-    let deaf = || -> Result<Vec<Value>> {
-        let status = one.huskctl_json(["status"])?;
-        let issues = status["issues"].as_array().cloned().unwrap_or_default();
-        Ok(issues.into_iter().filter(|issue| issue["kind"] == "ProbesDropped").collect())
-    };
+    let deaf = || one.issues("ProbesDropped");
     // A peer whose daemon is dead does not answer either, which is not the firewall's fault.
     two.stop_daemon(Signal::SIGKILL)?;
     let silent = || Ok(probed(one, "host2")?["ipv4"]["standing"]["state"] == "unreachable");
@@ -260,7 +273,9 @@ fn nobody_but_nodes_gets_an_answer() -> Result<()> {
         }
         // Somebody outside pretends to be the other node.
         let outside = cluster.outside();
-        let (own, router) = (two.router(Family::Ipv4)?, one.router(Family::Ipv4)?);
+        let routers =
+            BTreeMap::from([(Family::Ipv4, two.router(Family::Ipv4)?), (Family::Ipv6, two.router(Family::Ipv6)?)]);
+        let (own, router) = (routers[&Family::Ipv4], one.router(Family::Ipv4)?);
         outside.command("ip", ["addr", "add", &format!("{own}/32"), "dev", "lo"])?;
         let (to, via) = (router.to_string(), one.address(Family::Ipv4)?.to_string());
         outside.command("ip", ["route", "add", &to, "via", &via])?;
@@ -268,9 +283,15 @@ fn nobody_but_nodes_gets_an_answer() -> Result<()> {
         let counters = one.huskctl_json(["status"])?["counters"].clone();
         let dropped = ["plaintext_in", "probe_outside"].map(|name| counters[name]["packets"].as_u64().unwrap_or(0));
         ensure!(dropped.iter().sum::<u64>() >= 10, "{mode}: {counters}");
-        // The other node itself goes on being answered.
+        // The other node itself goes on being answered, also by the question that the others asked in vain: there is somebody who
+        // hears it.
         let probe = two.huskctl(["mtu", "probe", "host1"])?;
         ensure!(probe.status.code() == Some(0), "{mode}: {probe:?}");
+        two.stop_daemon(Signal::SIGKILL)?;
+        for family in Family::ALL {
+            let own = SocketAddr::new(routers[&family], PROBE_PORT);
+            ensure!(is_answered(two.netns(), own, one.router(family)?)?, "{mode}, {family}: the other node");
+        }
     }
     Ok(())
 }

@@ -1,8 +1,12 @@
 //! The page in a real browser: Chromium inside the network namespace of a host, as somebody who sits there would see it.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -96,7 +100,7 @@ fn the_page_shows_what_goes_on() -> Result<()> {
 
     let (at, url) = page_of(one)?;
     ensure!(at.ip().is_loopback() && url.starts_with(&format!("http://{at}/?key=")), "{url}");
-    let cookie = access(one, at, &url)?;
+    let cookie = access(one, scene.cluster.host(2), at, &url)?;
 
     let shown = ["host2", "default/near", "default/web", "BadManifest", "not encrypted"];
     let mut last = String::new();
@@ -113,21 +117,108 @@ fn the_page_shows_what_goes_on() -> Result<()> {
     {
         ensure!(browser.picture(&url, name, size, dark)? > 5_000, "{name}: the picture is empty");
     }
-    scripted(one, &browser, &url, at)
+    let late = scene.cluster.manifests().join("late.yaml");
+    scripted(&browser, at, &url, || {
+        fs::write(&late, "kind: [")?;
+        eventually("the issue to be on the page", PATIENCE, || {
+            Ok(http::get(one.netns(), at, "/part", &[("Cookie", &cookie)])?.body.contains("late.yaml"))
+        })
+    })
 }
 
-/// The script notices that the daemon has gone, and shows what has changed without anybody asking.
-fn scripted(host: &Host, browser: &Browser<'_>, url: &str, at: SocketAddr) -> Result<()> {
-    let document = browser.document(url, 12_000)?;
-    ensure!(document.contains("host2") && document.contains("id=\"lost\" class=\"lost\" hidden"), "{document}");
-    host.restart_daemon(Signal::SIGTERM)?;
+/// What the page has where it says that the daemon is lost, while it does not say so.
+const NOT_LOST: &str = "id=\"lost\" class=\"lost\" hidden";
+
+/// The script shows what is new without anybody loading the page again, and says that the daemon is lost and is back.
+fn scripted(browser: &Browser<'_>, at: SocketAddr, url: &str, news: impl Fn() -> Result<()> + Sync) -> Result<()> {
+    let host = browser.host;
+    // It asks after five seconds, and then every five.
+    let (once, twice) = (7_000, 12_000);
+    let (document, asked) = Between { browser, at, url, happens: &news }.document(once)?;
+    ensure!(document.contains("late.yaml") && document.contains(NOT_LOST), "{document}");
+    ensure!(asked.iter().filter(|path| *path == "/").count() == 1, "the page was loaded again: {asked:?}");
+
+    let stop = || host.stop_daemon(Signal::SIGTERM).map(drop);
+    let (document, _) = Between { browser, at, url, happens: &stop }.document(once)?;
+    ensure!(document.contains("host2"), "what was known goes on standing there: {document}");
+    ensure!(!document.contains(NOT_LOST) && document.contains("id=\"lost\""), "{document}");
+
+    host.start_daemon()?;
+    host.wait_ready()?;
     let (still_at, still) = page_of(host)?;
     ensure!((still_at, still.as_str()) == (at, url), "a restart has shown everybody out");
+    // The first answer is none.
+    let fail = || anyhow::bail!("lost on the way");
+    let (document, asked) = Between { browser, at, url, happens: &fail }.document(twice)?;
+    ensure!(asked.iter().filter(|path| path.starts_with("/part")).count() >= 2, "{asked:?}");
+    ensure!(document.contains(NOT_LOST), "the daemon answers again: {document}");
     Ok(())
 }
 
+/// Stands between a browser and the daemon, and has something happen just before the script's first question is passed on. If
+/// that fails, the question is not answered.
+struct Between<'a> {
+    browser: &'a Browser<'a>,
+    at: SocketAddr,
+    url: &'a str,
+    happens: &'a (dyn Fn() -> Result<()> + Sync),
+}
+
+impl Between<'_> {
+    /// The document after its script has run for some time, and what was asked for meanwhile.
+    fn document(&self, milliseconds: u32) -> Result<(String, Vec<String>)> {
+        let netns = self.browser.host.netns();
+        let listener = netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+        let own = listener.local_addr()?;
+        let url = self.url.replace(&self.at.to_string(), &own.to_string());
+        let (asked, is_over) = (Mutex::new(Vec::new()), AtomicBool::new(false));
+        let document = thread::scope(|scope| {
+            let (asked, is_over, listener) = (&asked, &is_over, &listener);
+            scope.spawn(move || {
+                for stream in listener.incoming().map_while(std::result::Result::ok) {
+                    if is_over.load(Ordering::Acquire) {
+                        return;
+                    }
+                    // A browser opens connections that it does not use: each has a thread.
+                    scope.spawn(move || self.pass_on(stream, asked));
+                }
+            });
+            let document = self.browser.document(&url, milliseconds);
+            is_over.store(true, Ordering::Release);
+            // Wakes who waits for the next one.
+            drop(netns.run(|| TcpStream::connect(own)));
+            document
+        })?;
+        Ok((document, asked.into_inner().unwrap_or_default()))
+    }
+
+    /// A connection is one request. Whatever goes wrong with it, the browser finds out.
+    fn pass_on(&self, mut stream: TcpStream, asked: &Mutex<Vec<String>>) -> Result<()> {
+        stream.set_read_timeout(Some(patience(BROWSER)))?;
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") {
+            stream.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        let path = String::from_utf8_lossy(&head).split(' ').nth(1).unwrap_or_default().to_owned();
+        let is_first = {
+            let mut asked = asked.lock().map_err(|_| anyhow::anyhow!("another connection panicked"))?;
+            let is_first =
+                path.starts_with("/part") && !asked.iter().any(|before: &String| before.starts_with("/part"));
+            asked.push(path);
+            is_first
+        };
+        if is_first {
+            (self.happens)()?;
+        }
+        let answer = http::send(self.browser.host.netns(), self.at, &head)?;
+        Ok(stream.write_all(answer.as_bytes())?)
+    }
+}
+
 /// Nobody is let in without the key, or by a foreign name, and nothing can be done but looking. The cookie of who was let in.
-fn access(host: &Host, at: SocketAddr, url: &str) -> Result<String> {
+fn access(host: &Host, other: &Host, at: SocketAddr, url: &str) -> Result<String> {
     let key = url.rsplit_once('=').map(|(_, key)| key.to_owned()).unwrap_or_default();
     let get = |path: &str, headers: &[(&str, &str)]| http::get(host.netns(), at, path, headers);
     for path in ["/", "/api/state", "/part", "/?key=0000"] {
@@ -150,7 +241,12 @@ fn access(host: &Host, at: SocketAddr, url: &str) -> Result<String> {
     let post =
         http::send(host.netns(), at, format!("POST / HTTP/1.1\r\nHost: {at}\r\nCookie: {cookie}\r\n\r\n").as_bytes())?;
     ensure!(post.starts_with("HTTP/1.1 405"), "{post}");
-    // Another host's page is another's: the key does not open it, and nobody reaches it from outside.
+    // Another host's page has another key, and nobody reaches this one from there.
+    let (theirs, _) = page_of(other)?;
+    let refused = http::get(other.netns(), theirs, &format!("/?key={key}"), &[])?;
+    ensure!(refused.status == 401, "{refused:?}");
+    let outside = SocketAddr::new(host.address(Family::Ipv4)?, at.port());
+    ensure!(http::get(other.netns(), outside, "/", &[]).is_err(), "the page is reached at {outside}");
     ensure!(!host.daemon_log().contains(&key), "the key is in the log");
     Ok(cookie)
 }

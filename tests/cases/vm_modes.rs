@@ -35,7 +35,10 @@ fn wireguard(family: Family) -> ClusterBuilder {
 
 #[test]
 fn ipsec_over_ipv4() -> Result<()> {
-    every_pair(esp(Mode::Ipsec, Family::Ipv4).hosts(3), 1446, Kind::Esp).map(drop)
+    every_pair_and(esp(Mode::Ipsec, Family::Ipv4).hosts(3), 1446, Kind::Esp, |cluster, pods| {
+        explained(cluster, pods, Family::Ipv4)
+    })
+    .map(drop)
 }
 
 #[test]
@@ -50,7 +53,10 @@ fn vxlan_in_ipsec_over_ipv4() -> Result<()> {
 
 #[test]
 fn vxlan_in_ipsec_over_ipv6() -> Result<()> {
-    every_pair(esp(Mode::VxlanIpsec, Family::Ipv6).hosts(3), 1396, Kind::Esp).map(drop)
+    every_pair_and(esp(Mode::VxlanIpsec, Family::Ipv6).hosts(3), 1396, Kind::Esp, |cluster, pods| {
+        explained(cluster, pods, Family::Ipv6)
+    })
+    .map(drop)
 }
 
 #[test]
@@ -82,6 +88,40 @@ fn esp(mode: Mode, family: Family) -> ClusterBuilder {
 
 /// Starts the hosts with a pod each and asks every pod for every other; the wire is watched all the time.
 fn every_pair(builder: ClusterBuilder, pod_mtu: usize, kind: Kind) -> Result<Cluster> {
+    every_pair_and(builder, pod_mtu, kind, |_, _| Ok(()))
+}
+
+/// What `huskctl` tells of ESP: a trace names the association and both epochs, and a marker that goes through the tunnel is not
+/// seen on the wire.
+fn explained(cluster: &Cluster, pods: &[Served], underlay: Family) -> Result<()> {
+    let one = cluster.host(1);
+    for family in Family::ALL {
+        let [from, to] = [0, 1].map(|number| pods[number].pod.address(family).map(|it| it.to_string()));
+        let report = one.huskctl_json(["trace", &from?, &to?, "--port", "80"])?;
+        let hop = |name: &str| {
+            let hops = report["hops"].as_array().into_iter().flatten();
+            hops.into_iter().find(|hop| hop["name"] == name).cloned().unwrap_or_default()
+        };
+        ensure!(report["broken"].is_null() && hop("tunnel")["standing"] == "passes", "{report:#}");
+        let told = hop("tunnel")["evidence"].to_string();
+        let address = cluster.host(2).address(underlay)?;
+        for words in [&format!("ESP to {address}, SPI 0x"), "own epoch 1, the peer's 1", "associations", "policies"] {
+            ensure!(told.contains(words), "{words}: {told}");
+        }
+    }
+    let verified = one.huskctl(["capture", "host2", "--verify-encrypted"])?;
+    ensure!(verified.status.code() == Some(0) && verified.stdout.contains("ENCRYPTED"), "{verified:?}");
+    ensure!(verified.stdout.contains("ESP") && verified.stdout.contains("0 of them held the marker"), "{verified:?}");
+    Ok(())
+}
+
+/// The same, and something more that is looked at meanwhile.
+fn every_pair_and(
+    builder: ClusterBuilder,
+    pod_mtu: usize,
+    kind: Kind,
+    look: impl Fn(&Cluster, &[Served]) -> Result<()>,
+) -> Result<Cluster> {
     kernel::require(&[Part::Esp, Part::Wireguard])?;
     let cluster = builder.build()?;
     let leak = Leak::watch(&cluster)?;
@@ -98,6 +138,7 @@ fn every_pair(builder: ClusterBuilder, pod_mtu: usize, kind: Kind) -> Result<Clu
     let far = pods[1].pod.address(Family::Ipv4)?;
     let reach = Echo::to(far).packet_size(4000).may_fragment().run(pods[0].pod.netns())?;
     assert!(matches!(reach, Reach::Answered { packet_size: 4000, .. }), "{reach:?}");
+    look(&cluster, &pods)?;
 
     settled(&cluster)?;
     let seen = leak.finish(&cluster)?.with_tunnelled(100)?;

@@ -1,18 +1,24 @@
-//! Paths that lose, swallow, shrink and say so, in the modes that need more of the kernel than every one has. What any kernel can
-//! do, `paths`, `path_icmp` and `mtu_changes` ask in more detail.
+//! Paths that lose, swallow, shrink, grow, differ and say so, truly or not, in the modes that need more of the kernel than every one
+//! has. What any kernel can do, `paths`, `path_icmp` and `mtu_changes` ask in more detail.
 //!
-//! Each mode meets all of it on one cluster, whose hosts a router joins: an emulated processor takes its time to make one.
+//! Each mode meets all of it on one cluster, whose hosts a router joins: an emulated processor takes its time to make one. It
+//! has two hosts, one pair of unlike links at a time. What no virtual machine shows: what network cards make of jumbo frames, since
+//! its links are pairs of virtual devices, and how long anything takes.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use husk_tests::cluster::Router;
+use husk_tests::forgery::{Forgery, dropped};
 use husk_tests::kernel::{self, Part};
-use husk_tests::paths::{await_exact, await_verified, inner_mtu, is_exact, issues, probed, routes_have, send_and_wait};
+use husk_tests::paths::{
+    await_exact, await_verified, inner_mtu, is_exact, issues, least_underlay_mtu, probed, routes_have,
+    segments_offered, send_and_wait,
+};
 use husk_tests::pod::{Served, await_answers_among};
-use husk_tests::probe::{path_mtu, tcp};
-use husk_tests::{Cluster, Family, Host, Mode, eventually};
+use husk_tests::probe::{Echo, path_mtu, tcp};
+use husk_tests::{Cluster, Family, Host, Kind, Mode, Packet, Signal, eventually};
 
 /// How long what a kernel or a daemon does by itself may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -24,6 +30,10 @@ const RECOVERED: Duration = Duration::from_secs(60);
 /// MTU of the underlay, and of what becomes narrow.
 const FULL: usize = 1500;
 const NARROW: usize = 1400;
+
+/// MTU of jumbo frames, and the largest that an interface can have.
+const JUMBO: usize = 9001;
+const LARGEST: usize = 65535;
 
 /// Bytes of a connection that stalls, and bytes per second of one that is open all the time.
 const STALLED: usize = 20_000;
@@ -64,6 +74,8 @@ struct World {
     cluster: Cluster,
     pods: [Served; 2],
     what: String,
+    mode: Mode,
+    underlay: Family,
     full: usize,
     narrow: usize,
 }
@@ -81,8 +93,8 @@ fn every_path(mode: Mode, underlay: Family, swallowed: usize) -> Result<()> {
         host.netns().sysctl("net/ipv6/route/mtu_expires", "5")?;
     }
     let pods = [Served::start(cluster.host(1), "a")?, Served::start(cluster.host(2), "b")?];
-    let (full, narrow) = (inner_mtu(mode, underlay, FULL), inner_mtu(mode, underlay, NARROW));
-    let world = World { cluster, pods, what: format!("{mode} over {underlay}"), full, narrow };
+    let [full, narrow] = [FULL, NARROW].map(|mtu| inner_mtu(mode, underlay, mtu));
+    let world = World { cluster, pods, what: format!("{mode} over {underlay}"), mode, underlay, full, narrow };
     let flow = world.connect(0)?;
     await_answers_among(&[&world.pods[0].pod, &world.pods[1].pod], PATIENCE)?;
     world.all_exact(full).context("to begin with")?;
@@ -91,12 +103,16 @@ fn every_path(mode: Mode, underlay: Family, swallowed: usize) -> Result<()> {
     }
     world.loses().context("5 % loss")?;
     world.swallows(swallowed).context("a black hole")?;
-    world.changes(NARROW, narrow).context("the underlay shrinks")?;
-    world.changes(FULL, full).context("the underlay grows")?;
-    world.tells(underlay).context("packet-too-big")?;
+    world.changes(NARROW).context("the underlay shrinks")?;
+    world.changes(JUMBO).context("the underlay grows")?;
+    world.differs().context("one host's link is smaller")?;
+    world.changes(LARGEST).context("the underlay grows to the largest that there is")?;
+    world.changes(FULL).context("the underlay is as it was")?;
+    world.tells().context("packet-too-big")?;
     let flow = flow.stop().context("the connection that was open all the time")?;
     ensure!(flow.bytes > 0, "{flow:?}");
-    world.cluster.ensure_settled()
+    world.cluster.ensure_settled()?;
+    if mode == Mode::Wireguard { world.may_be_cut_without_the_rule() } else { Ok(()) }
 }
 
 impl World {
@@ -189,7 +205,8 @@ impl World {
     }
 
     /// The MTU of the whole underlay changes under the pods.
-    fn changes(&self, underlay: usize, inner: usize) -> Result<()> {
+    fn changes(&self, underlay: usize) -> Result<()> {
+        let inner = inner_mtu(self.mode, self.underlay, underlay);
         let since = Instant::now();
         self.cluster.set_underlay_mtu(underlay)?;
         self.await_routes(inner, PATIENCE)?;
@@ -209,12 +226,34 @@ impl World {
         Ok(())
     }
 
-    /// The router takes [`NARROW`] bytes both ways, and says so; then it takes all again.
-    fn tells(&self, underlay: Family) -> Result<()> {
+    /// Of hosts with jumbo frames the second goes back to [`FULL`]: to each other both send what that takes, segments of TCP from
+    /// the first on, and the first keeps its own for others.
+    fn differs(&self) -> Result<()> {
+        let [a, b] = &self.pods;
+        self.cluster.host(2).set_underlay_mtu(FULL)?;
+        self.await_routes(self.full, PATIENCE)?;
+        let own = inner_mtu(self.mode, self.underlay, JUMBO);
+        eventually("the second host's pod to follow", PATIENCE, || Ok(b.pod.mtu()? == self.full))?;
+        ensure!(a.pod.mtu()? == own, "{}: the first host's pod has {}, not {own}", self.what, a.pod.mtu()?);
+        for (family, headers) in [(Family::Ipv4, 20 + 20), (Family::Ipv6, 40 + 20)] {
+            // Nobody was told yet that a packet was too large: these are the hosts' words.
+            let (offered, fits) = (segments_offered(&a.pod, b, family)?, u16::try_from(self.full - headers)?);
+            ensure!(offered == [fits; 2], "{}, {family}: segments of {offered:?}, not {fits}", self.what);
+            let (there, back) = (b.pod.address(family)?, a.pod.address(family)?);
+            await_exact(a.pod.netns(), there, own, self.full, PATIENCE)?;
+            await_exact(b.pod.netns(), back, self.full, self.full, PATIENCE)?;
+        }
+        Ok(())
+    }
+
+    /// The router takes [`NARROW`] bytes both ways, and says so; then it takes all again. What somebody else says in its name
+    /// is not believed unless it could be true.
+    fn tells(&self) -> Result<()> {
         let limit = |mtu| {
             let hosts = self.cluster.hosts().iter();
-            hosts.map(|host| self.router()?.limit(host.address(underlay)?, mtu)).collect::<Result<Vec<_>>>()
+            hosts.map(|host| self.router()?.limit(host.address(self.underlay)?, mtu)).collect::<Result<Vec<_>>>()
         };
+        let wire = self.cluster.host(1).capture()?;
         limit(Some(NARROW))?;
         let since = Instant::now();
         for (from, to) in [(0, 1), (1, 0)] {
@@ -225,6 +264,9 @@ impl World {
             }
         }
         let learned = since.elapsed();
+        let seen = wire.stop()?;
+        self.ensure_nothing_may_be_cut(seen.packets())?;
+        self.disbelieves(seen.packets()).context("forged errors")?;
         limit(None)?;
         let since = Instant::now();
         self.await_routes(self.full, RECOVERED)?;
@@ -232,5 +274,71 @@ impl World {
         self.all_exact(self.full)?;
         eprintln!("{}: told and exact after {learned:?}, the whole path again after {recovered:?}", self.what);
         Ok(())
+    }
+
+    /// What the tunnels are on the wire.
+    fn kind(&self) -> Kind {
+        if self.mode == Mode::Wireguard { Kind::Wireguard } else { Kind::Esp }
+    }
+
+    /// Over IPv4 a router cuts what does not forbid it, and then tells nobody. The kernel's WireGuard forbids nothing by itself. Only
+    /// what has to pass in any case may go without DF; what the host itself has cut already does.
+    fn ensure_nothing_may_be_cut(&self, sent: &[Packet]) -> Result<()> {
+        if self.mode != Mode::Wireguard {
+            // ESP carries on what the packet within says, and answers to pings permit it.
+            return Ok(());
+        }
+        let least = least_underlay_mtu(self.mode, self.underlay);
+        let large = |packet: &&Packet| packet.outgoing && packet.kind == self.kind() && packet.ip_length > least;
+        let (whole, cut): (Vec<_>, Vec<_>) =
+            sent.iter().filter(large).filter(|packet| !packet.fragment).partition(|packet| packet.dont_fragment);
+        let (whole, cut) = (whole.len(), cut.len());
+        ensure!(
+            whole > 0 && cut == 0,
+            "{}: {whole} packets of more than {least} bytes with DF, {cut} without",
+            self.what
+        );
+        eprintln!("{}: {whole} packets of more than {least} bytes, all with DF", self.what);
+        Ok(())
+    }
+
+    /// It is the rule that forbids it: without, and with nobody who would bring it back, the device's packets may be cut.
+    fn may_be_cut_without_the_rule(&self) -> Result<()> {
+        let (one, [a, b]) = (self.cluster.host(1), &self.pods);
+        one.stop_daemon(Signal::SIGKILL)?;
+        one.program("nft").args(["flush", "chain", "inet", "husk", "output-dont-fragment"]).check()?;
+        let wire = one.capture()?;
+        let reach = Echo::to(b.pod.address(Family::Ipv4)?).packet_size(self.full).run(a.pod.netns())?;
+        ensure!(reach.arrived(), "{}: {reach:?}", self.what);
+        let sent = wire.stop()?;
+        ensure!(self.ensure_nothing_may_be_cut(sent.packets()).is_err(), "{}: DF without the rule", self.what);
+        Ok(())
+    }
+
+    /// Errors that quote what the first host sent, or what it could have sent.
+    fn disbelieves(&self, sent: &[Packet]) -> Result<()> {
+        let (one, peer) = (self.cluster.host(1), self.cluster.host(2).address(self.underlay)?);
+        let forgeries = [Forgery::of(one, peer, self.kind(), sent)?, Forgery::of_an_echo(one, peer)?];
+        let least = u16::try_from(least_underlay_mtu(self.mode, self.underlay))?;
+        let before = dropped(one)?;
+        for forgery in &forgeries {
+            for mtu in [68, 1280, least - 1] {
+                self.cluster.deliver(1, &forgery.frame(mtu)?)?;
+            }
+        }
+        eventually("the forged errors to be dropped", PATIENCE, || Ok(dropped(one)? == before + 6))
+            .with_context(|| format!("{}: {} of 6", self.what, dropped(one).unwrap_or(0) - before))?;
+        let believed = path_mtu(one.netns(), peer)?;
+        ensure!(believed >= NARROW, "{}: the kernel believes that {believed} bytes pass", self.what);
+        for to in self.pods[1].pod.addresses() {
+            let route = path_mtu(one.netns(), to)?;
+            ensure!(route >= self.narrow, "{}: the tunnel shrank to {route} bytes to {to}", self.what);
+        }
+        // The very same with one byte more could be true.
+        self.cluster.deliver(1, &forgeries[0].frame(least)?)?;
+        eventually("the kernel to believe what could be true", PATIENCE, || {
+            Ok(path_mtu(one.netns(), peer)? == usize::from(least))
+        })
+        .context(self.what.clone())
     }
 }

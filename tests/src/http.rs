@@ -39,6 +39,15 @@ pub fn get(netns: &Netns, at: SocketAddr, path: &str, headers: &[(&str, &str)]) 
     parse(&answer).with_context(|| format!("{at}{path} answers no HTTP: {answer:?}"))
 }
 
+/// Asks for a path in HTTP/1.0, which knows neither chunks nor connections that stay open: the body is what comes until the end.
+///
+/// # Errors
+/// When nobody listens, or what answers does not speak HTTP.
+pub fn get_whole(netns: &Netns, at: SocketAddr, path: &str) -> Result<Answer> {
+    let answer = send(netns, at, format!("GET {path} HTTP/1.0\r\nHost: {at}\r\n\r\n").as_bytes())?;
+    parse(&answer).with_context(|| format!("{at}{path} answers no HTTP: {answer:?}"))
+}
+
 /// Sends bytes, and takes what comes until the server closes.
 ///
 /// # Errors
@@ -59,7 +68,7 @@ pub fn send(netns: &Netns, at: SocketAddr, request: &[u8]) -> Result<String> {
 fn parse(answer: &str) -> Option<Answer> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let mut lines = head.lines();
-    let status = lines.next()?.strip_prefix("HTTP/1.1 ")?.split(' ').next()?.parse().ok()?;
+    let status = lines.next()?.strip_prefix("HTTP/1.")?.get(2..)?.split(' ').next()?.parse().ok()?;
     let headers = lines.filter_map(|line| line.split_once(": "));
     let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect();
     Some(Answer { status, headers, body: body.to_owned() })

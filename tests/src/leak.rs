@@ -53,6 +53,9 @@ impl Watched {
                 Kind::Wireguard => self.mode.uses_wireguard(),
                 Kind::Esp | Kind::EspInUdp => self.mode.uses_esp(),
                 Kind::Vxlan => self.mode == Mode::Vxlan,
+                // A device owes a keepalive, 10 s later, to a peer it has received from and has nothing to send to. It may
+                // find that the peer's older device is gone, which tells nobody anything. With content it would be a loss.
+                Kind::Icmp => self.mode.uses_wireguard() && packet.of_closed_port().is_some_and(|it| it.is_keepalive()),
                 _ => false,
             }
     }

@@ -18,8 +18,8 @@
 //! [`process`] runs programs with a time limit; [`netns`] is a network namespace; [`host`] a machine in the test and
 //! [`cluster`] several of them on one underlay; [`cni`] and [`pod`] play the container runtime, [`runtime`] plays it in full;
 //! [`probe`] are the questions asked from inside a namespace, [`load`] many of them all the time; [`capture`] is what was seen on the wire,
-//! [`leak`] whether it told of pods; [`paths`] is what daemons and kernels know of the ways between hosts. [`kernel`] tells what the kernel can do, [`xfrm`] what
-//! it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`kubernetes`] makes nodes of a
+//! [`leak`] whether it told of pods; [`paths`] is what daemons and kernels know of the ways between hosts, [`forgery`] what they are not to
+//! believe of them. [`kernel`] tells what the kernel can do, [`xfrm`] what it does with ESP, [`rotation`] which keys hosts have, [`secret`] how one could be written down. [`kubernetes`] makes nodes of a
 //! real Kubernetes cluster of the hosts. [`demo`] shows all of it to people, [`mod@bench`] measures it; [`supervise`] leaves
 //! nothing of programs that people may end at any moment. [`policy`] is what network policy means, for random clusters.
 
@@ -32,6 +32,7 @@ pub mod crash;
 pub mod cri;
 pub mod demo;
 pub mod engine;
+pub mod forgery;
 pub mod host;
 pub mod http;
 mod inject;

@@ -91,6 +91,8 @@ pub struct Packet {
     pub ip_length: usize,
     /// True if it is a fragment of an IP packet (IPv4: MF or an offset; IPv6: a fragment header), first or later.
     pub fragment: bool,
+    /// True if it is an IPv4 packet that says of itself that no router may cut it (DF), outermost. None of IPv6 ever may be.
+    pub dont_fragment: bool,
     /// Source and destination of the IP packet within VXLAN.
     pub inner_addresses: Option<(IpAddr, IpAddr)>,
     /// Where in `bytes` the ESP header begins, if there is one.
@@ -116,6 +118,31 @@ impl Packet {
         pairs.flat_map(|(source, destination)| [source, destination])
     }
 
+    /// The packet that this one gives back, if it is an ICMP error that tells of a closed port (RFC 792: type 3, code 3;
+    /// RFC 4443 section 3.1: type 1, code 4).
+    #[must_use]
+    pub fn of_closed_port(&self) -> Option<Self> {
+        let sliced = if self.ethernet {
+            LaxSlicedPacket::from_ethernet(&self.bytes).ok()?
+        } else {
+            LaxSlicedPacket::from_ip(&self.bytes).ok()?
+        };
+        let quoted = match &sliced.transport {
+            Some(TransportSlice::Icmpv4(icmp)) if icmp.slice().starts_with(&[3, 3]) => icmp.payload(),
+            Some(TransportSlice::Icmpv6(icmp)) if icmp.slice().starts_with(&[1, 4]) => icmp.payload(),
+            _ => return None,
+        };
+        Some(parse(self.at, libc::ARPHRD_NONE, self.outgoing, quoted))
+    }
+
+    /// A WireGuard packet without content, by its length: that of its header and authenticator (WireGuard paper, section
+    /// 5.4.6), in UDP.
+    #[must_use]
+    pub fn is_keepalive(&self) -> bool {
+        let header = if self.addresses.is_some_and(|(source, _)| source.is_ipv6()) { 40 } else { 20 };
+        self.kind == Kind::Wireguard && self.ip_length == header + 8 + 32
+    }
+
     /// The SPI, if it is an ESP packet.
     #[must_use]
     pub fn spi(&self) -> Option<u32> {
@@ -137,6 +164,7 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         ports: None,
         ip_length: 0,
         fragment: false,
+        dont_fragment: false,
         inner_addresses: None,
         esp_at: None,
     };
@@ -148,6 +176,7 @@ pub(crate) fn parse(at: SystemTime, hardware: u16, outgoing: bool, bytes: &[u8])
         Some(LaxNetSlice::Ipv4(ip)) => {
             packet.ip_length = ip.header().total_len().into();
             packet.fragment = ip.header().is_fragmenting_payload();
+            packet.dont_fragment = ip.header().dont_fragment();
             ip.payload_ip_number()
         }
         Some(LaxNetSlice::Ipv6(ip)) => {
@@ -225,4 +254,52 @@ pub(crate) fn offset(whole: &[u8], part: &[u8]) -> Option<usize> {
     // Behind the IP packet there may be padding of the Ethernet frame: the end does not tell.
     let at = part.as_ptr().addr().checked_sub(whole.as_ptr().addr())?;
     (at < whole.len()).then_some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4, icmpv6};
+
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Packet {
+        parse(SystemTime::UNIX_EPOCH, libc::ARPHRD_NONE, false, bytes)
+    }
+
+    /// A WireGuard packet of a length, and the answer of a host that has nothing at its port.
+    fn refused(length: usize) -> [(Vec<u8>, Packet); 2] {
+        let mut message = vec![0; length];
+        message[0] = 4;
+        let (mut sent, mut answer) = (Vec::new(), Vec::new());
+        let (one, other) = ([192, 0, 2, 1], [192, 0, 2, 2]);
+        PacketBuilder::ipv4(one, other, 64).udp(51820, 51821).write(&mut sent, &message).expect("a packet");
+        let unreachable = Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
+        PacketBuilder::ipv4(other, one, 64).icmpv4(unreachable).write(&mut answer, &sent).expect("a packet");
+        let over_ipv4 = (sent, read(&answer));
+
+        let (mut sent, mut answer) = (Vec::new(), Vec::new());
+        let (one, other) = ([1; 16], [2; 16]);
+        PacketBuilder::ipv6(one, other, 64).udp(51820, 51821).write(&mut sent, &message).expect("a packet");
+        let unreachable = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
+        PacketBuilder::ipv6(other, one, 64).icmpv6(unreachable).write(&mut answer, &sent).expect("a packet");
+        [over_ipv4, (sent, read(&answer))]
+    }
+
+    #[test]
+    fn a_closed_port_gives_back_what_came() {
+        for (sent, answer) in refused(32).into_iter().chain(refused(48)) {
+            assert_eq!(answer.kind, Kind::Icmp);
+            let quoted = answer.of_closed_port().expect("what was sent");
+            assert_eq!((&quoted.bytes, quoted.kind), (&sent, Kind::Wireguard));
+            assert!(read(&sent).of_closed_port().is_none());
+        }
+    }
+
+    #[test]
+    fn only_a_packet_without_content_is_a_keepalive() {
+        let keepalive =
+            |length| refused(length).map(|(sent, answer)| (read(&sent).is_keepalive(), answer.is_keepalive()));
+        assert_eq!(keepalive(32), [(true, false); 2]);
+        assert_eq!(keepalive(48), [(false, false); 2]);
+    }
 }

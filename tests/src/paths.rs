@@ -5,18 +5,24 @@ use std::net::{IpAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use etherparse::{LaxSlicedPacket, TcpOptionElement, TransportSlice};
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
 use serde_json::Value;
 
+use crate::capture::Capture;
 use crate::host::Host;
 use crate::netns::Netns;
-use crate::pod::Pod;
-use crate::probe::{Echo, Reach, path_mtu, payload};
+use crate::packet::Packet;
+use crate::pod::{Pod, Served};
+use crate::probe::{Echo, Reach, path_mtu, payload, tcp};
 use crate::{eventually, patience};
 
-/// Bytes of the largest packet of a pod that fits an underlay of 1400 to 1500 bytes, by the table in README: WireGuard and VXLAN
-/// take what they take, ESP pads to four bytes with its trailer of two.
+/// Bytes of the largest packet of a pod that fits an underlay of so many, by the table in README and not by Husk's own calculus:
+/// WireGuard and VXLAN take what they take, ESP pads to four bytes with its trailer of two.
+///
+/// # Panics
+/// When the underlay has not even room for headers.
 #[must_use]
 pub fn inner_mtu(mode: Mode, underlay: Family, mtu: usize) -> usize {
     let ip = if underlay == Family::Ipv4 { 20 } else { 40 };
@@ -30,6 +36,12 @@ pub fn inner_mtu(mode: Mode, underlay: Family, mtu: usize) -> usize {
         Mode::Ipsec => esp(mtu),
         Mode::VxlanIpsec => esp(mtu) - vxlan,
     }
+}
+
+/// The least MTU of an underlay that leaves pods what IPv6 needs (RFC 8200, section 5).
+#[must_use]
+pub fn least_underlay_mtu(mode: Mode, underlay: Family) -> usize {
+    (1280..).find(|mtu| inner_mtu(mode, underlay, *mtu) >= 1280).unwrap_or(usize::MAX)
 }
 
 /// What probing says of the paths to a host, by family.
@@ -60,9 +72,7 @@ pub fn await_verified(host: &Host, peer: &str, limit: Duration) -> Result<()> {
 /// # Errors
 /// When the daemon does not answer.
 pub fn issues(host: &Host) -> Result<Vec<Value>> {
-    let status = host.huskctl_json(["status"])?;
-    let issues = status["issues"].as_array().cloned().unwrap_or_default();
-    Ok(issues.into_iter().filter(|issue| issue["kind"] == "PathMtu").collect())
+    host.issues("PathMtu")
 }
 
 /// The host's routes to a pod have this MTU, in both families.
@@ -96,6 +106,32 @@ pub fn await_exact(from: &Netns, to: IpAddr, before: usize, mtu: usize, limit: D
         Echo::to(to).packet_size(before).limit(Duration::from_millis(50)).run(from)?;
         is_exact(from, to, mtu)
     })
+}
+
+/// The largest segment that a SYN offers.
+fn offered(packet: &Packet) -> Option<u16> {
+    let sliced = LaxSlicedPacket::from_ethernet(&packet.bytes).ok()?;
+    let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { return None };
+    let sizes = tcp.options_iterator().filter_map(|option| match option {
+        Ok(TcpOptionElement::MaximumSegmentSize(size)) => Some(size),
+        _ => None,
+    });
+    sizes.last().filter(|_| tcp.syn())
+}
+
+/// The largest segments that a pod's SYN and the answer to it offered, as they arrived at the other: on their way, hosts may have
+/// lowered them.
+///
+/// # Errors
+/// When the pods do not reach each other, or a packet was not seen.
+pub fn segments_offered(from: &Pod, to: &Served, family: Family) -> Result<[u16; 2]> {
+    let far = Capture::on(to.pod.netns(), "eth0")?;
+    let near = Capture::on(from.netns(), "eth0")?;
+    tcp::transfer(from.netns(), to.server.at(to.pod.address(family)?), 20_000)?;
+    let arrived = |trace: &[Packet]| trace.iter().filter(|packet| !packet.outgoing).find_map(offered);
+    let syn = arrived(far.stop()?.packets()).context("no SYN arrived")?;
+    let answer = arrived(near.stop()?.packets()).context("no SYN came back")?;
+    Ok([syn, answer])
 }
 
 /// Sends so many bytes over a connection to an echo server, and waits until all have come back; how long that took.

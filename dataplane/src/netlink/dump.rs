@@ -33,9 +33,18 @@ enum Undecodable {
     IsForeign,
 }
 
+/// What was kept of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept<T> {
+    /// Objects that were wanted, as many as there was room for.
+    pub objects: Vec<T>,
+    /// Others that were wanted.
+    pub left_off: u64,
+}
+
 /// How one attempt at a dump ended.
 enum Attempt<T> {
-    Complete(Vec<T>),
+    Complete(Kept<T>),
     Repeat(Repeat),
 }
 
@@ -56,7 +65,7 @@ impl Socket {
     where
         T: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.dump_with(request, Undecodable::Fails)
+        Ok(self.dump_with(request, Undecodable::Fails, usize::MAX, Some)?.objects)
     }
 
     /// All objects of a table that others fill too, without those that cannot be decoded: they use features that Husk never
@@ -68,10 +77,33 @@ impl Socket {
     where
         T: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.dump_with(request, Undecodable::IsForeign)
+        Ok(self.dump_with(request, Undecodable::IsForeign, usize::MAX, Some)?.objects)
     }
 
-    fn dump_with<T>(&mut self, request: Request<T>, undecodable: Undecodable) -> Result<Vec<T>, Error>
+    /// What is wanted of a table that others fill without bound: no more than `most` objects, and one datagram of the others,
+    /// are held at any time. `wanted` sees objects again where a dump has to be repeated.
+    ///
+    /// # Errors
+    /// As [`Socket::dump_shared`].
+    pub fn dump_some<T, R>(
+        &mut self,
+        request: Request<T>,
+        most: usize,
+        wanted: impl FnMut(T) -> Option<R>,
+    ) -> Result<Kept<R>, Error>
+    where
+        T: NetlinkSerializable + NetlinkDeserializable,
+    {
+        self.dump_with(request, Undecodable::IsForeign, most, wanted)
+    }
+
+    fn dump_with<T, R>(
+        &mut self,
+        request: Request<T>,
+        undecodable: Undecodable,
+        most: usize,
+        mut wanted: impl FnMut(T) -> Option<R>,
+    ) -> Result<Kept<R>, Error>
     where
         T: NetlinkSerializable + NetlinkDeserializable,
     {
@@ -87,8 +119,8 @@ impl Socket {
             let mut datagram = Zeroizing::new(Vec::new());
             payload = append(&mut datagram, payload, flags | NLM_F_DUMP | NLM_F_REQUEST, sequence);
             self.send(&datagram)?;
-            match self.collect(sequence, &words, undecodable)? {
-                Attempt::Complete(objects) => return Ok(objects),
+            match self.collect(sequence, &words, undecodable, most, &mut wanted)? {
+                Attempt::Complete(kept) => return Ok(kept),
                 Attempt::Repeat(reason) => last = reason,
             }
         }
@@ -102,13 +134,15 @@ impl Socket {
 
     /// Reads a dump to its end, also when it is already known to be useless: the kernel refuses a second dump on a socket
     /// whose first is not finished.
-    fn collect<T: NetlinkDeserializable>(
+    fn collect<T: NetlinkDeserializable, R>(
         &mut self,
         sequence: u32,
         words: &Words,
         undecodable: Undecodable,
-    ) -> Result<Attempt<T>, Error> {
-        let mut objects = Vec::new();
+        most: usize,
+        wanted: &mut impl FnMut(T) -> Option<R>,
+    ) -> Result<Attempt<R>, Error> {
+        let mut kept = Kept { objects: Vec::new(), left_off: 0 };
         let mut interrupted = false;
         let mut broken = None;
         let (protocol, port) = (self.protocol, self.port);
@@ -135,7 +169,11 @@ impl Socket {
                     NLMSG_NOOP | NLMSG_OVERRUN => continue,
                     _ => {
                         match decode(&frame, protocol) {
-                            Ok(object) => objects.push(object),
+                            Ok(object) => match wanted(object) {
+                                Some(object) if kept.objects.len() < most => kept.objects.push(object),
+                                Some(_) => kept.left_off += 1,
+                                None => {}
+                            },
                             Err(reason) if undecodable == Undecodable::IsForeign => {
                                 tracing::debug!(words.operation, words.object, reason, "skipped a foreign object");
                             }
@@ -149,7 +187,7 @@ impl Socket {
                     (Err(failure), _) => Err(words.refused(failure)),
                     (Ok(()), _) if interrupted => Ok(Attempt::Repeat(Repeat::Interrupted)),
                     (Ok(()), Some(reason)) => Err(words.malformed(reason)),
-                    (Ok(()), None) => Ok(Attempt::Complete(objects)),
+                    (Ok(()), None) => Ok(Attempt::Complete(kept)),
                 };
             }
         }

@@ -110,6 +110,19 @@ fn an_interrupted_dump_is_repeated_and_leaves_nothing_behind() {
     assert_eq!(finish(socket, kernel), 3);
 }
 
+#[test]
+fn of_a_table_that_may_be_large_a_part_is_kept_also_when_it_has_to_be_read_again() {
+    let (mut socket, kernel) = scripted(|attempt, requests| {
+        let sequence = requests[0].sequence;
+        let links = (0..100).map(|number| link_bytes(&format!("eth{number}"), 0, sequence, PORT));
+        links.chain([done(if attempt == 0 { NLM_F_DUMP_INTR } else { 0 }, sequence, 0)]).collect()
+    });
+    let two_digits = |message| Some(names(&[message])[0].to_owned()).filter(|name| name.len() == 5);
+    let kept = socket.dump_some(dump_request(), 3, two_digits).unwrap();
+    assert_eq!((kept.objects, kept.left_off), (["eth10", "eth11", "eth12"].map(str::to_owned).into(), 87));
+    assert_eq!(finish(socket, kernel), 2);
+}
+
 /// As while many pods come at once.
 #[test]
 fn a_table_that_changes_all_the_time_for_a_while_is_read_after_that() {

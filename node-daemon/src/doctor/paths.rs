@@ -58,8 +58,8 @@ fn mismatches(rows: &[MtuReport]) -> Vec<Finding> {
             alike.entry((&it.message, &it.remedy)).or_insert_with(|| (Vec::new(), it.kind)).0.push(row);
         }
     }
-    // A configured MTU is an issue of the daemon already.
-    alike.retain(|_, (_, kind)| *kind != MismatchKind::ConfiguredTooLarge);
+    // What is configured and cannot be had, and what is refused, are issues of the daemon already.
+    alike.retain(|_, (_, kind)| !matches!(kind, MismatchKind::ConfiguredTooLarge | MismatchKind::TooSmall));
     let finding = |((message, remedy), (rows, kind)): ((&str, &str), (Vec<&MtuReport>, MismatchKind))| {
         let names: Vec<String> = rows.iter().map(|row| row.node.to_string()).collect();
         let mut told = vec![format!("towards {}", several(&names))];

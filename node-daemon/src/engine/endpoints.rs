@@ -17,12 +17,12 @@ use super::{Engine, Node, failures};
 use crate::source::ClusterSource;
 
 /// What devices were last told of where their peers are.
-pub(super) type Told = BTreeMap<(InterfaceName, PublicKey), SocketAddr>;
+pub(super) type KnownEndpoints = BTreeMap<(InterfaceName, PublicKey), SocketAddr>;
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// Sends to where peers have moved to since the last pass. What is new altogether is told by the comparison of tables.
     pub(super) fn follow_peers(&mut self, plan: &Plan, keys: &KeyRing, issues: &mut Vec<Issue>) {
-        let mut planned = Told::new();
+        let mut planned = KnownEndpoints::new();
         let mut changes = Vec::new();
         for (interface, device) in &plan.desired.wireguard {
             for (public_key, peer) in &device.peers {

@@ -1,7 +1,10 @@
 //! Where the MTU towards a peer comes from, and what does not go together.
 
+use std::collections::BTreeMap;
+
 use husk_dataplane::kernel::Kernel;
 use husk_overlay::facts::{RouteLimit, UnderlayRoute};
+use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::name::InterfaceName;
 
 use super::{Engine, Node, Pass};
@@ -24,8 +27,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             sources: underlay.own_sources(),
             probed: None,
             mtu: last.plan.pod_mtu,
-            mismatches: underlay.own_mismatch().into_iter().collect(),
+            mismatches: own_mismatches(&last.plan.issues),
         };
+        let mut refused = refused_peers(&last.plan.issues);
         let peers = last.plan.peers.iter().map(|(name, peer)| {
             let route = peer.address.and_then(|address| last.facts.routes.get(&address));
             let towards = Towards {
@@ -43,11 +47,46 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 sources: underlay.sources(&towards),
                 probed: towards.probed,
                 mtu: peer.mtu.filter(|_| peer.refused.is_none()),
-                mismatches: underlay.mismatches(&towards),
+                mismatches: refused
+                    .remove(name.as_str())
+                    .into_iter()
+                    .flatten()
+                    .chain(underlay.mismatches(&towards))
+                    .collect(),
             }
         });
         std::iter::once(own).chain(peers).collect()
     }
+}
+
+/// What the plan says of the MTU of an underlay, of the own one or on the way to a peer.
+fn told(issue: &Issue) -> Option<MtuMismatch> {
+    let kind = match issue.kind {
+        IssueKind::MtuTooLarge => MismatchKind::ConfiguredTooLarge,
+        IssueKind::MtuTooSmall => MismatchKind::TooSmall,
+        _ => return None,
+    };
+    Some(MtuMismatch { kind, message: issue.message.clone(), remedy: issue.remedy.clone() })
+}
+
+/// Whatever concerns a peer alone does not block the own node.
+fn concerns_own_node(issue: &Issue) -> bool {
+    issue.kind == IssueKind::MtuTooLarge || issue.severity == Severity::Blocking
+}
+
+fn own_mismatches(issues: &[Issue]) -> Vec<MtuMismatch> {
+    issues.iter().filter(|issue| concerns_own_node(issue)).filter_map(told).collect()
+}
+
+/// What leaves too little for a family on the way to a peer, by the peer's name.
+fn refused_peers(issues: &[Issue]) -> BTreeMap<&str, Vec<MtuMismatch>> {
+    let mut refused = BTreeMap::<_, Vec<_>>::new();
+    for issue in issues.iter().filter(|issue| !concerns_own_node(issue)) {
+        if let Some(mismatch) = told(issue) {
+            refused.entry(issue.subject.as_str()).or_default().push(mismatch);
+        }
+    }
+    refused
 }
 
 /// The own side.
@@ -100,18 +139,6 @@ impl Underlay {
     /// What the node publishes as its underlay's MTU in bytes.
     fn effective(&self) -> u32 {
         self.configured.map_or(self.mtu, |configured| configured.min(self.mtu))
-    }
-
-    fn own_mismatch(&self) -> Option<MtuMismatch> {
-        let carried = self.mtu;
-        let configured = self.configured.filter(|configured| *configured > carried)?;
-        Some(MtuMismatch {
-            kind: MismatchKind::ConfiguredTooLarge,
-            message: format!(
-                "underlay.mtu is {configured}, but the underlay carries {carried} bytes, which are used instead"
-            ),
-            remedy: "raise the interface's MTU or remove underlay.mtu from the configuration".into(),
-        })
     }
 
     fn mismatches(&self, towards: &Towards<'_>) -> Vec<MtuMismatch> {
@@ -198,13 +225,12 @@ mod tests {
             sources,
             [MtuSource { origin: interface, bytes: 1500 }, MtuSource { origin: MtuOrigin::PeerRecord, bytes: 1500 }]
         );
-        assert!(underlay.mismatches(&towards).is_empty() && underlay.own_mismatch().is_none());
+        assert!(underlay.mismatches(&towards).is_empty());
     }
 
     #[test]
     fn every_limit_is_named_and_what_does_not_go_together_has_a_remedy() {
         let underlay = underlay(Some(9000));
-        assert_eq!(underlay.own_mismatch().unwrap().kind, MismatchKind::ConfiguredTooLarge);
         let slow = route("eth0", 1300);
         let towards = Towards {
             route: Some(&slow),
@@ -259,6 +285,32 @@ mod tests {
         let underlay = underlay(Some(1400));
         let towards =
             Towards { route: None, published: Some(1400), promised: Some(1350), probed: Some(1350), found: true };
-        assert!(underlay.mismatches(&towards).is_empty() && underlay.own_mismatch().is_none());
+        assert!(underlay.mismatches(&towards).is_empty());
+    }
+
+    #[test]
+    fn what_the_plan_says_of_an_mtu_is_said_of_the_node_that_it_concerns() {
+        let issue = |kind, severity, subject: &str| Issue {
+            severity,
+            kind,
+            subject: subject.to_owned(),
+            message: format!("of {subject}"),
+            remedy: "enlarge it".to_owned(),
+        };
+        let issues = [
+            issue(IssueKind::MtuTooLarge, Severity::Warning, "underlay.mtu"),
+            issue(IssueKind::MtuTooSmall, Severity::Blocking, "IPv6 in mode vxlan"),
+            issue(IssueKind::MtuTooSmall, Severity::Error, "host2"),
+            issue(IssueKind::MtuTooSmall, Severity::Error, "host2"),
+            issue(IssueKind::NoRouteToPeer, Severity::Warning, "host3"),
+            issue(IssueKind::NoUnderlayAddress, Severity::Blocking, "host1"),
+        ];
+        let own = own_mismatches(&issues);
+        assert_eq!(kinds(&own), [MismatchKind::ConfiguredTooLarge, MismatchKind::TooSmall]);
+        assert_eq!((own[1].message.as_str(), own[1].remedy.as_str()), ("of IPv6 in mode vxlan", "enlarge it"));
+        let refused = refused_peers(&issues);
+        assert_eq!(refused.keys().copied().collect::<Vec<_>>(), ["host2"]);
+        assert_eq!(kinds(&refused["host2"]), [MismatchKind::TooSmall; 2]);
+        assert!(own.iter().chain(&refused["host2"]).all(|mismatch| mismatch.kind.is_fault()));
     }
 }

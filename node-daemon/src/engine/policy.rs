@@ -219,7 +219,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// Takes note of what a pass, or a part of one, has made of the policy table.
     pub(super) fn note_policy(&mut self, desired: &Desired, outcome: &Outcome) {
         if outcome.applied.contains_key(&Table::Policy) {
-            self.policy.programming.note(outcome.policy_took);
+            self.policy.programming.note(outcome.took.get(&Table::Policy).copied().unwrap_or_default());
         }
         if outcome.failures.iter().any(|failure| failure.table == Table::Policy) || desired.policy_is_unknown {
             // What was in force is as it was, since the table changes as a whole or not at all.

@@ -26,18 +26,18 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         }
         let record = NodeRecord { underlay_mtu: planned.underlay_mtu, ..published.clone() };
         // A source that did not take it once keeps devices and pods waiting no second time.
-        if self.untold == Some(planned.underlay_mtu) || !self.may_publish(plan, issues) {
+        if self.untaken_mtu == Some(planned.underlay_mtu) || !self.may_publish(plan, issues) {
             return;
         }
         match self.parts.source.publish(&record) {
             Ok(()) => {
                 tracing::info!(mtu = record.underlay_mtu, "told the others of a smaller underlay MTU");
                 self.note_published(record);
-                self.untold = None;
+                self.untaken_mtu = None;
             }
             Err(error) => {
                 tracing::debug!(%error, "the others do not know of the smaller underlay MTU yet");
-                self.untold = Some(planned.underlay_mtu);
+                self.untaken_mtu = Some(planned.underlay_mtu);
             }
         }
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use husk_dataplane::connections::{Tracked, Tuple};
+use husk_dataplane::connections::{Listed, Tracked, Tuple};
 use jiff::Timestamp;
 
 /// How long the daemon goes on listening after somebody has asked for connections.
@@ -19,7 +19,7 @@ const INTEREST: Duration = Duration::from_secs(10);
 
 /// Connections that are remembered, with 150 bytes each. Of more than these the beginning is not known when they end, and
 /// after a loss they are not missed.
-const REMEMBERED: usize = 65_536;
+pub(super) const REMEMBERED: usize = 65_536;
 
 /// Whether somebody wants to know.
 #[derive(Debug, Default)]
@@ -106,11 +106,28 @@ impl Known {
         Change { connection, ended: true, lasted }
     }
 
+    /// How many more can be remembered.
+    pub(super) fn room(&self) -> usize {
+        REMEMBERED.saturating_sub(self.0.len())
+    }
+
+    /// True for a connection that [`Known::catch_up`] has to hear of: one that is known, or for which there is room yet.
+    pub(super) fn asks_for(&self, connection: &Tracked, room: &mut usize) -> bool {
+        if self.0.contains_key(&connection.original) {
+            return true;
+        }
+        let has_room = *room > 0;
+        *room = room.saturating_sub(1);
+        has_room
+    }
+
     /// After a loss: what has begun and ended meanwhile, as far as the connections there are now tell.
-    pub(super) fn catch_up(&mut self, all: impl IntoIterator<Item = Tracked>, now: Timestamp) -> Vec<Change> {
-        let all: HashMap<Tuple, Tracked> = all.into_iter().map(|it| (it.original, it)).collect();
+    pub(super) fn catch_up(&mut self, listed: &Listed, now: Timestamp) -> Vec<Change> {
+        let all: HashMap<Tuple, Tracked> = listed.connections.iter().map(|it| (it.original, *it)).collect();
+        // Of what was left off nobody knows whether it is gone.
+        let is_gone = |tuple: &Tuple| listed.left_off == 0 && !all.contains_key(tuple);
         let gone: Vec<Tracked> =
-            self.0.iter().filter(|(tuple, _)| !all.contains_key(tuple)).map(|(_, seen)| seen.connection).collect();
+            self.0.iter().filter(|(tuple, _)| is_gone(tuple)).map(|(_, seen)| seen.connection).collect();
         // What it carried in the end, nobody knows.
         let mut changes: Vec<Change> =
             gone.into_iter().map(|it| self.ended(Tracked { counts: None, ..it }, now)).collect();
@@ -148,6 +165,10 @@ pub(super) mod tests {
         Tracked { original, answer, counts: None, began: None }
     }
 
+    fn listed(connections: impl IntoIterator<Item = Tracked>) -> Listed {
+        Listed { connections: connections.into_iter().collect(), left_off: 0 }
+    }
+
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
     }
@@ -170,14 +191,17 @@ pub(super) mod tests {
         known.begin([tracked(1)]);
         known.began(tracked(2), at(10));
         let counted = Tracked { counts: Some((Count::default(), Count::default())), ..tracked(3) };
-        let mut changes = known.catch_up([tracked(2), counted], at(20));
+        let there = listed([tracked(2), counted]);
+        let mut changes = known.catch_up(&there, at(20));
         changes.sort_by_key(|change| !change.ended);
         let expected = [
             Change { connection: tracked(1), ended: true, lasted: None },
             Change { connection: counted, ended: false, lasted: None },
         ];
         assert_eq!(changes, expected);
-        assert!(known.catch_up([tracked(2), counted], at(21)).is_empty(), "all of that is known now");
+        assert!(known.catch_up(&there, at(21)).is_empty(), "all of that is known now");
+        let part = Listed { left_off: 1, ..listed([tracked(2)]) };
+        assert!(known.catch_up(&part, at(22)).is_empty(), "what was left off may be there");
     }
 
     #[test]
@@ -191,7 +215,14 @@ pub(super) mod tests {
         let many: Vec<Tracked> = many.collect();
         known.begin(many.iter().copied());
         assert_eq!(known.0.len(), REMEMBERED);
-        assert!(known.catch_up(many, at(1)).is_empty(), "what there was no room for is not taken for new");
+        let mut room = known.room();
+        let asked: Vec<Tracked> = many.iter().copied().filter(|it| known.asks_for(it, &mut room)).collect();
+        assert_eq!(asked.len(), REMEMBERED, "those that are known, and no more");
+        for there in [listed(asked), listed(many)] {
+            assert!(known.catch_up(&there, at(1)).is_empty(), "what there was no room for is not taken for new");
+        }
+        let (mut room, few) = (2, Known::default());
+        assert_eq!((1..9).filter(|port| few.asks_for(&tracked(*port), &mut room)).count(), 2);
     }
 
     #[test]

@@ -91,3 +91,73 @@ impl Site for Endpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use husk_overlay::config::Config;
+    use husk_overlay::name::NodeName;
+    use hyper::Request;
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::engine::State;
+    use crate::flows::Flows;
+    use crate::metrics::{Fixed, Live};
+
+    struct Asked {
+        endpoint: Endpoint,
+        states: watch::Sender<State>,
+    }
+
+    impl Asked {
+        fn new() -> Self {
+            let config = Config::parse("c", "clusterCIDRs: [10.42.0.0/16]\nmode: direct").unwrap();
+            let fixed = Arc::new(Fixed::of(&config, &NodeName::new("host1").unwrap()));
+            let (states, told) = watch::channel(State::default());
+            let (_, configuration) = watch::channel(None);
+            let live = Live::default();
+            let gathering = Gathering { fixed, live, states: told, configuration, flows: Flows::default() };
+            Self { endpoint: Endpoint::new(gathering), states }
+        }
+
+        async fn get(&self, path: &str) -> (u16, String) {
+            let request = Request::builder().uri(path).body(()).unwrap().into_parts().0;
+            let answer = self.endpoint.get(&request).await;
+            let status = answer.status().as_u16();
+            let body = answer.into_body().collect().await.unwrap().to_bytes();
+            (status, String::from_utf8(body.to_vec()).unwrap())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_hangs_is_not_healthy_until_it_goes_round_again() {
+        let asked = Asked::new();
+        assert_eq!(asked.get("/healthz").await, (200, "alive\n".into()), "it may wait for its cluster source at first");
+        asked.endpoint.gathering.live.set_back(STUCK);
+        let (status, reason) = asked.get("/healthz").await;
+        assert!(status == 503 && reason.contains("no pass for 60 s"), "{status} {reason}");
+        asked.endpoint.gathering.live.gave_up();
+        assert_eq!(asked.get("/healthz").await.0, 200, "a pass that was given up is no loop that hangs");
+    }
+
+    #[tokio::test]
+    async fn readiness_is_that_of_the_last_pass_with_its_reason() {
+        let asked = Asked::new();
+        assert_eq!(asked.get("/readyz").await, (503, "not ready: the daemon has just started\n".into()));
+        asked.states.send_modify(|state| state.reason = Some("no IPv6 below 1280".into()));
+        assert_eq!(asked.get("/readyz").await, (503, "not ready: no IPv6 below 1280\n".into()));
+        asked.states.send_modify(|state| (state.ready, state.reason) = (true, None));
+        assert_eq!(asked.get("/readyz").await.0, 200);
+        assert_eq!(asked.get("/healthz").await.0, 200, "ready or not, it is alive");
+    }
+
+    #[tokio::test]
+    async fn the_form_of_metrics_is_the_one_that_is_accepted() {
+        let asked = Asked::new();
+        let (status, text) = asked.get("/metrics").await;
+        assert!(status == 200 && text.contains("husk_ready 0.0\n") && !text.contains("# EOF"), "{text}");
+        assert_eq!(asked.get("/passwords").await.0, 404);
+        assert!(asked.get("/").await.1.contains("/readyz"));
+    }
+}

@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
 
 use super::*;
 
@@ -18,10 +19,24 @@ fn limits() -> Limits {
 
 /// A server at a free port, and what it told of itself.
 async fn server() -> (SocketAddr, watch::Receiver<Option<Issue>>) {
+    server_with(limits()).await
+}
+
+async fn server_with(limits: Limits) -> (SocketAddr, watch::Receiver<Option<Issue>>) {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let (issue, noticed) = watch::channel(None);
-    tokio::spawn(serve(Listening { address: free, key: "metrics.listen", issue, limits: limits() }, Echo, || {}));
+    tokio::spawn(serve(Listening { address: free, key: "metrics.listen", issue, limits }, Echo, || {}));
     (free, noticed)
+}
+
+/// A connection from an address of the loopback that says nothing more.
+async fn silent(from: u8, address: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, from], 0))).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    // It may have been closed already.
+    let _ = stream.write_all(b"GET / HTTP").await;
+    stream
 }
 
 async fn exchange(address: SocketAddr, request: &[u8]) -> String {
@@ -68,15 +83,46 @@ async fn a_head_without_end_is_refused() {
 async fn who_says_nothing_is_shown_out() {
     let (address, _) = server().await;
     let _ = exchange(address, b"").await;
-    let mut silent = Vec::new();
-    for _ in 0..CONNECTIONS {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET / HTTP").await.unwrap();
-        silent.push(stream);
+    let mut all = Vec::new();
+    for number in 0..CONNECTIONS {
+        all.push(silent(u8::try_from(2 + number / FROM_ONE).unwrap(), address).await);
     }
     // All places are taken, for a while.
     let answer = exchange(address, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert!(answer.ends_with("/a"), "{answer}");
+}
+
+#[tokio::test]
+async fn who_says_nothing_does_not_take_the_places_of_others() {
+    // So long that the test would not end if anybody had to be shown out.
+    let forever = Duration::from_secs(3600);
+    let (address, _) = server_with(Limits { head: forever, connection: forever, ..limits() }).await;
+    assert!(exchange(address, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("/a"));
+    let (mut all, mut closed) = (Vec::new(), Vec::new());
+    for number in 0..CONNECTIONS {
+        let mut stream = silent(2, address).await;
+        if number < FROM_ONE {
+            all.push(stream);
+            continue;
+        }
+        // Closed, with what it said unread or not.
+        let _ = stream.read_to_end(&mut closed).await;
+        assert!(closed.is_empty());
+    }
+    let answer = exchange(address, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert!(answer.ends_with("/a"), "{answer}");
+    // Whoever has gone makes room.
+    drop(all);
+    loop {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut stream = socket.connect(address).await.unwrap();
+        let _ = stream.write_all(b"GET /b HTTP/1.0\r\n\r\n").await;
+        let mut answer = Vec::new();
+        if stream.read_to_end(&mut answer).await.is_ok() && answer.ends_with(b"/b") {
+            return;
+        }
+    }
 }
 
 #[tokio::test]

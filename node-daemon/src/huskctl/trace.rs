@@ -7,6 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::error::ErrorKind as Wrong;
 use clap::{Args, ValueEnum};
 use husk_overlay::ipc::Request;
 use husk_overlay::marks::PROBE_PORT;
@@ -68,6 +69,20 @@ impl TraceProtocol {
             Self::Udp => 17,
             Self::Sctp => 132,
             Self::Icmp => 1,
+        }
+    }
+}
+
+impl Options {
+    /// What of it does not go together: ports, and protocols that have none.
+    pub(super) fn check(&self) -> Result<(), (Wrong, &'static str)> {
+        match (self.protocol, self.port) {
+            (TraceProtocol::Icmp, Some(_)) => Err((Wrong::ArgumentConflict, "ICMP has no ports: leave --port away")),
+            (TraceProtocol::Tcp | TraceProtocol::Udp | TraceProtocol::Sctp, None) => Err((
+                Wrong::MissingRequiredArgument,
+                "TCP, UDP and SCTP have ports: name that of the destination with --port, or choose --protocol icmp",
+            )),
+            _ => Ok(()),
         }
     }
 }

@@ -63,6 +63,7 @@ catalogue! {
     LAST_PASS Gauge "husk_last_pass_timestamp_seconds" [] "When the last pass ended, as Unix time; there is one every five seconds at least";
     CHANGES Counter "husk_table_changes_total" ["table"] "Changes made to the kernel, by table";
     FAILURES Counter "husk_table_failures_total" ["table"] "Changes that the kernel refused and tables that could not be read, by table";
+    TABLE_DURATION Histogram "husk_table_duration_seconds" ["table"] "How long a table took: reading it, comparing it with what is desired, and changing it; once for each pass that looked at it";
     POLICY_DURATION Histogram "husk_policy_programming_duration_seconds" [] "How long it took to bring a change of network policy into the kernel, from reading the table on";
     SOURCE_UP Gauge "husk_source_up" [] "1 if the cluster source answered when it was last asked";
     SOURCE_LAST Gauge "husk_source_last_success_timestamp_seconds" [] "When the cluster source last answered, as Unix time; absent before the first time";

@@ -34,6 +34,7 @@ struct Inner {
     pass_duration: Histogram,
     changes: Family<Labels, Counter>,
     failures: Family<Labels, Counter>,
+    table_duration: Family<Labels, Histogram, fn() -> Histogram>,
     policy_duration: Histogram,
     cni_duration: Family<Labels, Histogram, fn() -> Histogram>,
     cni_errors: Family<Labels, Counter>,
@@ -80,6 +81,7 @@ impl Default for Live {
             pass_duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
             changes: Family::default(),
             failures: Family::default(),
+            table_duration: Family::new_with_constructor(table_histogram),
             // 0.25 ms to 4 s.
             policy_duration: Histogram::new(exponential_buckets(0.000_25, 2.0, 15)),
             cni_duration: Family::new_with_constructor(plugin_histogram),
@@ -94,6 +96,7 @@ impl Default for Live {
         for table in Table::ALL {
             drop(live.0.changes.get_or_create(&of_table(table)));
             drop(live.0.failures.get_or_create(&of_table(table)));
+            drop(live.0.table_duration.get_or_create(&of_table(table)));
         }
         for result in RESULTS {
             for command in [Attaching::Add, Attaching::Del] {
@@ -108,6 +111,11 @@ impl Default for Live {
 /// 1 ms to 32 s: an ADD takes some milliseconds, and gives up after ten seconds of waiting for the daemon.
 fn plugin_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 16))
+}
+
+/// 1 ms to 1 s in steps of four: there is one for each table, so that it is coarser than the others.
+fn table_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 4.0, 6))
 }
 
 /// How something ended.
@@ -170,8 +178,11 @@ impl Live {
         for failure in &outcome.failures {
             self.0.failures.get_or_create(&of_table(failure.table)).inc();
         }
-        if outcome.applied.contains_key(&Table::Policy) {
-            self.0.policy_duration.observe(outcome.policy_took.as_secs_f64());
+        for (table, took) in &outcome.took {
+            self.0.table_duration.get_or_create(&of_table(*table)).observe(took.as_secs_f64());
+        }
+        if let (true, Some(took)) = (outcome.applied.contains_key(&Table::Policy), outcome.took.get(&Table::Policy)) {
+            self.0.policy_duration.observe(took.as_secs_f64());
         }
     }
 
@@ -210,6 +221,13 @@ impl Live {
         (Arc::clone(&last.sample), last.sampled.map(|at| at.elapsed()).unwrap_or_default())
     }
 
+    /// As if the last pass had ended that much earlier.
+    #[cfg(test)]
+    pub(crate) fn set_back(&self, by: Duration) {
+        let mut last = self.last();
+        last.pass = last.pass.checked_sub(by).expect("the machine has run for longer");
+    }
+
     /// Time since a pass ended; before the first one, since the daemon started.
     #[must_use]
     pub fn since_pass(&self) -> Duration {
@@ -235,6 +253,7 @@ impl Live {
             catalogue::PASS_DURATION => &inner.pass_duration,
             catalogue::CHANGES => &inner.changes,
             catalogue::FAILURES => &inner.failures,
+            catalogue::TABLE_DURATION => &inner.table_duration,
             catalogue::POLICY_DURATION => &inner.policy_duration,
             catalogue::CNI_DURATION => &inner.cni_duration,
             catalogue::CNI_ERRORS => &inner.cni_errors,

@@ -60,6 +60,8 @@ pub enum MismatchKind {
     RouteSmaller,
     /// The configured MTU exceeds the underlay's, and is not used.
     ConfiguredTooLarge,
+    /// The underlay leaves less than a family needs, which is refused.
+    TooSmall,
     /// The path swallows packets that the underlay promised to carry.
     PathLimited,
 }
@@ -69,7 +71,7 @@ impl MismatchKind {
     #[must_use]
     pub fn is_fault(self) -> bool {
         match self {
-            Self::ConfiguredTooLarge | Self::PathLimited => true,
+            Self::ConfiguredTooLarge | Self::TooSmall | Self::PathLimited => true,
             Self::UnderlayDiffers | Self::RouteSmaller => false,
         }
     }

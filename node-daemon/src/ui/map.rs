@@ -37,9 +37,11 @@ fn few(view: &View) -> Markup {
     let mut peers: Vec<&PeerView> = view.peers.iter().collect();
     peers.sort_by(|one, other| one.node.cmp(&other.node));
     let count = u32::try_from(peers.len().max(1)).map_or(1.0, f64::from);
+    // The picture is wider than high, so that one or two lie beside this node; of more none lies straight below it, where its
+    // name is.
+    let first = if count > 2.0 { TAU / 4.0 + TAU / 2.0 / count } else { 0.0 };
     let places = (0..).map(|number: u32| {
-        // From the right on, clockwise: the picture is wider than high, and two nodes lie side by side.
-        let angle = TAU * f64::from(number) / count;
+        let angle = first + TAU * f64::from(number) / count;
         (WIDTH / 2.0 + angle.cos() * WIDTH * 0.33, HEIGHT / 2.0 + angle.sin() * HEIGHT * 0.32)
     });
     let placed: Vec<(&PeerView, (f64, f64))> = peers.into_iter().zip(places).collect();

@@ -139,6 +139,26 @@ fn few_nodes_are_drawn_with_their_names() {
     assert!(alone.contains("knows of no other one") && !alone.contains("<svg"));
 }
 
+/// The name of this node stands straight below it; names of a dozen nodes have no room without a line, which stops around them.
+#[test]
+fn no_line_crosses_the_name_of_this_node() {
+    for count in 1..=6 {
+        let peers = (0..count).map(|number| peer(number, PeerState::Connected, Standing::Verified)).collect();
+        let page = page::part(&view(peers, "")).into_string();
+        let lines: Vec<&str> = page.split("<line ").skip(1).filter_map(|rest| rest.split('>').next()).collect();
+        assert_eq!(lines.len(), count);
+        for line in lines {
+            let of = |name: &str| -> f64 {
+                let value = line.split(&format!(" {name}=\"")).nth(1).and_then(|rest| rest.split('"').next());
+                value.unwrap().parse().unwrap()
+            };
+            let (dx, dy) = (of("x2") - of("x1"), of("y2") - of("y1"));
+            // 32 units below, where eight letters reach 30 to either side.
+            assert!(dy <= 1.0 || (dx / dy * 32.0).abs() > 30.0, "{count}: {line}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn everything_is_served_with_its_rules() {
     let directory = tempfile::tempdir().unwrap();

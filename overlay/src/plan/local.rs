@@ -7,6 +7,7 @@ use super::{Context, LAST_METRIC, MAIN_TABLE};
 use crate::endpoint::{Endpoint, Endpoints};
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Address, Desired, NeighbourKey, Route, RouteKey, RouteTarget};
+use crate::mtu::MINIMUM_IPV6;
 use crate::name::InterfaceName;
 use crate::prefix::{Family, Prefix};
 
@@ -95,13 +96,15 @@ pub(super) fn leads_to(desired: &Desired, address: IpAddr, endpoint: &Endpoint) 
     })
 }
 
-/// Puts the node's own overlay addresses on its tunnel device.
+/// Puts the node's own overlay addresses on its tunnel device. One whose MTU is too small for IPv6 has none of it, its parameters
+/// included, until it grows (net/ipv6/addrconf.c `addrconf_notify`).
 pub(super) fn router_on(context: &Context<'_>, interface: &InterfaceName, desired: &mut Desired) {
-    if context.router.ipv6.is_some() && context.facts.ipv6 {
+    let has_ipv6 = context.inner_mtu.is_some_and(|mtu| mtu >= MINIMUM_IPV6);
+    if context.router.ipv6.is_some() && context.facts.ipv6 && has_ipv6 {
         // Hosts whose `default/disable_ipv6` is 1 give new devices no IPv6.
         desired.sysctls.insert(format!("net/ipv6/conf/{interface}/disable_ipv6"), "0".to_owned());
     }
-    for address in context.router.iter() {
+    for address in context.router.iter().filter(|address| address.is_ipv4() || has_ipv6) {
         let length = Family::of(address).bits();
         desired.addresses.insert(Address { interface: interface.clone(), address, length });
     }

@@ -306,6 +306,15 @@ fn ipv6_below_1280_blocks_and_is_never_clamped() {
     assert_eq!(plan.ledger.inner, Some(1279));
     assert_eq!(plan.pod_mtu, None);
     assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::MtuTooSmall]));
+    // The device has no IPv6 either: the kernel would refuse it every time.
+    let of_ipv6 = |plan: &Plan| {
+        let addresses = plan.desired.addresses.iter().filter(|it| it.address.is_ipv6()).count();
+        let parameters = plan.desired.sysctls.keys().filter(|it| it.contains("ipv6/conf/husk-")).count();
+        (addresses, parameters)
+    };
+    assert_eq!(of_ipv6(&plan), (0, 0));
+    facts.underlay_mtu = 1340;
+    assert_eq!(of_ipv6(&plan_of(&config(Mode::Wireguard), &snapshot(2), &facts)), (1, 1));
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl Prober {
                 self.tracks.insert(path.clone(), track);
                 self.schedule(path);
             } else if self.tracks.get(path).is_some_and(|track| *track.target() != target) {
-                self.with(path, now, |track, _| track.retarget(target, now, first));
+                self.act(path, now, |track, _| track.retarget(target, now, first));
             }
         }
     }
@@ -121,14 +121,14 @@ impl Prober {
             }
             self.order.pop_front();
             if let Some((path, fired)) = self.flying.remove(&id) {
-                self.with(&path, now, |track, shared| track.outcome(fired, false, now, shared));
+                self.act(&path, now, |track, shared| track.outcome(fired, false, now, shared));
             }
         }
         self.pace.earn(now);
         let mut shots = Vec::new();
         while self.pace.affords() {
             let Some(path) = self.choose(now) else { break };
-            let Some(fired) = self.with(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
+            let Some(fired) = self.act(&path, now, |track, shared| track.fire(now, shared)).flatten() else {
                 continue;
             };
             let Some(target) = self.tracks.get(&path).map(Track::target) else { continue };
@@ -156,7 +156,7 @@ impl Prober {
     /// A probe was answered. Answers to what was never sent, or is answered or given up already, change nothing.
     pub fn answered(&mut self, id: u64, now: Duration) {
         if let Some((path, fired)) = self.flying.remove(&id) {
-            self.with(&path, now, |track, shared| track.outcome(fired, true, now, shared));
+            self.act(&path, now, |track, shared| track.outcome(fired, true, now, shared));
         }
     }
 
@@ -173,14 +173,14 @@ impl Prober {
     /// This host's own kernel refused to send a probe, which says nothing about the path.
     pub fn refused(&mut self, id: u64, now: Duration) {
         if let Some((path, fired)) = self.flying.remove(&id) {
-            self.with(&path, now, |track, shared| track.refused(fired, now, shared));
+            self.act(&path, now, |track, shared| track.refused(fired, now, shared));
         }
     }
 
     /// Somebody wants to know at once: what is promised is verified, and a limit looked for anew.
     pub fn demand(&mut self, peer: &NodeName, now: Duration) {
         for family in Family::ALL {
-            self.with(&Path { peer: peer.clone(), family }, now, |track, shared| track.demand(now, shared));
+            self.act(&Path { peer: peer.clone(), family }, now, |track, shared| track.demand(now, shared));
         }
     }
 
@@ -239,12 +239,12 @@ impl Prober {
     }
 
     /// Does something with a path, and what follows from that for the other paths to the same peer.
-    fn with<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
-        let result = self.alone(path, act);
+    fn act<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+        let result = self.act_on_path(path, act);
         let (alarm, limited) = (std::mem::take(&mut self.shared.alarm), self.shared.limited.take());
         if alarm || limited.is_some() {
             for family in Family::ALL.into_iter().filter(|family| *family != path.family) {
-                self.alone(&Path { peer: path.peer.clone(), family }, |track, shared| {
+                self.act_on_path(&Path { peer: path.peer.clone(), family }, |track, shared| {
                     limited.into_iter().for_each(|passes| track.follow(passes, now, shared));
                     if alarm {
                         track.hasten(now);
@@ -257,7 +257,7 @@ impl Prober {
     }
 
     /// Does something with a path, and what follows from that for its limit and for when it wants to send.
-    fn alone<T>(&mut self, path: &Path, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
+    fn act_on_path<T>(&mut self, path: &Path, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
         self.unschedule(path);
         let track = self.tracks.get_mut(path)?;
         let result = act(track, &mut self.shared);

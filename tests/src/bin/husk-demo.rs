@@ -54,9 +54,9 @@ struct Arguments {
     /// Leave everything up and say how to look around
     #[arg(long)]
     keep: bool,
-    /// Remove what --keep left
-    #[arg(long, exclusive = true)]
-    down: bool,
+    /// Remove what --keep left; NAME says which demo, where several are up, and `all` means all of them
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "", exclusive = true)]
+    down: Option<String>,
     /// Form of the report
     #[arg(long, short, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -76,7 +76,7 @@ enum Output {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments {
-        Arguments { down: true, .. } => remove_kept(),
+        Arguments { down: Some(which), .. } => remove_kept(which),
         Arguments { unsupervised: true, .. } => work(&arguments),
         _ => match check(&arguments) {
             Ok(()) => supervise(),
@@ -154,10 +154,26 @@ fn supervise() -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-fn remove_kept() -> Result<ExitCode> {
+/// Removes a demo by its name, `all`, or without a name the only one.
+fn remove_kept(which: &str) -> Result<ExitCode> {
     // What hack/cluster left up is not the demo's.
     let clusters: Vec<String> = kubernetes::Kept::find()?.iter().map(|it| it.prefix().to_owned()).collect();
-    let kept: Vec<String> = scope::kept().into_iter().filter(|name| !clusters.contains(name)).collect();
+    let mut kept: Vec<String> = scope::kept().into_iter().filter(|name| !clusters.contains(name)).collect();
+    kept.sort();
+    let names = kept.join(", ");
+    match which {
+        "all" => {}
+        "" => ensure!(
+            kept.len() < 2,
+            "{} demos are up: {names}. Some may be somebody else's: say which one to remove (--down=NAME), or --down=all",
+            kept.len()
+        ),
+        name => {
+            let up = if kept.is_empty() { "none is".to_owned() } else { format!("up: {names}") };
+            ensure!(kept.iter().any(|it| it == name), "no demo of the name {name} is up; {up}");
+            kept.retain(|it| it == name);
+        }
+    }
     for prefix in &kept {
         scope::sweep_kept(prefix).with_context(|| format!("removing {prefix}"))?;
     }

@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
-use husk_overlay::marks;
+use anyhow::{Context, Result};
 use husk_overlay::prefix::Family;
 
 use super::report::{Hint, Kept};
@@ -27,20 +26,18 @@ pub(super) fn describe(cluster: &Cluster, pods: &[(usize, Pod)]) -> Result<Kept>
             format!("ip netns exec {} ping -c 3 {}", netns.name(), last.address(Family::Ipv6)?),
         );
     }
-    let huskctl = process::binary("huskctl")?;
-    let run_directory = host.file(marks::RUN_DIRECTORY);
-    hint(
-        &format!("ask {}", host.name()),
-        format!("{} --run-directory {} peers", huskctl.display(), run_directory.display()),
-    );
     // Its mount namespace has no name: it lives as long as the daemon does.
     if let Some(daemon) = host.processes().first() {
-        hint(&format!("enter {}", host.name()), format!("nsenter --target {} --net --mount bash", daemon.pid));
+        let enter = format!("nsenter --target {} --net --mount", daemon.pid);
+        let huskctl = process::binary("huskctl")?;
+        hint(&format!("ask {}", host.name()), format!("{enter} {} peers", huskctl.display()));
+        let programs = huskctl.parent().context("a program lies in a directory")?;
+        hint(&format!("enter {}", host.name()), format!("PATH={}:$PATH {enter} bash", programs.display()));
     }
     hint(&format!("log of {}", host.name()), format!("less {}", host.log_path().display()));
     hint("watch the wire", format!("ip netns exec {} tcpdump -n -i any", cluster.scope().name("switch")));
     hint("what it carried", format!("tcpdump -n -r {}", pcap_path(cluster).display()));
     let command = std::env::var("HUSK_DEMO").unwrap_or_else(|_| "hack/demo".to_owned());
-    hint("tear down", format!("{command} --down"));
+    hint("tear down", format!("{command} --down={}", cluster.scope().prefix()));
     Ok(Kept { prefix: cluster.scope().prefix().to_owned(), hints })
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Host, lock};
 use crate::process;
@@ -112,6 +112,16 @@ impl Host {
             ensure!(status["counters"][counter]["packets"].as_u64().unwrap_or(0) == 0, "{name}: {status:#}");
         }
         Ok(())
+    }
+
+    /// What `huskctl status` finds wrong of a kind, `PathMtu` for example.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn issues(&self, kind: &str) -> Result<Vec<Value>> {
+        let status = self.huskctl_json(["status"])?;
+        let issues = status["issues"].as_array().with_context(|| format!("a status without issues: {status:#}"))?;
+        Ok(issues.iter().filter(|issue| issue["kind"] == kind).cloned().collect())
     }
 
     /// How the daemon ended, if it ended by itself; an error when it was never started.

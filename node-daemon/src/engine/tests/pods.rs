@@ -58,6 +58,18 @@ fn a_smaller_mtu_is_published_before_and_a_larger_one_after_tunnel_and_pods() {
     assert_eq!(bed.own_record().unwrap().underlay_mtu, 1400);
 }
 
+/// Who does not know how little is left would send what does not fit; pods keep what they have.
+#[test]
+fn an_mtu_that_is_too_small_for_a_family_is_published_too() {
+    let mut bed = with_pod();
+    bed.node.state().underlay_mtu = 1339;
+    bed.pass();
+    assert_eq!(bed.issues(), [IssueKind::MtuTooSmall].into());
+    assert!(!bed.state.borrow().ready);
+    assert_eq!(bed.own_record().unwrap().underlay_mtu, 1339);
+    assert_eq!(bed.node.state().pod_mtus[&id("pod").host_interface()], 1440);
+}
+
 /// Who runs under another's name by mistake does not write into the other's record.
 #[test]
 fn a_smaller_mtu_is_not_published_in_somebody_elses_record() {

@@ -101,3 +101,57 @@ fn ending(outcome: &Outcome, limit: Duration) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use husk_overlay::prefix::Family;
+    use husk_overlay::probe::{Path, Report};
+
+    use super::*;
+
+    fn path(family: Family, standing: Standing, concluded: Option<u64>) -> PathReport {
+        let peer = NodeName::new("host2").unwrap();
+        let report = Report {
+            standing,
+            promised: 1450,
+            passes: None,
+            rtt: None,
+            loss_per_mille: None,
+            clock_skew: None,
+            sent: 0,
+            answered: 0,
+            since: Duration::ZERO,
+            concluded: concluded.map(Duration::from_secs),
+        };
+        PathReport { path: Path { peer, family }, report }
+    }
+
+    fn told(paths: &[PathReport]) -> String {
+        let started = ProbeStarted { peer: NodeName::new("host2").unwrap(), begun: Duration::from_secs(100) };
+        progress(paths, &started)
+    }
+
+    #[test]
+    fn what_was_concluded_before_anybody_asked_is_no_result() {
+        let verified = |concluded| told(&[path(Family::Ipv4, Standing::Verified, concluded)]);
+        for concluded in [None, Some(99), Some(100)] {
+            assert_eq!(verified(concluded), "IPv4: trying 1450 bytes");
+        }
+        assert_eq!(verified(Some(101)), "IPv4: 1450 bytes pass");
+        let limited = Standing::Limited { passes: 1350 };
+        assert_eq!(told(&[path(Family::Ipv4, limited, Some(99))]), "IPv4: trying 1450 bytes");
+        assert_eq!(told(&[path(Family::Ipv4, limited, Some(101))]), "IPv4: 1350 bytes pass, no more");
+        assert_eq!(told(&[path(Family::Ipv6, Standing::Unreachable, Some(99))]), "IPv6: trying 1450 bytes");
+        assert_eq!(told(&[path(Family::Ipv6, Standing::Unreachable, Some(101))]), "IPv6: no answer");
+    }
+
+    #[test]
+    fn a_search_tells_how_far_it_is_for_each_family() {
+        let search = |passes, fails| path(Family::Ipv4, Standing::Searching { passes, fails }, None);
+        let line = told(&[search(1280, 1450), path(Family::Ipv6, Standing::Verified, Some(101))]);
+        assert_eq!(line, "IPv4: 1280 bytes pass, 1450 do not, 169 sizes are open; IPv6: 1450 bytes pass");
+        assert_eq!(told(&[search(1350, 1351)]), "IPv4: 1350 bytes pass, 1351 do not, 0 sizes are open");
+        // Between the look that found the answer and this one the search may have ended.
+        assert_eq!(told(&[search(1351, 1351)]), "IPv4: 1351 bytes pass, 1351 do not, 0 sizes are open");
+    }
+}

@@ -16,9 +16,9 @@ pub(super) const FRAGMENTATION_NEEDED: u32 = 4;
 pub(super) fn render(context: &Context<'_>, table: &mut NftTable) {
     table.counters.insert(PATH_MTU_BELOW_FLOOR.into());
     insert(table, "input-path-mtu", ChainKind::Filter, Hook::Input, -150, floor(context));
-    let whole = whole(context);
-    if !whole.is_empty() {
-        insert(table, "output-whole", ChainKind::Filter, Hook::Output, -150, whole);
+    let uncut = dont_fragment(context);
+    if !uncut.is_empty() {
+        insert(table, "output-dont-fragment", ChainKind::Filter, Hook::Output, -150, uncut);
     }
 }
 
@@ -90,7 +90,7 @@ fn below_floor(context: &Context<'_>) -> Vec<Statement> {
 ///
 /// The kernel still cuts by itself what it knows to be too large, before it has told a pod: the device's packets permit that
 /// (`ignore_df`), and the pieces go without DF.
-fn whole(context: &Context<'_>) -> Vec<Rule> {
+fn dont_fragment(context: &Context<'_>) -> Vec<Rule> {
     let family = context.config.underlay.family;
     let cut = family == Family::Ipv4
         && context.config.mode.uses_wireguard()
@@ -110,7 +110,7 @@ fn whole(context: &Context<'_>) -> Vec<Rule> {
             Statement::Match(larger),
             Statement::DontFragment,
         ];
-        rule(format!("whole-{port}"), statements)
+        rule(format!("dont-fragment-{port}"), statements)
     };
     slots.iter().map(of_slot).collect()
 }

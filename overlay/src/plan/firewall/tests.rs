@@ -375,7 +375,7 @@ fn what_the_kernel_lets_be_cut_on_the_way_to_nodes_may_not_be() {
     let kernel = Some(WireguardSupport::Kernel);
     let mut table = table_with(Mode::Wireguard, Family::Ipv4, kernel.clone());
     table.sets.get_mut(NODES).unwrap().elements.insert(SetElement::Address(TUNNEL.destination.parse().unwrap()));
-    let out = |packet| verdict(&table, "output-whole", packet);
+    let out = |packet| verdict(&table, "output-dont-fragment", packet);
     // 1280 bytes for a pod, and 60 of the tunnel's.
     let large = Packet { length: 1341, ..TUNNEL };
     assert_eq!(out(large), Verdict::Whole);
@@ -390,7 +390,10 @@ fn what_the_kernel_lets_be_cut_on_the_way_to_nodes_may_not_be() {
         (Mode::Vxlan, Family::Ipv4, None),
         (Mode::Ipsec, Family::Ipv4, None),
     ] {
-        assert!(!table_with(mode, family, wireguard).chains.contains_key("output-whole"), "{mode} over {family}");
+        assert!(
+            !table_with(mode, family, wireguard).chains.contains_key("output-dont-fragment"),
+            "{mode} over {family}"
+        );
     }
 }
 
