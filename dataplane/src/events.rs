@@ -25,8 +25,12 @@ const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV4_ROUTE: u32 = 7;
+const RTNLGRP_IPV4_RULE: u32 = 8;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
 const RTNLGRP_IPV6_ROUTE: u32 = 11;
+/// What router advertisements say, the MTU among it. Who writes the parameter `mtu` of an interface is not announced.
+const RTNLGRP_IPV6_IFINFO: u32 = 12;
+const RTNLGRP_IPV6_RULE: u32 = 19;
 /// Kernel parameters of interfaces and of all, forwarding among them.
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
 const RTNLGRP_IPV6_NETCONF: u32 = 25;
@@ -65,7 +69,7 @@ const RTM_F_CLONED: u32 = 0x200;
 /// What to be told about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subject {
-    /// Links, addresses, routes, neighbours and forwarding.
+    /// Links, addresses, routes, rules, neighbours, forwarding, and what routers advertise.
     Network,
     /// nftables rules.
     Nftables,
@@ -96,8 +100,11 @@ impl Monitor {
                     RTNLGRP_NEIGH,
                     RTNLGRP_IPV4_IFADDR,
                     RTNLGRP_IPV4_ROUTE,
+                    RTNLGRP_IPV4_RULE,
                     RTNLGRP_IPV6_IFADDR,
                     RTNLGRP_IPV6_ROUTE,
+                    RTNLGRP_IPV6_IFINFO,
+                    RTNLGRP_IPV6_RULE,
                     RTNLGRP_IPV4_NETCONF,
                     RTNLGRP_IPV6_NETCONF,
                 ],

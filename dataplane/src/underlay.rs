@@ -11,6 +11,7 @@ use husk_overlay::mac::MacAddress;
 use husk_overlay::marks;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
+use husk_overlay::record::DualStack;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -184,7 +185,7 @@ pub fn default_route(socket: &mut Socket, family: Family) -> Result<Option<Defau
         Family::Ipv6 => IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
     };
     let names = Interfaces::of(&dump_links(socket)?);
-    let route = match socket.get(lookup(somewhere, RouteFlags::empty())) {
+    let route = match socket.get(lookup(None, somewhere, RouteFlags::empty())) {
         Ok(RouteNetlinkMessage::NewRoute(route)) if route.header.kind == RouteType::Unicast => route,
         Err(error) if !is_no_route(&error) => return Err(error),
         Ok(_) | Err(_) => return Ok(None),
@@ -205,16 +206,21 @@ pub fn default_route(socket: &mut Socket, family: Family) -> Result<Option<Defau
 /// The routes themselves are asked for (`RTM_F_FIB_MATCH`), not what the kernel makes of them for one packet: the latter
 /// includes path MTUs learned from ICMP errors, which anyone on the path can send and which expire ([`path_mtus`]).
 ///
+/// `sources` are the own addresses that packets to these destinations have, where that is known: rules may send them another
+/// way than the others (`ip rule add from`).
+///
 /// # Errors
 /// Those of a dump and of a broken exchange.
 pub fn routes(
     socket: &mut Socket,
+    sources: DualStack,
     destinations: impl IntoIterator<Item = IpAddr>,
 ) -> Result<BTreeMap<IpAddr, UnderlayRoute>, Error> {
     let interfaces: BTreeMap<u32, Interface> =
         interfaces(socket)?.into_iter().map(|interface| (interface.index, interface)).collect();
     let destinations: Vec<IpAddr> = destinations.into_iter().collect();
-    let requests = destinations.iter().map(|address| lookup(*address, RouteFlags::FibMatch)).collect();
+    let from = |address: &IpAddr| sources.get(Family::of(*address));
+    let requests = destinations.iter().map(|address| lookup(from(address), *address, RouteFlags::FibMatch)).collect();
     let mut found = BTreeMap::new();
     for (destination, result) in destinations.into_iter().zip(socket.get_batch(requests)) {
         match result {
@@ -230,13 +236,17 @@ pub fn routes(
     Ok(found)
 }
 
-fn lookup(destination: IpAddr, flags: RouteFlags) -> Request<RouteNetlinkMessage> {
+fn lookup(source: Option<IpAddr>, destination: IpAddr, flags: RouteFlags) -> Request<RouteNetlinkMessage> {
     let family = Family::of(destination);
     let mut message = RouteMessage::default();
     message.header.address_family = address_family(family);
     message.header.destination_prefix_length = family.bits();
     message.header.flags = flags;
     message.attributes.push(RouteAttribute::Destination(route_address(destination)));
+    if let Some(source) = source {
+        message.header.source_prefix_length = family.bits();
+        message.attributes.push(RouteAttribute::Source(route_address(source)));
+    }
     Request {
         operation: "look up route to",
         object: destination.to_string(),
@@ -253,24 +263,24 @@ fn underlay_route(
     if !matches!(route.header.kind, RouteType::Unicast | RouteType::Local) {
         return None;
     }
-    let (mut output, mut gateway, mut metric) = (None, false, None);
+    let (mut hops, mut gateway, mut metric) = (Vec::new(), false, None);
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Oif(index) => output = Some(*index),
+            RouteAttribute::Oif(index) => hops.push(*index),
             RouteAttribute::Gateway(_) | RouteAttribute::Via(RouteVia::Inet(_) | RouteVia::Inet6(_)) => gateway = true,
             RouteAttribute::Metrics(metrics) => metric = mtu_of(metrics),
-            // Which next hop a flow takes is decided by a hash; the first stands for all.
-            RouteAttribute::MultiPath(hops) => {
-                let hop = hops.first()?;
-                output = Some(hop.interface_index);
-                gateway =
-                    hop.attributes.iter().any(|it| matches!(it, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)));
+            // Which of them a flow takes is decided by a hash.
+            RouteAttribute::MultiPath(several) => {
+                let via = |it: &RouteAttribute| matches!(it, RouteAttribute::Gateway(_) | RouteAttribute::Via(_));
+                gateway = gateway || several.iter().any(|hop| hop.attributes.iter().any(via));
+                hops.extend(several.iter().map(|hop| hop.interface_index));
             }
             _ => {}
         }
     }
-    let interface = interfaces.get(&output?)?;
-    let mtu = interface.mtu_for(Family::of(destination));
+    let mtu_by = |interface: &&Interface| interface.mtu_for(Family::of(destination));
+    let interface = hops.iter().filter_map(|index| interfaces.get(index)).min_by_key(mtu_by)?;
+    let mtu = mtu_by(&interface);
     let attribute = metric.filter(|metric| *metric < mtu);
     Some(UnderlayRoute {
         interface: interface.name.clone(),

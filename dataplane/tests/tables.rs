@@ -6,8 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "functions that tests share are test code too")]
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::os::fd::AsFd as _;
+use std::net::{IpAddr, Ipv6Addr, SocketAddrV6};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -28,8 +28,12 @@ use husk_overlay::kernel::{Address, Desired, FdbKey, Link, LinkKind, NeighbourKe
 use husk_overlay::mac::MacAddress;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::prefix::Family;
+use husk_overlay::record::DualStack;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, sendto, setsockopt, sockopt,
+};
 
 /// The rtnetlink tables, and what a change to a link needs.
 const TABLES: [Table; 7] =
@@ -724,7 +728,7 @@ fn the_underlay_is_described_as_it_is() {
         }
 
         let wanted = ["192.168.7.2", "192.0.2.9", "10.9.1.1", "10.8.1.1", "10.7.1.1", "fd00:7::2", "2001:db8::9"];
-        let routes = underlay::routes(&mut socket, wanted.map(address)).unwrap();
+        let routes = underlay::routes(&mut socket, DualStack::default(), wanted.map(address)).unwrap();
         let shape = |text: &str| routes.get(&address(text)).map(|it| (it.interface.as_str(), it.mtu, it.on_link));
         let limit = |text: &str| routes[&address(text)].limited_by;
         assert_eq!((limit("10.9.1.1"), limit("192.0.2.9")), (RouteLimit::Attribute, RouteLimit::Interface));
@@ -738,7 +742,104 @@ fn the_underlay_is_described_as_it_is() {
 
         ip("route del default");
         assert_eq!(underlay::default_route(&mut socket, Family::Ipv4).unwrap(), None);
-        assert!(underlay::routes(&mut socket, [address("192.0.2.9")]).unwrap().is_empty());
+        assert!(underlay::routes(&mut socket, DualStack::default(), [address("192.0.2.9")]).unwrap().is_empty());
+    });
+}
+
+#[test]
+fn of_several_ways_the_narrowest_counts_in_any_order() {
+    in_a_namespace(|| {
+        underlay_interface();
+        for (number, mtu) in [(1, 1500), (2, 1400), (3, 1450)] {
+            ip(&format!("link add way{number} mtu {mtu} type veth peer name far{number}"));
+            ip(&format!("link set far{number} up"));
+            ip(&format!("link set way{number} up"));
+            ip(&format!("addr add 192.0.2.{number}/32 peer 192.0.2.10{number} dev way{number}"));
+            ip(&format!("addr add fd00:{number}::1/64 dev way{number} nodad"));
+        }
+        for (order, third) in [([1, 2, 3], 1), ([2, 3, 1], 2), ([3, 1, 2], 3)] {
+            let hops = |via: fn(i32) -> String| order.map(|it| format!(" nexthop via {}", via(it))).concat();
+            ip(&format!("route add 10.{third}.0.0/16{}", hops(|it| format!("192.0.2.10{it}"))));
+            ip(&format!("-6 route add fd01:{third}::/64{}", hops(|it| format!("fd00:{it}::9"))));
+        }
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        let all = [1, 2, 3].into_iter().flat_map(|it| [format!("10.{it}.0.9"), format!("fd01:{it}::9")]);
+        let routes = underlay::routes(&mut socket, DualStack::default(), all.map(|it| address(&it))).unwrap();
+        assert_eq!(routes.len(), 6);
+        for (to, route) in routes {
+            assert_eq!((route.interface.as_str(), route.mtu, route.on_link), ("way2", 1400, false), "{to}");
+        }
+    });
+}
+
+#[test]
+fn rules_for_the_own_address_are_followed() {
+    in_a_namespace(|| {
+        underlay_interface();
+        ip("link add narrow mtu 1400 type veth peer name far0");
+        ip("link set far0 up");
+        ip("link set narrow up");
+        ip("addr add 192.168.7.7/24 dev eth0");
+        ip("addr add fd00:7::7/64 dev eth0 nodad");
+        ip("rule add from 192.168.7.7 table 100");
+        ip("-6 rule add from fd00:7::7 table 100");
+        ip("route add 192.168.7.0/24 dev narrow table 100");
+        ip("-6 route add fd00:7::/64 dev narrow table 100");
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        for (own, expected) in [(["192.168.7.1", "fd00:7::1"], 1500), (["192.168.7.7", "fd00:7::7"], 1400)] {
+            let sources: DualStack = own.map(address).into_iter().collect();
+            let to = ["192.168.7.2", "fd00:7::2"].map(address);
+            let routes = underlay::routes(&mut socket, sources, to).unwrap();
+            let mtus: Vec<u32> = routes.values().map(|route| route.mtu).collect();
+            assert_eq!(mtus, [expected; 2], "from {own:?}");
+        }
+    });
+}
+
+/// Sends a router advertisement (RFC 4861, section 4.2) that names an MTU out of an interface.
+fn advertise(interface: &str, mtu: u32) {
+    let flags = SockFlag::empty();
+    let router = nix::sys::socket::socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6).unwrap();
+    // What came through a router is no neighbour's word (section 6.1.2).
+    setsockopt(&router, sockopt::Ipv6MulticastHops, &255).unwrap();
+    let advertisement = [&[134, 0, 0, 0, 64, 0, 0, 0][..], &[0; 8], &[5, 1, 0, 0], &mtu.to_be_bytes()].concat();
+    let everybody = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let to = SockaddrIn6::from(SocketAddrV6::new(everybody, 0, 0, nix::net::if_::if_nametoindex(interface).unwrap()));
+    sendto(router.as_raw_fd(), &advertisement, &to, MsgFlags::empty()).unwrap();
+}
+
+#[test]
+fn what_a_router_says_of_ipv6s_mtu_is_noticed_and_counts_for_ipv6() {
+    in_a_namespace(|| {
+        underlay_interface();
+        std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_ra", "1").unwrap();
+        // A router speaks from its link-local address.
+        ip("addr add fe80::1/64 dev peer0 nodad");
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        let mut mtus = || {
+            let interfaces = underlay::interfaces(&mut socket).unwrap();
+            let eth0 = interfaces.iter().find(|it| it.name.as_str() == "eth0").unwrap();
+            let to = ["192.168.7.2", "fd00:7::2"].map(address);
+            let routes = underlay::routes(&mut socket, DualStack::default(), to).unwrap();
+            let by_route: Vec<u32> = routes.values().map(|route| route.mtu).collect();
+            assert_eq!(by_route, Family::ALL.map(|family| eth0.mtu_for(family)));
+            by_route
+        };
+        assert_eq!(mtus(), [1500, 1500]);
+        let monitor = Monitor::open(Subject::Network).unwrap();
+        let readable = |timeout: u16| {
+            let mut descriptor = [PollFd::new(monitor.as_fd(), PollFlags::POLLIN)];
+            poll(&mut descriptor, PollTimeout::from(timeout)).unwrap() == 1
+        };
+        while readable(1200) {
+            monitor.drain().unwrap();
+        }
+        advertise("peer0", 1400);
+        assert!(readable(5000) && monitor.drain().unwrap(), "nobody was told");
+        assert_eq!(mtus(), [1500, 1400]);
+        // Who writes it himself wakes nobody.
+        std::fs::write("/proc/sys/net/ipv6/conf/eth0/mtu", "1300").unwrap();
+        assert_eq!(mtus(), [1500, 1300]);
     });
 }
 
@@ -748,7 +849,7 @@ fn many_routes_are_looked_up_at_once() {
         underlay_interface();
         let mut socket = Socket::open(Protocol::Route).unwrap();
         let all: Vec<_> = (0..2000_u32).map(|number| IpAddr::V4((0xc0a8_0700 + number).into())).collect();
-        let routes = underlay::routes(&mut socket, all).unwrap();
+        let routes = underlay::routes(&mut socket, DualStack::default(), all).unwrap();
         // One /24 is on the link, its last address being for broadcast; nothing leads to the others.
         assert_eq!(routes.len(), 255);
     });
@@ -771,6 +872,8 @@ fn a_monitor_wakes_for_every_kind_of_change_and_only_then() {
             "-6 route add fd02::/64 dev eth0",
             "neigh add 10.3.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent",
             "route del 10.2.0.0/16",
+            "rule add from 10.1.0.1 table 100",
+            "-6 rule add from fd01::1 table 100",
         ] {
             // Changes of before may still have echoes; wait for silence first.
             while readable(50) {

@@ -241,7 +241,7 @@ pub async fn run(options: RunOptions) -> Result<End> {
     let found = waker.clone();
     let offload = OffloadTesting::start(&options.run_directory, &boot_id, move || found.wake()).context(THREAD)?;
     let found = waker.clone();
-    let probing = Probing::start(move || found.wake()).context(THREAD)?;
+    let probing = Probing::start(&options.run_directory, &boot_id, move || found.wake()).context(THREAD)?;
     let (metrics_issue, metrics_noticed) = state_watch::channel(None);
     let (ui_issue, ui_noticed) = state_watch::channel(None);
     // Waits for an answer of the source, whose thread waits for the runtime.

@@ -288,6 +288,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             facts = Facts { pod_interfaces: facts.pod_interfaces, ..self.facts()? };
             plan = self.plan(&facts);
         }
+        self.promise_no_more_than_passes(&mut facts, &mut plan);
         let unwritten = self.write_ahead(&facts, &plan).err();
         if let Some(error) = &unwritten {
             issues.push(rotation::unwritten(error));

@@ -29,6 +29,7 @@ use husk_overlay::facts::{EspFacts, Facts, SpentAssociation};
 use husk_overlay::issue::Issue;
 use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
+use husk_overlay::mode::Mode;
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::offload::Candidate;
 use husk_overlay::prefix::Family;
@@ -160,8 +161,10 @@ impl Node for Host {
         let carrier = addresses.get(family).and_then(|address| carrier_of(address, &all, &interfaces));
         let peers = snapshot.nodes.values().filter(|record| record.name != self.identity.name);
         let destinations: BTreeSet<IpAddr> = peers.flat_map(|record| record.addresses.iter()).collect();
+        // Tunnels send from the node's own address; without one, what is sent is the pods'.
+        let sources = if self.config.mode == Mode::Direct { DualStack::default() } else { addresses };
         let mut routes =
-            underlay::routes(&mut self.socket, destinations).context("cannot look up routes to the peers")?;
+            underlay::routes(&mut self.socket, sources, destinations).context("cannot look up routes to the peers")?;
         self.paths.lower(&mut self.socket, &mut routes);
         let mode = self.config.mode;
         let uptime = since_boot();
@@ -351,6 +354,10 @@ impl Node for Host {
         if let Some(probing) = &self.probing {
             probing.set_targets(targets);
         }
+    }
+
+    fn limits_under(&mut self, targets: &BTreeMap<probe::Path, probe::Target>) -> Option<probe::Limits> {
+        self.probing.as_ref().map(|probing| probing.limits_under(targets))
     }
 
     fn probes(&mut self) -> BTreeMap<probe::Path, probe::Report> {

@@ -1,8 +1,8 @@
 //! Probing as it is done: a thread that sends what [`Prober`] says, tells it what came back, and answers the probes of others.
 //!
 //! The loop hands over what there is to be probed after each pass, and takes what was found for a fact of the next one. It is
-//! woken only when that has changed. Nothing here is kept: a daemon that starts knows no limits, and finds them again within
-//! seconds.
+//! woken only when that has changed. Limits are kept in the run directory: a daemon that starts anew keeps to them until it has
+//! tried whether they still hold, instead of opening a black hole once more.
 //!
 //! Sockets are bound to the own addresses that targets name. An address that is not there yet, or a port that an earlier daemon
 //! still has, is tried again every second.
@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
+use std::path::{self, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -23,16 +24,30 @@ use husk_overlay::marks;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::wire::{self, Kind};
-use husk_overlay::probe::{Path, Prober, Report, Shot, Target};
+use husk_overlay::probe::{Limits, Path, Prober, Report, Shot, Target};
+use serde::{Deserialize, Serialize};
 
 use self::responder::Responder;
 use self::sockets::Sockets;
+use crate::files;
 use crate::nudge::Nudged;
 use crate::worker::{self, Shared, Worker};
 
-/// Least time between two times that the loop is told of other limits: where the node's own uplink swallows, one path after the
-/// other is found to.
+/// File in the run directory that keeps the limits.
+const FILE: &str = "limits.json";
+
+/// Bytes of the largest such file that is read: both families of 5,000 peers take 600 KiB.
+const FILE_LIMIT: u64 = 4 << 20;
+
+/// Least time between two times that the loop is told of other limits, in the long run: where the node's own uplink swallows,
+/// one path after the other is found to.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often it may be told at once after a quiet time: what the paths to a few peers pass is verified at about the same time.
+const TELL_BURST: u32 = 3;
+
+/// From a change to when the loop is told, so that both families of a peer are told of at once.
+const TELL_AFTER: Duration = Duration::from_millis(20);
 
 /// Pause before an own address that could not be bound is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -58,17 +73,27 @@ struct Paths {
     received: u64,
 }
 
+/// What is kept, and of which boot it is.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    boot: String,
+    limits: Limits,
+}
+
 impl Probing {
     /// Starts the thread, in the network namespace of the caller. `changed` is called when [`Self::limits`] has changed.
     ///
     /// # Errors
     /// When there is no thread, no socket or no randomness to be had.
-    pub fn start(changed: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let prober = Prober::new(worker::seed()?);
+    pub fn start(run_directory: &path::Path, boot: &str, changed: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let file = run_directory.join(FILE);
+        let limits = load(&file, boot);
+        let prober = Prober::new(limits.clone(), worker::seed()?);
+        let kept = Kept { boot: boot.to_owned(), limits };
         let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
         let worker = Worker::start("husk-probe", paths, |shared, nudged, _| {
             let (sockets, responder, announced) = (Sockets::default(), Responder::default(), Announced::default());
-            let thread = Thread { shared, nudged, sockets, responder, announced };
+            let thread = Thread { shared, nudged, sockets, responder, announced, file, kept };
             move || thread.run(&changed)
         })?;
         Ok(Self(worker))
@@ -87,6 +112,13 @@ impl Probing {
         self.0.wake();
     }
 
+    /// The limits as they will be with these targets ([`Prober::limits_under`]).
+    #[must_use]
+    pub fn limits_under(&self, targets: &BTreeMap<Path, Target>) -> Limits {
+        let shared = self.0.lock();
+        if shared.targets == *targets { shared.prober.limits() } else { shared.prober.limits_under(targets) }
+    }
+
     /// Verifies the paths to a peer at once, and looks for what passes anew. When that began, as time since boot.
     #[must_use]
     pub fn demand(&self, peer: &NodeName) -> Duration {
@@ -96,13 +128,10 @@ impl Probing {
         now
     }
 
-    /// Peers to which less passes than is promised, with the bytes of the largest packet that passes.
+    /// Paths on which less passes than is promised. Those that were found last, if the thread has ended: a limit that is none any
+    /// more costs less than a black hole.
     #[must_use]
-    pub fn limits(&self) -> BTreeMap<NodeName, u32> {
-        if self.is_over() {
-            // Nobody would ever find that a path is whole again.
-            return BTreeMap::new();
-        }
+    pub fn limits(&self) -> Limits {
         self.0.lock().prober.limits()
     }
 
@@ -144,12 +173,21 @@ fn since_1970() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
+/// What an earlier daemon knew since the host was booted. Damage means that it has to be found again.
+fn load(file: &path::Path, boot: &str) -> Limits {
+    let text = files::read_text(file, FILE_LIMIT).ok().flatten().unwrap_or_default();
+    let kept = serde_json::from_str::<Kept>(&text).ok().filter(|kept| kept.boot == boot);
+    kept.map(|kept| kept.limits).unwrap_or_default()
+}
+
 struct Thread {
     shared: Shared<Paths>,
     nudged: Nudged,
     sockets: Sockets,
     responder: Responder,
     announced: Announced,
+    file: PathBuf,
+    kept: Kept,
 }
 
 /// What the loop knows of limits.
@@ -157,8 +195,10 @@ struct Thread {
 struct Announced {
     /// Revision of the limits that it was told of last.
     revision: u64,
-    /// When that was, as time since boot.
-    at: Option<Duration>,
+    /// When they were first seen to be others, as time since boot.
+    noticed: Option<Duration>,
+    /// When it would be told next if it were told as often as may be, all the time.
+    next: Duration,
 }
 
 impl Announced {
@@ -167,13 +207,13 @@ impl Announced {
         if revision == self.revision {
             return Due::Nothing;
         }
-        match self.at.map(|at| at + TELL_INTERVAL).filter(|earliest| now < *earliest) {
-            Some(earliest) => Due::Later(earliest),
-            None => {
-                *self = Self { revision, at: Some(now) };
-                Due::Now
-            }
+        let noticed = *self.noticed.get_or_insert(now);
+        let earliest = (noticed + TELL_AFTER).max(self.next.saturating_sub(TELL_INTERVAL * (TELL_BURST - 1)));
+        if now < earliest {
+            return Due::Later(earliest);
         }
+        *self = Self { revision, noticed: None, next: self.next.max(now) + TELL_INTERVAL };
+        Due::Now
     }
 }
 
@@ -194,6 +234,7 @@ impl Thread {
             let revision = self.shared.lock().prober.revision();
             let later = match self.announced.due(revision, since_boot()) {
                 Due::Now => {
+                    self.keep();
                     changed();
                     None
                 }
@@ -220,9 +261,26 @@ impl Thread {
             let own: BTreeSet<IpAddr> = shared.targets.values().map(|target| target.own).collect();
             self.responder.answer_only(shared.targets.values().map(|target| target.address).collect());
             self.sockets.want(own);
+            drop(shared);
+            // The loop has carried out what is assumed from now on.
+            self.keep();
+        } else {
+            drop(shared);
         }
-        drop(shared);
         self.sockets.bind_missing(since_boot());
+    }
+
+    /// Keeps the limits, if they have changed.
+    fn keep(&mut self) {
+        let limits = self.shared.lock().prober.limits();
+        if limits == self.kept.limits {
+            return;
+        }
+        self.kept.limits = limits;
+        let text = serde_json::to_vec(&self.kept).unwrap_or_default();
+        if let Err(error) = files::replace(&self.file, &text, 0o600) {
+            tracing::warn!(%error, "what is known of narrow paths is not kept; a restart finds it again");
+        }
     }
 
     /// Sends what is due; when more will be.
@@ -310,6 +368,8 @@ impl Thread {
 
 #[cfg(test)]
 mod tests {
+    use husk_overlay::probe::Limit;
+
     use super::*;
 
     #[test]
@@ -317,15 +377,39 @@ mod tests {
         let at = |milliseconds| Duration::from_millis(100_000 + milliseconds);
         let mut announced = Announced::default();
         assert_eq!(announced.due(0, at(0)), Due::Nothing);
-        assert_eq!(announced.due(1, at(0)), Due::Now, "the first at once");
-        assert_eq!(announced.due(1, at(10)), Due::Nothing);
-        let times = (0..5000_u64)
-            .step_by(30)
-            .zip(2_u64..)
-            .filter(|(time, revision)| announced.due(*revision, at(*time)) == Due::Now);
-        assert_eq!(times.count(), 4);
-        assert_eq!(announced.due(1000, at(5000)), Due::Later(at(5080)), "none is forgotten");
-        assert_eq!(announced.due(1000, at(5080)), Due::Now);
-        assert_eq!(announced.due(1000, at(5081)), Due::Nothing);
+        assert_eq!(announced.due(1, at(0)), Due::Later(at(20)), "with what follows at once");
+        assert_eq!(announced.due(2, at(20)), Due::Now);
+        assert_eq!(announced.due(2, at(21)), Due::Nothing);
+        let times: Vec<u64> = (100..10_100)
+            .step_by(10)
+            .zip(3_u64..)
+            .filter(|(time, revision)| announced.due(*revision, at(*time)) == Due::Now)
+            .map(|(time, _)| time)
+            .collect();
+        assert!(times[1] < 200, "a few at once: {times:?}");
+        assert_eq!(times.len(), 12, "{times:?}");
+        let Due::Later(then) = announced.due(5000, at(10_100)) else { panic!("none is forgotten") };
+        assert_eq!(announced.due(5000, then), Due::Now);
+    }
+
+    #[test]
+    fn what_is_known_outlives_the_thread_and_the_daemon_but_not_the_boot() {
+        let folder = tempfile::tempdir().unwrap();
+        let limit = Limit { bytes: 1372, found: true };
+        let limits = Limits::from([(NodeName::new("host1").unwrap(), [(Family::Ipv6, limit)].into())]);
+        let kept = Kept { boot: "one".into(), limits: limits.clone() };
+        std::fs::write(folder.path().join(FILE), serde_json::to_vec(&kept).unwrap()).unwrap();
+        let start = |boot| Probing::start(folder.path(), boot, || ()).unwrap();
+        assert_eq!(start("one").limits(), limits, "before anything is probed");
+        assert_eq!(start("two").limits(), Limits::new());
+        let prober = Prober::new(limits.clone(), 7);
+        let paths = Paths { prober, targets: BTreeMap::new(), moved: false, received: 0 };
+        let probing = Probing(Worker::start("ended", paths, |_, _, _| || ()).unwrap());
+        while !probing.is_over() {
+            thread::yield_now();
+        }
+        assert_eq!(probing.limits(), limits, "who probes has ended, and the paths are what they were");
+        std::fs::write(folder.path().join(FILE), "{").unwrap();
+        assert_eq!(start("one").limits(), Limits::new());
     }
 }

@@ -20,7 +20,7 @@ use husk_node_daemon::probing::Probing;
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
-use husk_overlay::probe::{Path, Report, Standing, Target, wire};
+use husk_overlay::probe::{Limit, Limits, Path, Report, Standing, Target, wire};
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -54,18 +54,21 @@ fn eventually(what: &str, mut question: impl FnMut() -> bool) {
 struct Node {
     netns: Netns,
     probing: Probing,
+    /// The run directory.
+    folder: tempfile::TempDir,
     changes: Arc<AtomicUsize>,
 }
 
 impl Node {
     fn start(netns: Netns) -> Self {
+        let folder = tempfile::tempdir().unwrap();
         let changes = Arc::<AtomicUsize>::default();
         let counted = Arc::clone(&changes);
         let changed = move || {
             counted.fetch_add(1, Ordering::Relaxed);
         };
-        let probing = netns.run_in(|| Probing::start(changed).unwrap()).unwrap();
-        Self { netns, probing, changes }
+        let probing = netns.run_in(|| Probing::start(folder.path(), "boot", changed).unwrap()).unwrap();
+        Self { netns, probing, folder, changes }
     }
 
     fn reports(&self) -> BTreeMap<Path, Report> {
@@ -107,7 +110,10 @@ fn pair(mtu: u32) -> [Node; 2] {
 fn targets(number: usize, promised: u32) -> BTreeMap<Path, Target> {
     let target = |(family, addresses): (Family, [&str; 2])| {
         let (own, to) = (address(addresses[number]), address(addresses[1 - number]));
-        (Path { peer: peer(), family }, Target { address: to, own, promised, floor: 1280, handshakes: false })
+        (
+            Path { peer: peer(), family },
+            Target { address: to, own, promised, floor: 1280, tunnelled: true, handshakes: false },
+        )
     };
     FAMILIES.map(target).into()
 }
@@ -130,8 +136,13 @@ fn what_passes_is_found_to_the_byte_and_so_is_that_it_passes_again() {
     run_nft(&two.netns, table);
     let begun = one.probing.demand(&peer());
     one.await_standing(Standing::Limited { passes: 1372 }, begun);
-    assert_eq!(one.probing.limits(), [(peer(), 1372)].into());
+    let limit = Limit { bytes: 1372, found: true };
+    let limits = Limits::from([(peer(), Family::ALL.map(|family| (family, limit)).into())]);
+    assert_eq!(one.probing.limits(), limits);
     eventually("the loop to be told", || one.changes.load(Ordering::Relaxed) >= 1);
+    eventually("another daemon to know", || {
+        Probing::start(one.folder.path(), "boot", || ()).unwrap().limits() == limits
+    });
     // The other way is another path.
     let begun = two.probing.demand(&peer());
     two.await_standing(Standing::Verified, begun);

@@ -12,6 +12,7 @@ use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName, NodeName};
 use crate::offload::Offload;
 use crate::prefix::Prefix;
+use crate::probe::Limits;
 use crate::record::DualStack;
 
 /// How WireGuard can be had on this node.
@@ -182,9 +183,9 @@ pub struct Facts {
     pub routes: BTreeMap<IpAddr, UnderlayRoute>,
     /// How WireGuard can be had; only looked into when the mode needs it.
     pub wireguard: Option<WireguardSupport>,
-    /// What probing found: peers to which less passes than the plan says, with the bytes of the largest packet inside the
-    /// tunnel that does ([`crate::probe::Prober::limits`]).
-    pub probed: BTreeMap<NodeName, u32>,
+    /// What probing found: paths on which less passes than the plan says, or is known to
+    /// ([`crate::probe::Prober::limits`]).
+    pub probed: Limits,
     /// What is to be done with the offload of the VXLAN device, and why ([`crate::offload::Tester::offload`]).
     pub offload: Offload,
     /// Keys of the own WireGuard devices by generation, at most two; the parity of a generation is the slot of its device.

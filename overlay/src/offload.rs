@@ -11,7 +11,8 @@
 //! A peer whose path changes in the middle proves nothing.
 //!
 //! Two peers per interface of the underlay are tried, whatever the size of the cluster, one at a time: the driver is the
-//! same for all of them. The finding counts for a day; it is kept as long as the host runs.
+//! same for all of them. The finding counts for a day; it is kept as long as the host runs. The first time it counts for ten
+//! minutes: a link that fails and recovers in just the rhythm of the test looks the same, once.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -47,7 +48,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Until a peer that declined is tried again; twice as long each time.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// Longest such time, and the time after which a peer to which the path is broken is tried again.
+/// Longest such time, and the time after which a peer to which the path is broken is tried again, and what was found for the
+/// first time.
 const LATER: Duration = Duration::from_secs(600);
 
 /// How long what was found counts.
@@ -79,6 +81,16 @@ pub struct Finding {
     pub interface: InterfaceName,
     /// When, as time since boot.
     pub at: Duration,
+    /// It was found again later.
+    #[serde(default)]
+    pub confirmed: bool,
+}
+
+impl Finding {
+    /// Until when it counts, as time since boot.
+    fn until(&self) -> Duration {
+        self.at + if self.confirmed { RETEST } else { LATER }
+    }
 }
 
 /// What is known of the offload: a fact for the plan, and kept across restarts of the daemon.
@@ -224,8 +236,13 @@ impl Tester {
 
     /// Who can be reached now.
     pub fn set_candidates(&mut self, candidates: BTreeMap<NodeName, Candidate>, now: Duration) {
-        self.waiting.retain(|peer, _| candidates.contains_key(peer));
-        self.sound.retain(|peer, _| candidates.contains_key(peer));
+        // What was found of a peer was found with the card that led to it.
+        let same_card = |peer: &NodeName| {
+            let interface = |of: &BTreeMap<NodeName, Candidate>| of.get(peer).map(|it| it.interface.clone());
+            candidates.contains_key(peer) && interface(&self.candidates) == interface(&candidates)
+        };
+        self.waiting.retain(|peer, _| same_card(peer));
+        self.sound.retain(|peer, _| same_card(peer));
         for peer in candidates.keys() {
             self.waiting.entry(peer.clone()).or_insert(Wait { until: now + SETTLING, declined: 0 });
         }
@@ -300,7 +317,7 @@ impl Tester {
             }
             (Step::WithoutOffload, Outcome::Passed) | (Step::Confirmation, Outcome::Stalled) => {
                 let interface = test.candidate.interface.clone();
-                self.offload.finding = Some(Finding { peer: test.peer.clone(), interface, at: now });
+                self.offload.finding = Some(Finding { peer: test.peer.clone(), interface, at: now, confirmed: known });
                 return self.put_off(&test.peer, PAUSE, now);
             }
         };
@@ -376,7 +393,7 @@ impl Tester {
             let known = fresh.get(interface).filter(|known| known.len() >= SAMPLES);
             known.and_then(|known| known.iter().min().copied()).unwrap_or_default()
         };
-        let known_until = self.offload.finding.as_ref().map(|finding| expiry(finding.at)).unwrap_or_default();
+        let known_until = self.offload.finding.as_ref().map(Finding::until).unwrap_or_default();
         self.candidates.iter().map(move |(peer, candidate)| {
             let waits = self.waiting.get(peer).map_or(now, |wait| wait.until);
             let sound = self.sound.get(peer).map(|at| expiry(*at)).unwrap_or_default();

@@ -20,6 +20,7 @@ mod suspicion;
 mod track;
 pub mod wire;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -56,11 +57,26 @@ pub struct Target {
     pub own: IpAddr,
     /// Bytes of the largest packet that the plan says passes, its IP header included.
     pub promised: u32,
-    /// Bytes below which no limit is looked for: hosts rely on this much (1280 where the cluster has IPv6, else 576).
+    /// Bytes below which no limit is looked for: hosts rely on this much (1280 for IPv6, 576 for IPv4).
     pub floor: u32,
+    /// All families of the peer go the same way, since one tunnel carries them: what is found of one holds for the others.
+    pub tunnelled: bool,
     /// A probe may cost a handshake with the peer before it (WireGuard).
     pub handshakes: bool,
 }
+
+/// Less than what is promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Limit {
+    /// Bytes of the largest packet to send.
+    pub bytes: u32,
+    /// Larger ones were seen to vanish. Else more is promised than was so far, and is yet to be verified.
+    pub found: bool,
+}
+
+/// Limits of the paths to peers, by family of the probes.
+pub type Limits = BTreeMap<NodeName, BTreeMap<Family, Limit>>;
 
 /// A probe to send.
 #[derive(Debug, Clone, PartialEq, Eq)]

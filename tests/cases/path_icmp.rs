@@ -131,6 +131,13 @@ fn a_path_that_recovers_is_used_again_when_the_kernel_tries_it() -> Result<()> {
             })?;
         }
         cluster.ensure_settled()?;
+
+        // A path that is too narrow for the overlay carries the hosts' own connections, if they are told of it.
+        limit(&cluster, underlay, Some(1300))?;
+        let own = SocketAddr::new(cluster.host(2).address(underlay)?, 0);
+        let server = EchoServer::start_on(cluster.host(2).netns(), own)?;
+        tcp::transfer(cluster.host(1).netns(), server.at(own.ip()), 200_000)
+            .with_context(|| format!("{mode} over {underlay}: TCP between the hosts on a narrow path"))?;
     }
     Ok(())
 }

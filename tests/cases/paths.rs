@@ -109,6 +109,11 @@ fn black_hole(mode: Mode, promised: usize, hole: Hole) -> Result<()> {
     }
     limited(&cluster, &a, [&b.pod, &c.pod], promised, hole)?;
     let narrow = goodput()?;
+    // A daemon that starts anew does not open the hole again to find it once more.
+    one.stop_daemon(Signal::SIGKILL)?;
+    one.start()?;
+    one.wait_ready()?;
+    ensure!(routes_have(one, &b.pod, hole.passes)?, "{mode}: a restart has raised the routes");
 
     calm(&cluster)?;
     let started = Instant::now();

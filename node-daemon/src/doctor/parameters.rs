@@ -8,6 +8,7 @@ use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::{sysctl, underlay};
 use husk_overlay::marks;
 use husk_overlay::prefix::Family;
+use husk_overlay::record::DualStack;
 
 use super::drop_ins::{glob, in_force};
 use super::{Action, Check, Evidence, Finding, Fix, HostFiles, Looked, Outcome, Unknown};
@@ -143,7 +144,7 @@ fn routed_elsewhere(socket: &mut Socket, evidence: &Evidence, own: &str) -> Resu
     let endpoints = evidence.peers()?.iter().filter_map(|peer| peer.endpoint.as_deref());
     let addresses = endpoints.filter_map(super::firewall::address_of).filter(IpAddr::is_ipv4);
     let addresses: BTreeSet<IpAddr> = addresses.take(MOST_PEERS).collect();
-    let routes = underlay::routes(socket, addresses)?;
+    let routes = underlay::routes(socket, DualStack::default(), addresses)?;
     let elsewhere = routes.iter().filter(|(_, route)| route.interface.as_str() != own);
     Ok(elsewhere
         .map(|(address, route)| format!("{address} is routed by {}, and its packets arrive by {own}", route.interface))

@@ -36,7 +36,8 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 route,
                 published: self.snapshot.nodes.get(name).map(|record| record.underlay_mtu),
                 promised: peer.ledger.inner,
-                probed: peer.probed,
+                probed: peer.probed.map(|limit| limit.bytes),
+                found: peer.probed.is_some_and(|limit| limit.found),
             };
             MtuReport {
                 node: name.clone(),
@@ -106,6 +107,8 @@ struct Towards<'a> {
     promised: Option<u32>,
     /// Bytes of the largest that passes, where that is less.
     probed: Option<u32>,
+    /// Larger ones were seen to vanish; else they are yet to be tried.
+    found: bool,
 }
 
 impl Underlay {
@@ -176,6 +179,7 @@ impl Underlay {
         }
         if let (Some(passes), Some(promised)) = (towards.probed, towards.promised)
             && passes < promised
+            && towards.found
         {
             mismatches.push(MtuMismatch {
                 kind: MismatchKind::PathLimited,
@@ -213,7 +217,8 @@ mod tests {
     fn equal_underlays_have_two_sources_and_no_mismatch() {
         let underlay = underlay(None);
         let route = route("eth0", 1500);
-        let towards = Towards { route: Some(&route), published: Some(1500), promised: Some(1450), probed: None };
+        let towards =
+            Towards { route: Some(&route), published: Some(1500), promised: Some(1450), probed: None, found: true };
         let sources = underlay.sources(&towards);
         let interface = MtuOrigin::Interface { interface: interface("eth0") };
         assert_eq!(
@@ -227,7 +232,13 @@ mod tests {
     fn every_limit_is_named_and_what_does_not_go_together_has_a_remedy() {
         let underlay = underlay(Some(9000));
         let slow = route("eth0", 1300);
-        let towards = Towards { route: Some(&slow), published: Some(1400), promised: Some(1250), probed: Some(1201) };
+        let towards = Towards {
+            route: Some(&slow),
+            published: Some(1400),
+            promised: Some(1250),
+            probed: Some(1201),
+            found: true,
+        };
         let bytes: Vec<u32> = underlay.sources(&towards).iter().map(|source| source.bytes).collect();
         assert_eq!(bytes, [1500, 9000, 1300, 1400]);
         let mismatches = underlay.mismatches(&towards);
@@ -239,7 +250,7 @@ mod tests {
         assert!(mismatches[2].message.contains("1201") && mismatches[2].message.contains("1250"));
         // Another interface counts even where it carries as much.
         let other = route("eth1", 1500);
-        let towards = Towards { route: Some(&other), published: None, promised: None, probed: None };
+        let towards = Towards { route: Some(&other), published: None, promised: None, probed: None, found: true };
         assert!(
             matches!(&underlay.sources(&towards)[2].origin, MtuOrigin::Route { interface } if interface.as_str() == "eth1")
         );
@@ -251,7 +262,8 @@ mod tests {
         let underlay = underlay(None);
         let told = |limited_by| {
             let route = UnderlayRoute { limited_by, ..route("eth0", 1400) };
-            let towards = Towards { route: Some(&route), published: None, promised: Some(1350), probed: None };
+            let towards =
+                Towards { route: Some(&route), published: None, promised: Some(1350), probed: None, found: true };
             let mismatch = underlay.mismatches(&towards).swap_remove(0);
             assert_eq!(mismatch.kind, MismatchKind::RouteSmaller);
             (underlay.sources(&towards)[1].origin.clone(), mismatch.remedy)
@@ -271,7 +283,8 @@ mod tests {
     #[test]
     fn a_smaller_configured_mtu_is_the_own_side_of_the_comparison() {
         let underlay = underlay(Some(1400));
-        let towards = Towards { route: None, published: Some(1400), promised: Some(1350), probed: Some(1350) };
+        let towards =
+            Towards { route: None, published: Some(1400), promised: Some(1350), probed: Some(1350), found: true };
         assert!(underlay.mismatches(&towards).is_empty());
     }
 

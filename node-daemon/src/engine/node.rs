@@ -17,7 +17,7 @@ use husk_overlay::kernel::policy::{PolicyElement, PolicyValue};
 use husk_overlay::kernel::{Desired, XfrmStateKey};
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::offload::Candidate;
-use husk_overlay::probe::{Path, Report, Target};
+use husk_overlay::probe::{Limits, Path, Report, Target};
 use husk_overlay::record::Snapshot;
 
 use crate::report::Counter;
@@ -159,6 +159,12 @@ pub trait Node {
 
     /// A plan was carried out, and this is what there is to be probed from now on; what is found out of it comes with the facts.
     fn probe(&mut self, _targets: &BTreeMap<Path, Target>) {}
+
+    /// What the facts will tell of limits when a plan that promises this was carried out; none where nothing is probed. What is
+    /// promised beyond what was verified is not to be used before it is.
+    fn limits_under(&mut self, _targets: &BTreeMap<Path, Target>) -> Option<Limits> {
+        None
+    }
 
     /// What probing found so far.
     fn probes(&mut self) -> BTreeMap<Path, Report> {

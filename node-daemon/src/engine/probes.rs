@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use husk_dataplane::kernel::Kernel;
+use husk_overlay::facts::Facts;
 use husk_overlay::ipc::Response;
 use husk_overlay::issue::{Issue, IssueKind, Severity};
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::name::NodeName;
 use husk_overlay::plan::Plan;
 use husk_overlay::prefix::Family;
-use husk_overlay::probe::{Path, Report, Target};
+use husk_overlay::probe::Report;
 
 use super::{Engine, Node, Pass};
 use crate::report::{PathReport, ProbeStarted};
@@ -18,7 +19,16 @@ use crate::source::ClusterSource;
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     /// After a pass: the kernel has the routes that probes go by.
     pub(super) fn probe_paths(&mut self, plan: &Plan) {
-        self.parts.node.probe(&targets(plan));
+        self.parts.node.probe(&plan.probe_targets());
+    }
+
+    /// Before anything is done: plans anew where the plan promises more than is known to pass.
+    pub(super) fn promise_no_more_than_passes(&mut self, facts: &mut Facts, plan: &mut Plan) {
+        let Some(limits) = self.parts.node.limits_under(&plan.probe_targets()) else { return };
+        if limits != facts.probed {
+            facts.probed = limits;
+            *plan = self.plan(facts);
+        }
     }
 
     /// What keeps paths from being probed as they should.
@@ -86,15 +96,4 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             None => refused("this daemon does not probe paths".into()),
         }
     }
-}
-
-/// What there is to be probed.
-fn targets(plan: &Plan) -> BTreeMap<Path, Target> {
-    let peers = plan.peers.iter().filter(|(_, peer)| peer.refused.is_none());
-    peers
-        .flat_map(|(name, peer)| {
-            let path = |family: &Family| Path { peer: name.clone(), family: *family };
-            peer.probe.iter().map(move |(family, target)| (path(family), target.clone()))
-        })
-        .collect()
 }

@@ -117,6 +117,21 @@ fn a_healthy_node_tries_two_peers_per_interface_a_day_however_many_there_are() {
 }
 
 #[test]
+fn another_card_on_the_way_is_tested_at_once() {
+    let mut world = World::new(peers(3, 1), healthy);
+    world.live(Duration::from_secs(60));
+    assert_eq!(world.transfers.len(), 2);
+    // The same peers behind another card, whose offload is broken.
+    let mut moved = peers(3, 1);
+    moved.values_mut().for_each(|candidate| candidate.interface = eth(1));
+    world.becomes = broken;
+    world.tester.set_candidates(moved, world.now);
+    world.live(FOUND_WITHIN);
+    let finding = world.tester.offload().finding.clone().expect("the new card was tested");
+    assert_eq!(finding.interface, eth(1));
+}
+
+#[test]
 fn a_broken_offload_is_found_and_stays_off() {
     let mut world = World::new(peers(3, 1), broken);
     world.live(FOUND_WITHIN);
@@ -126,15 +141,20 @@ fn a_broken_offload_is_found_and_stays_off() {
     assert_eq!((found.setting, &finding.interface), (Setting::Off, &eth(0)));
     assert!(world.transfers.iter().all(|(peer, _)| *peer == finding.peer));
     assert!(finding.at - START < FOUND_WITHIN - Duration::from_secs(5));
+    // Ten minutes later it is tried once more, and not longer than needed.
+    world.live(LATER + Duration::from_secs(60));
+    assert_eq!(world.with_offload()[4..], [true, false]);
+    let found = world.tester.offload().clone();
+    let finding = found.finding.clone().filter(|again| again.confirmed && again.at > finding.at).unwrap();
     world.live(RETEST / 2);
-    assert_eq!((world.transfers.len(), world.device), (4, false));
+    assert_eq!((world.transfers.len(), world.device), (6, false));
     // A daemon that starts anew begins with what is known.
     let mut next = Tester::new(found.clone(), 8);
     next.set_candidates(peers(3, 1), world.now);
     assert_eq!(*next.offload(), found);
-    // A day later it is tried again, with the same peer, and not longer than needed.
+    // A day later it is tried again, with the same peer.
     world.live(RETEST / 2 + Duration::from_secs(60));
-    assert_eq!(world.with_offload()[4..], [true, false]);
+    assert_eq!(world.with_offload()[6..], [true, false]);
     let again = world.tester.offload().finding.clone().unwrap();
     assert_eq!((again.peer, world.device), (finding.peer, false));
     assert!(again.at > finding.at);
@@ -174,6 +194,16 @@ fn a_path_that_recovers_in_the_middle_is_not_held_against_the_offload() {
     world.becomes = healthy;
     world.live(Duration::from_secs(60));
     assert_eq!(world.with_offload(), [false, true]);
+    assert_eq!((world.tester.offload().clone(), world.device), (Offload::default(), true));
+}
+
+#[test]
+fn a_link_that_fails_in_the_rhythm_of_the_test_costs_the_offload_for_ten_minutes() {
+    let mut world = World::new(peers(1, 1), broken);
+    world.live(FOUND_WITHIN);
+    assert!(world.tester.offload().finding.as_ref().is_some_and(|finding| !finding.confirmed));
+    world.becomes = healthy;
+    world.live(LATER + FOUND_WITHIN);
     assert_eq!((world.tester.offload().clone(), world.device), (Offload::default(), true));
 }
 
@@ -222,7 +252,7 @@ fn offload_that_somebody_else_has_turned_off_is_left_off() {
 fn a_daemon_that_was_killed_in_a_test_leaves_nothing_off() {
     let killed = Offload { setting: Setting::Off, finding: None };
     assert_eq!(Tester::new(killed, 1).offload().setting, Setting::On);
-    let finding = Finding { peer: node("p1"), interface: eth(0), at: START };
+    let finding = Finding { peer: node("p1"), interface: eth(0), at: START, confirmed: true };
     let in_retest = Offload { setting: Setting::On, finding: Some(finding) };
     assert_eq!(Tester::new(in_retest, 1).offload().setting, Setting::Off);
 }

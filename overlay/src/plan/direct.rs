@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use super::Context;
 use super::local::route_key;
 use super::peers::Peer;
-use crate::issue::{Issue, IssueKind};
+use super::{Context, paths};
+use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, Route, RouteTarget};
-use crate::mtu::LARGEST_OF_ROUTE;
+use crate::mtu::{self, LARGEST_OF_ROUTE, MtuError};
 use crate::name::NodeName;
 use crate::prefix::Family;
 
@@ -32,7 +32,13 @@ pub(super) fn render(
                 break;
             }
             let target = RouteTarget::Interface { interface: route.interface.clone(), via: Some(via), onlink: false };
-            let mtu = peer.mtu().map(|mtu| mtu.min(LARGEST_OF_ROUTE));
+            // The other family's way to the peer may be narrower than the one that the peer's ledger is about.
+            let probed = paths::probed_by(context, &peer.record.name, via, block.family()).unwrap_or(u32::MAX);
+            let mtu = peer.promised.map(|mtu| mtu.min(route.mtu).min(probed).min(LARGEST_OF_ROUTE));
+            if let Some(error) = mtu.and_then(|mtu| mtu::check(block.family(), mtu).err()) {
+                issues.push(too_narrow(peer, block.family(), via, &error));
+                continue;
+            }
             desired.routes.insert(route_key(block), Route { target, source: None, mtu });
         }
     }
@@ -54,4 +60,16 @@ fn next_hop(context: &Context<'_>, peer: &mut Peer, family: Family, issues: &mut
         peer.refuse(issues, IssueKind::IncompletePeer, message, remedy);
     }
     found
+}
+
+fn too_narrow(peer: &Peer, family: Family, via: IpAddr, error: &MtuError) -> Issue {
+    Issue {
+        severity: Severity::Error,
+        kind: IssueKind::MtuTooSmall,
+        subject: peer.record.name.to_string(),
+        message: format!(
+            "no {family} packets are sent to the node, since the route to {via} takes too little: {error}"
+        ),
+        remedy: format!("see that the route to {via} and what is behind it take {} bytes", mtu::minimum(family)),
+    }
 }

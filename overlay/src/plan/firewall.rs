@@ -214,6 +214,10 @@ fn antispoofing(context: &Context<'_>, table: &mut NftTable) -> Vec<Rule> {
         statements.extend([Statement::Counter(POD_TO_VTEP.into()), Statement::Drop]);
         rules.push(rule(POD_TO_VTEP, statements));
     }
+    if context.config.mode != Mode::Direct && context.families().any(|served| served == context.config.underlay.family)
+    {
+        rules.push(path_mtu::of_pod(context));
+    }
     rules.push(rule("pod", vec![input("husk*"), Statement::Accept]));
     rules
 }

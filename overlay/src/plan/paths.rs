@@ -12,15 +12,32 @@ use super::peers::Peer;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, Route, RouteTarget};
 use crate::mode::Mode;
-use crate::mtu::underlay_needed;
+use crate::mtu::{MINIMUM_IPV4, minimum, underlay_needed};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
-use crate::probe::Target;
+use crate::probe::{Limit, Target};
 
-/// What probing found for a peer, if that is less than promised. Nothing below the floor is believed.
-pub(super) fn probed(context: &Context<'_>, peer: &NodeName, promised: Option<u32>) -> Option<u32> {
-    let probed = context.config.least_inner_mtu().max(*context.facts.probed.get(peer)?);
-    promised.is_some_and(|promised| probed < promised).then_some(probed)
+/// What probing found for a peer, if that is less than promised: the least of all families, which one tunnel carries. Nothing is
+/// believed that would leave too little for every family of the cluster.
+pub(super) fn probed(context: &Context<'_>, peer: &NodeName, promised: Option<u32>) -> Option<Limit> {
+    let limits = context.facts.probed.get(peer)?;
+    // In mode `direct`, packets of one family may have a next hop of the other.
+    let probed = |family: &Family| context.config.mode == Mode::Direct || context.families().any(|it| it == *family);
+    let least = limits.iter().filter(|(family, _)| probed(family)).map(|(_, limit)| *limit);
+    let least = least.min_by_key(|limit| (limit.bytes, !limit.found))?;
+    let limit = Limit { bytes: least.bytes.max(floor(context)), ..least };
+    promised.is_some_and(|promised| limit.bytes < promised).then_some(limit)
+}
+
+/// The same of the way by a next hop, for packets of this family.
+pub(super) fn probed_by(context: &Context<'_>, peer: &NodeName, via: IpAddr, inner: Family) -> Option<u32> {
+    let limit = context.facts.probed.get(peer)?.get(&Family::of(via))?;
+    Some(limit.bytes.max(minimum(inner)))
+}
+
+/// Bytes that one family of pods works with at least.
+fn floor(context: &Context<'_>) -> u32 {
+    context.families().map(minimum).min().unwrap_or(MINIMUM_IPV4)
 }
 
 /// What to probe of the peers that packets can be sent to, and what is wrong with their paths.
@@ -36,12 +53,20 @@ pub(super) fn render(
             continue;
         }
         let Some(promised) = peer.promised else { continue };
-        issues.extend(peer.plan.probed.map(|passes| issue(context, peer, passes, promised)));
-        // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are answered
-        // only by who probes it.
-        let floor = context.config.least_inner_mtu().min(promised);
+        // What is not verified yet is no news.
+        let found = peer.plan.probed.filter(|limit| limit.found);
+        issues.extend(found.map(|limit| issue(context, peer, limit.bytes, promised)));
         let handshakes = context.config.mode.uses_wireguard();
-        let target = |(own, address)| (Family::of(address), Target { address, own, promised, floor, handshakes });
+        let tunnelled = context.config.mode != Mode::Direct;
+        let target = |(own, address)| {
+            // In mode `direct` this is a next hop, whose way may be narrower than that of the underlay's family.
+            let promised = context.facts.routes.get(&address).map_or(promised, |route| promised.min(route.mtu));
+            // Also where no more than the floor is promised: the peer's path to here may promise more, and its probes are
+            // answered only by who probes it.
+            let family = Family::of(address);
+            let floor = minimum(family).min(promised);
+            (family, Target { address, own, promised, floor, tunnelled, handshakes })
+        };
         let ends: Vec<(IpAddr, IpAddr)> = match context.config.mode {
             Mode::Direct => next_hops(context, peer, desired),
             Mode::Vxlan | Mode::Wireguard | Mode::Ipsec | Mode::VxlanIpsec => routers(context, peer, desired),
@@ -90,7 +115,7 @@ fn issue(context: &Context<'_>, peer: &Peer, passes: u32, promised: u32) -> Issu
     let outside = |inside| underlay_needed(&context.config.stack(), context.config.underlay.family, inside);
     let (carried, expected) = (outside(passes), peer.plan.ledger.underlay_mtu);
     let to = peer.plan.address.map_or_else(|| "its address".to_owned(), |address| address.to_string());
-    let (severity, or_less) = if passes > context.config.least_inner_mtu() {
+    let (severity, or_less) = if passes > floor(context) {
         (Severity::Warning, "")
     } else {
         (Severity::Error, ", the least that the cluster works with, and perhaps not even those pass")

@@ -15,7 +15,7 @@ use crate::mode::Mode;
 use crate::mtu::{self, Ledger, ledger};
 use crate::name::NodeName;
 use crate::prefix::{Family, Prefix};
-use crate::probe::Target;
+use crate::probe::{Limit, Target};
 use crate::record::{DualStack, NodeRecord};
 use crate::rotation::PeerKeys;
 
@@ -40,9 +40,9 @@ pub struct PeerPlan {
     pub router: DualStack,
     /// Byte ledger of the tunnel to it; its underlay MTU is the smaller of both sides and the route.
     pub ledger: Ledger,
-    /// What probing found to pass, in bytes inside the tunnel, where that is less than the ledger says. Never below what the
-    /// cluster's families need.
-    pub probed: Option<u32>,
+    /// What is known to pass, in bytes inside the tunnel, where that is less than the ledger says. Never below what one of the
+    /// cluster's families needs. In mode `direct` the least of all families.
+    pub probed: Option<Limit>,
     /// MTU in bytes of the routes to it.
     pub mtu: Option<u32>,
     /// What to probe, by family.
@@ -72,7 +72,7 @@ impl Peer {
     pub(super) fn promise(&mut self, context: &Context<'_>, promised: Option<u32>) {
         self.promised = promised;
         self.plan.probed = paths::probed(context, &self.record.name, promised);
-        self.plan.mtu = self.plan.probed.or(promised);
+        self.plan.mtu = self.plan.probed.map(|limit| limit.bytes).or(promised);
     }
 
     /// Leaves the peer without a route, and says why.
@@ -208,23 +208,29 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
 /// refused where no family remains.
 fn refuse_families(context: &Context<'_>, peer: &mut Peer, issues: &mut Vec<Issue>) {
     let ledger = &peer.plan.ledger;
+    // Of a tunnel's path one family learns what passes, and the others go by it. It never leaves too little for all.
+    let passes = peer.plan.probed.filter(|_| context.config.mode != Mode::Direct).map(|limit| limit.bytes);
     let (mut refused, mut served) = (Vec::new(), 0);
     for family in context.families() {
-        match ledger.inner_mtu().and_then(|inner| mtu::check(family, inner)) {
-            Ok(()) => served += 1,
-            Err(error) => refused.push((family, error)),
+        let promised = ledger.inner_mtu().and_then(|inner| mtu::check(family, inner));
+        let passing = passes.map_or(Ok(()), |passes| mtu::check(family, passes));
+        match (promised, passing) {
+            (Ok(()), Ok(())) => served += 1,
+            (Err(error), _) => refused.push((family, "since the underlay's MTU is too small", error)),
+            (_, Err(error)) => {
+                refused.push((family, "since larger ones than it could do with vanish on the way", error))
+            }
         }
     }
-    let message = |family: Family, error: &mtu::MtuError| {
-        format!("no {family} packets are sent to the node, since the underlay's MTU is too small: {error} ({ledger})")
-    };
     let remedy = |family| {
         let needed = mtu::underlay_needed(&ledger.stack, ledger.outer, mtu::minimum(family));
         format!("see that the underlay carries {needed} bytes between the nodes, on both of them")
     };
-    let told: Vec<(String, String)> =
-        refused.iter().map(|(family, error)| (message(*family, error), remedy(*family))).collect();
-    peer.record.blocks.retain(|block| !refused.iter().any(|(family, _)| *family == block.family()));
+    let message = |(family, why, error): &(Family, &str, mtu::MtuError)| {
+        format!("no {family} packets are sent to the node, {why}: {error} ({ledger})")
+    };
+    let told: Vec<(String, String)> = refused.iter().map(|it| (message(it), remedy(it.0))).collect();
+    peer.record.blocks.retain(|block| !refused.iter().any(|(family, ..)| *family == block.family()));
     for (message, remedy) in told {
         if served == 0 {
             peer.refuse(issues, IssueKind::MtuTooSmall, message, remedy);

@@ -204,7 +204,7 @@ fn offload_follows_the_self_test_and_a_finding_is_told() {
     assert_eq!(of(Setting::Untouched, None), (None, vec![]));
     assert_eq!(of(Setting::On, None), (Some(true), vec![]));
     assert_eq!(of(Setting::Off, None), (Some(false), vec![]), "a test proves nothing as long as it goes on");
-    let finding = Finding { peer: node("host1"), interface, at: Duration::from_secs(5) };
+    let finding = Finding { peer: node("host1"), interface, at: Duration::from_secs(5), confirmed: true };
     let (offload, issues) = of(Setting::Off, Some(finding.clone()));
     assert_eq!(offload, Some(false));
     let [issue] = issues.as_slice() else { panic!("{issues:?}") };

@@ -29,8 +29,10 @@ pub(super) struct Shared {
     pub(super) interval: Duration,
     /// What passed on the path that was found limited last.
     pub(super) guess: Option<u32>,
-    /// A path turned out not to pass what is promised.
+    /// A path turned out not to pass what is promised, or to pass it again.
     pub(super) alarm: bool,
+    /// What was found to pass, if that is less than promised and the peer's other family goes the same way.
+    pub(super) limited: Option<u32>,
 }
 
 impl Shared {

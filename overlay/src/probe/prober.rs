@@ -9,7 +9,7 @@ use super::pace::Pace;
 use super::phase::{Due, Fired, Shared};
 use super::sessions::{self, Sessions};
 use super::track::Track;
-use super::{ClockSkew, PROBES_PER_SECOND, Path, Report, Shot, Standing, Target, wire};
+use super::{ClockSkew, Limit, Limits, PROBES_PER_SECOND, Path, Report, Shot, Standing, Target, wire};
 use crate::marks;
 use crate::name::NodeName;
 use crate::prefix::Family;
@@ -37,7 +37,7 @@ const SPREAD: Duration = Duration::from_secs(1);
 ///
 /// With up to 288 paths each is checked every 8 to 10 seconds, with more as often as the budget allows: the 10,000 paths of a
 /// node among 5,000 with both families every 350 seconds at most, or 870 where checks so rare cost a handshake each. Both families of a peer share one tunnel and are checked
-/// at random times, and what is found in one is looked for in the other at once.
+/// at random times, and what is found in one holds for the other, or without a tunnel is looked for in it at once.
 #[derive(Debug)]
 pub struct Prober {
     tracks: BTreeMap<Path, Track>,
@@ -50,7 +50,8 @@ pub struct Prober {
     flying: BTreeMap<u64, (Path, Fired)>,
     /// The same in the order in which they were sent; those that were answered are here until their turn comes.
     order: VecDeque<(Duration, u64)>,
-    limits: BTreeMap<Path, u32>,
+    /// Those of an earlier daemon included, whose paths are not there yet.
+    limits: BTreeMap<Path, Limit>,
     shared: Shared,
     pace: Pace,
     sessions: Sessions,
@@ -59,9 +60,14 @@ pub struct Prober {
 }
 
 impl Prober {
-    /// Knows no path yet. `seed` is random: ids of probes, and when what is sent, come from it.
+    /// Knows no path yet, and of some what an earlier daemon knew. `seed` is random: ids of probes, and when what is sent, come
+    /// from it.
     #[must_use]
-    pub fn new(seed: u64) -> Self {
+    pub fn new(known: Limits, seed: u64) -> Self {
+        let path = |peer: &NodeName, family| Path { peer: peer.clone(), family };
+        let of_peer = |(peer, limits): (NodeName, BTreeMap<Family, Limit>)| {
+            limits.into_iter().map(|(family, limit)| (path(&peer, family), limit)).collect::<Vec<_>>()
+        };
         Self {
             tracks: BTreeMap::new(),
             routine: BTreeSet::new(),
@@ -69,8 +75,8 @@ impl Prober {
             urgent_turns: 0,
             flying: BTreeMap::new(),
             order: VecDeque::new(),
-            limits: BTreeMap::new(),
-            shared: Shared { chance: Chance::new(seed), interval: INTERVAL, guess: None, alarm: false },
+            limits: known.into_iter().flat_map(of_peer).collect(),
+            shared: Shared { chance: Chance::new(seed), interval: INTERVAL, guess: None, alarm: false, limited: None },
             pace: Pace::default(),
             sessions: Sessions::default(),
             revision: 0,
@@ -84,6 +90,7 @@ impl Prober {
             self.unschedule(&path);
             self.tracks.remove(&path);
             self.note_limit(&path, None);
+            self.flying.retain(|_, (of, _)| *of != path);
         }
         let costly = || targets.iter().filter(|(_, target)| target.handshakes).map(|(path, _)| &path.peer);
         let peers: BTreeSet<&NodeName> = costly().collect();
@@ -95,7 +102,10 @@ impl Prober {
             let target = Target { promised: target.promised.min(wire::LARGEST), ..target.clone() };
             let first = now + self.shared.chance.up_to(all.max(SPREAD));
             if !self.tracks.contains_key(path) {
-                self.tracks.insert(path.clone(), Track::new(target, now, first + COURTESY));
+                let known = self.limits.get(path).copied();
+                let track = Track::new(target, known, now, [now + COURTESY, first + COURTESY]);
+                self.note_limit(path, track.limit());
+                self.tracks.insert(path.clone(), track);
                 self.schedule(path);
             } else if self.tracks.get(path).is_some_and(|track| *track.target() != target) {
                 self.act(path, now, |track, _| track.retarget(target, now, first));
@@ -186,21 +196,27 @@ impl Prober {
         self.tracks.get(path).map(Track::report)
     }
 
-    /// Peers to which less passes than is promised, with the bytes of the largest packet that passes in every family; not
-    /// below the floor.
+    /// Paths on which less passes than is promised, or is known to; not below the floor.
     #[must_use]
-    pub fn limits(&self) -> BTreeMap<NodeName, u32> {
-        let mut limits = BTreeMap::new();
-        for (path, limit) in &self.limits {
-            limits
-                .entry(path.peer.clone())
-                .and_modify(|least: &mut u32| *least = (*least).min(*limit))
-                .or_insert(*limit);
-        }
-        limits
+    pub fn limits(&self) -> Limits {
+        nested(self.limits.iter().map(|(path, limit)| (path, *limit)))
     }
 
-    /// How often [`Self::limits`] has changed.
+    /// The same as it will be with these targets: where more is promised than was verified, that counts until the rest is
+    /// verified, too. To be asked before a promise is kept.
+    #[must_use]
+    pub fn limits_under(&self, targets: &BTreeMap<Path, Target>) -> Limits {
+        let of_path = |(path, known): (&Path, &Limit)| match (self.tracks.get(path), targets.get(path)) {
+            (Some(track), Some(target)) => track.limit_under(target),
+            _ => Some(*known),
+        };
+        let known = self.limits.iter().filter_map(|it| Some((it.0, of_path(it)?)));
+        let others = targets.iter().filter(|(path, _)| !self.limits.contains_key(path));
+        let new = others.filter_map(|(path, target)| Some((path, self.tracks.get(path)?.limit_under(target)?)));
+        nested(known.chain(new))
+    }
+
+    /// How often [`Self::limits`] has changed, what [`Self::limits_under`] tells beforehand left out.
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.revision
@@ -225,10 +241,17 @@ impl Prober {
     /// Does something with a path, and what follows from that for the other paths to the same peer.
     fn act<T>(&mut self, path: &Path, now: Duration, act: impl FnOnce(&mut Track, &mut Shared) -> T) -> Option<T> {
         let result = self.act_on_path(path, act);
-        if std::mem::take(&mut self.shared.alarm) {
+        let (alarm, limited) = (std::mem::take(&mut self.shared.alarm), self.shared.limited.take());
+        if alarm || limited.is_some() {
             for family in Family::ALL.into_iter().filter(|family| *family != path.family) {
-                self.act_on_path(&Path { peer: path.peer.clone(), family }, |track, _| track.hasten(now));
+                self.act_on_path(&Path { peer: path.peer.clone(), family }, |track, shared| {
+                    limited.into_iter().for_each(|passes| track.follow(passes, now, shared));
+                    if alarm {
+                        track.hasten(now);
+                    }
+                });
             }
+            self.shared.limited = None;
         }
         result
     }
@@ -244,12 +267,13 @@ impl Prober {
         Some(result)
     }
 
-    fn note_limit(&mut self, path: &Path, limit: Option<u32>) {
+    fn note_limit(&mut self, path: &Path, limit: Option<Limit>) {
         let before = match limit {
             Some(limit) => self.limits.insert(path.clone(), limit),
             None => self.limits.remove(path),
         };
-        self.revision += u64::from(before != limit);
+        let assumed = limit.is_some_and(|limit| !limit.found);
+        self.revision += u64::from(before != limit && !assumed);
     }
 
     fn schedule(&mut self, path: &Path) {
@@ -277,4 +301,12 @@ impl Prober {
             }
         }
     }
+}
+
+fn nested<'a>(limits: impl Iterator<Item = (&'a Path, Limit)>) -> Limits {
+    let mut nested = Limits::new();
+    for (path, limit) in limits {
+        nested.entry(path.peer.clone()).or_default().insert(path.family, limit);
+    }
+    nested
 }

@@ -41,6 +41,8 @@ pub(super) struct Search {
     pub(super) low: u32,
     /// Bytes of the smallest packet that counts as too large; one more than promised if none does.
     pub(super) high: u32,
+    /// The size that the search began with, if it did with a guess.
+    pub(super) guess: Option<u32>,
     round: BTreeSet<u32>,
     queue: VecDeque<u32>,
     open: usize,
@@ -53,8 +55,10 @@ impl Search {
     /// Begins between two sizes. `guess` is what passes elsewhere: often the same router is in the way.
     pub(super) fn new(low: u32, high: u32, guess: Option<u32>) -> Self {
         let round = BTreeSet::new();
-        let mut search = Self { low, high, round, queue: VecDeque::new(), open: 0, heard: false, silent: 0, rounds: 0 };
-        match guess.filter(|guess| (low + 1..high).contains(guess)) {
+        let guess = guess.filter(|guess| (low + 1..high).contains(guess));
+        let queue = VecDeque::new();
+        let mut search = Self { low, high, guess, round, queue, open: 0, heard: false, silent: 0, rounds: 0 };
+        match guess {
             Some(guess) => search.send([guess, guess + 1].into_iter().filter(|size| *size < high).collect()),
             None => search.send(search.spread()),
         }

@@ -8,7 +8,8 @@
 //! - nothing if neither was: the path was down or crowded, whatever the sizes,
 //! - the end of the doubt if the large one was answered, whenever that is.
 //!
-//! A limit takes two such verdicts, of six pieces of evidence each: one against the size that is promised, which begins a
+//! A limit takes two such verdicts (the second one may follow a little later where a size that passes elsewhere is answered here
+//! after the first: that much is used at once), of six pieces of evidence each: one against the size that is promised, which begins a
 //! search, and one against one byte more than what the search found to pass, which ends it. Both speak against what is
 //! promised, since what swallows a size swallows every larger one. How likely are they without a black hole? Let each
 //! exchange fail with probability p, one like the other, large or small. Of the pairs that mean something, p (1 - p) of

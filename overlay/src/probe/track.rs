@@ -16,7 +16,10 @@ use super::search::{Progress, Search};
 use super::statistics::Statistics;
 use super::suspicion::{Judgement, Suspicion};
 use super::wire::SMALL;
-use super::{ClockSkew, Report, Standing, Target};
+use super::{ClockSkew, Limit, Report, Standing, Target};
+
+/// Pause after the own kernel refused the first probe of a size that is newly promised: a device may still have to follow.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// A path.
 #[derive(Debug)]
@@ -27,6 +30,10 @@ pub(super) struct Track {
     concluded: Option<Duration>,
     /// Bytes of the largest packet that passes, where less does than is promised; [`SMALL`] if the floor does not.
     limit: Option<u32>,
+    /// The limit was not found: more was promised, and is not verified yet.
+    assumed: bool,
+    /// Bytes that passed when they were promised, and are not more than was promised since.
+    verified: Option<u32>,
     phase: Phase,
     phases: u64,
     due: Due,
@@ -37,16 +44,21 @@ pub(super) struct Track {
 }
 
 impl Track {
-    pub(super) fn new(target: Target, now: Duration, first: Duration) -> Self {
+    /// `known` is what an earlier daemon knew of it; that is tried anew as soon as possible.
+    pub(super) fn new(target: Target, known: Option<Limit>, now: Duration, [soon, first]: [Duration; 2]) -> Self {
+        let known = known.filter(|limit| limit.bytes < target.promised);
+        let found = known.filter(|limit| limit.found);
         Self {
             target,
-            standing: Standing::Unknown,
+            standing: found.map_or(Standing::Unknown, |limit| Standing::Limited { passes: limit.bytes }),
             since: now,
             concluded: None,
-            limit: None,
+            limit: known.map(|limit| limit.bytes),
+            assumed: known.is_some() && found.is_none(),
+            verified: None,
             phase: Phase::Waiting,
             phases: 0,
-            due: Due::Routine(first),
+            due: if known.is_some() { Due::Urgent(soon) } else { Due::Routine(first) },
             began: now,
             recheck: now,
             statistics: Statistics::default(),
@@ -70,8 +82,26 @@ impl Track {
     }
 
     /// What may be sent, if that is less than promised. Not below the floor: who is promised so little gets it.
-    pub(super) fn limit(&self) -> Option<u32> {
-        self.limit.map(|limit| limit.max(self.target.floor)).filter(|limit| *limit < self.target.promised)
+    pub(super) fn limit(&self) -> Option<Limit> {
+        let bytes = self.limit?.max(self.target.floor);
+        (bytes < self.target.promised).then_some(Limit { bytes, found: !self.assumed })
+    }
+
+    /// The limit as it will be if this is promised: what was verified so far, where more is promised. Hosts may have grown before
+    /// what is between them.
+    pub(super) fn limit_under(&self, target: &Target) -> Option<Limit> {
+        let below = |bytes: &u32| *bytes < target.promised;
+        if !self.leads_to(target) {
+            return None;
+        }
+        let known = self.limit.filter(below).map(|bytes| Limit { bytes, found: !self.assumed });
+        let known = known.or(self.verified.filter(below).map(|bytes| Limit { bytes, found: false }))?;
+        let bytes = known.bytes.max(target.floor);
+        below(&bytes).then_some(Limit { bytes, ..known })
+    }
+
+    fn leads_to(&self, target: &Target) -> bool {
+        (self.target.address, self.target.own) == (target.address, target.own)
     }
 
     pub(super) fn report(&self) -> Report {
@@ -94,17 +124,35 @@ impl Track {
         }
     }
 
-    /// The plan promises something else now: verification starts anew, and a limit that is none any more goes.
+    /// The plan promises something else now: verification starts anew, and a limit that is none any more goes. What is promised
+    /// beyond what was verified is not used before it is, either.
     pub(super) fn retarget(&mut self, target: Target, now: Duration, first: Duration) {
-        if (self.target.address, self.target.own) != (target.address, target.own) {
-            *self = Self::new(target, now, first);
+        if !self.leads_to(&target) {
+            // Answers from the old address are none from the new one.
+            let phases = self.phases + 1;
+            *self = Self { phases, ..Self::new(target, None, now, [first; 2]) };
             return;
         }
-        self.limit = self.limit.filter(|limit| *limit < target.promised);
+        let limit = self.limit_under(&target);
+        self.limit = limit.map(|limit| if limit.found { self.limit.unwrap_or(limit.bytes) } else { limit.bytes });
+        self.assumed = limit.is_some_and(|limit| !limit.found);
+        self.verified = self.verified.map(|verified| verified.min(target.promised));
         self.target = target;
         self.recheck = now;
         self.stand(Standing::Unknown, now);
-        self.begin(Phase::Waiting, Due::Routine(first));
+        self.began = now;
+        self.begin(Phase::Waiting, if self.assumed { Due::Urgent(now) } else { Due::Routine(first) });
+    }
+
+    /// The peer's other family, which goes the same way, was found to pass no more than this.
+    pub(super) fn follow(&mut self, passes: u32, now: Duration, shared: &mut Shared) {
+        let known = self.limit == Some(passes) && !self.assumed;
+        // What is too little for the other family need not be for this one: it finds that out by itself.
+        if known || passes == SMALL || passes >= self.target.promised || self.standing == Standing::Unreachable {
+            return;
+        }
+        self.statistics.settle(false);
+        self.limited(if passes < self.target.floor { SMALL } else { passes }, now, shared);
     }
 
     /// Checks now, and looks for a limit anew.
@@ -121,9 +169,10 @@ impl Track {
         }
     }
 
-    /// Checks now, since the same peer is limited in the other family.
+    /// Checks now, since the same peer is limited in the other family, or no longer is.
     pub(super) fn hasten(&mut self, now: Duration) {
         if matches!(self.phase, Phase::Waiting) {
+            self.recheck = now;
             self.began = now;
             self.due = Due::Urgent(now);
         }
@@ -207,6 +256,10 @@ impl Track {
                 }
                 let progress = search.outcome(fired.size, answered);
                 let high = search.high;
+                if answered && search.guess == Some(fired.size) {
+                    // Larger ones are known to vanish. The search may find that some more passes.
+                    (self.limit, self.assumed) = (Some(fired.size), false);
+                }
                 match progress {
                     Progress::Going => {}
                     Progress::Narrow => self.doubt_byte(high, now),
@@ -228,6 +281,9 @@ impl Track {
         self.statistics.sent = self.statistics.sent.saturating_sub(1);
         if fired.phase == self.phases {
             self.give_up(now, shared);
+            if self.assumed {
+                self.due = Due::Urgent(now + RETRY);
+            }
         }
     }
 
@@ -277,11 +333,14 @@ impl Track {
     }
 
     fn check(&mut self, urgent: bool, now: Duration, shared: &Shared) {
-        let mut queue = VecDeque::from([self.passes()]);
+        let passes = self.passes();
+        let mut queue =
+            if self.assumed { VecDeque::from([self.target.promised, passes]) } else { VecDeque::from([passes]) };
         if self.standing == Standing::Unreachable {
             queue.push_back(SMALL);
         }
         if let Some(limit) = self.limit
+            && !self.assumed
             && now >= self.recheck
         {
             let above = self.above(limit);
@@ -298,13 +357,14 @@ impl Track {
         let passes = self.passes();
         if best > passes {
             self.search(best, self.target.promised + 1, None, now);
-        } else if best == passes {
+        } else if best == passes && !self.assumed {
             self.stand(self.limit.map_or(Standing::Verified, |passes| Standing::Limited { passes }), now);
             self.rest(now, shared);
         } else if best == 0 && self.standing == Standing::Unreachable {
             self.fall_silent(now, shared);
         } else {
-            self.begin(Phase::Doubting(Suspicion::new(passes, now), Aim::Promise), Due::Urgent(now));
+            let doubted = if self.assumed { self.target.promised } else { passes };
+            self.begin(Phase::Doubting(Suspicion::new(doubted, now), Aim::Promise), Due::Urgent(now));
         }
     }
 
@@ -356,7 +416,8 @@ impl Track {
 
     fn limited(&mut self, passes: u32, now: Duration, shared: &mut Shared) {
         shared.guess = Some(passes);
-        self.limit = Some(passes);
+        shared.limited = self.target.tunnelled.then_some(passes);
+        (self.limit, self.assumed) = (Some(passes), false);
         self.recheck = now + shared.recheck();
         self.stand(Standing::Limited { passes }, now);
         self.rest(now, shared);
@@ -365,7 +426,9 @@ impl Track {
     fn verify(&mut self, now: Duration, shared: &mut Shared) {
         self.statistics.settle(true);
         self.statistics.exchange(false);
-        self.limit = None;
+        shared.alarm |= self.limit.is_some() && !self.assumed;
+        (self.limit, self.assumed) = (None, false);
+        self.verified = Some(self.target.promised);
         self.stand(Standing::Verified, now);
         self.rest(now, shared);
     }
@@ -380,7 +443,8 @@ impl Track {
     fn give_up(&mut self, now: Duration, shared: &mut Shared) {
         self.statistics.settle(true);
         if matches!(self.standing, Standing::Searching { .. }) {
-            self.stand(self.limit.map_or(Standing::Unknown, |passes| Standing::Limited { passes }), now);
+            let found = self.limit.filter(|_| !self.assumed);
+            self.stand(found.map_or(Standing::Unknown, |passes| Standing::Limited { passes }), now);
         }
         self.rest(now, shared);
     }
@@ -389,7 +453,7 @@ impl Track {
     fn rest(&mut self, now: Duration, shared: &mut Shared) {
         self.concluded = Some(now);
         let next = now + shared.chance.about(shared.interval);
-        let recheck = if self.limit.is_some() { self.recheck.max(now) } else { next };
+        let recheck = if self.limit.is_some() && !self.assumed { self.recheck.max(now) } else { next };
         self.begin(Phase::Waiting, Due::Routine(next.min(recheck)));
     }
 }

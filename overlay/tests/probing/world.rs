@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
-use husk_overlay::probe::{PROBES_PER_SECOND, Path, Prober, Report, Shot, Standing, Target};
+use husk_overlay::probe::{Limit, Limits, PROBES_PER_SECOND, Path, Prober, Report, Shot, Standing, Target};
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const FLOOR: u32 = 1280;
@@ -90,13 +90,14 @@ impl World {
                 own: own.parse().unwrap(),
                 promised,
                 floor: FLOOR,
+                tunnelled: true,
                 handshakes: false,
             }
         };
         let paths = (0..peers).flat_map(|index| families.iter().map(move |family| path(index, *family)));
         let targets: BTreeMap<Path, Target> = paths.map(|path| (path.clone(), target(path.family))).collect();
         let mut world = Self {
-            prober: Prober::new(seed),
+            prober: Prober::new(Limits::new(), seed),
             models: targets.keys().map(|path| (path.clone(), Model::good())).collect(),
             targets,
             now: Duration::from_secs(1000),
@@ -112,6 +113,11 @@ impl World {
         };
         world.prober.set_targets(&world.targets, world.now);
         world
+    }
+
+    /// There is a path more.
+    pub(crate) fn add(&mut self, index: usize, family: Family) {
+        self.models.insert(path(index, family), Model::good());
     }
 
     /// From now on a probe takes a handshake where there is no session.
@@ -146,7 +152,9 @@ impl World {
     /// The plan promises something else.
     pub(crate) fn promise(&mut self, promised: u32) {
         self.targets.values_mut().for_each(|target| target.promised = promised);
+        let foreseen = self.prober.limits_under(&self.targets);
         self.prober.set_targets(&self.targets, self.now);
+        assert_eq!(self.prober.limits(), foreseen);
     }
 
     /// Lets this much time pass.
@@ -180,9 +188,12 @@ impl World {
         for shot in self.prober.due(self.now) {
             self.send(shot);
         }
-        for (peer, limit) in self.prober.limits() {
-            let promised = self.targets.iter().find(|(path, _)| path.peer == peer).map(|(_, target)| target.promised);
-            assert!(limit >= FLOOR && promised.is_some_and(|promised| limit < promised), "{peer}: {limit}");
+        for (peer, limits) in self.prober.limits() {
+            for (family, Limit { bytes, .. }) in limits {
+                let path = Path { peer: peer.clone(), family };
+                let target = &self.targets[&path];
+                assert!((target.floor..target.promised).contains(&bytes), "{path:?}: {bytes}");
+            }
         }
     }
 
@@ -223,8 +234,17 @@ impl World {
         self.prober.report(&path(index, family)).unwrap()
     }
 
+    /// What passes in every family, if that is less than promised.
     pub(crate) fn limit(&self, index: usize) -> Option<u32> {
-        self.prober.limits().get(&peer(index)).copied()
+        self.prober.limits().get(&peer(index))?.values().map(|limit| limit.bytes).min()
+    }
+
+    /// Another daemon goes on with what this one knew.
+    pub(crate) fn restart(&mut self) {
+        let known = self.prober.limits();
+        self.prober = Prober::new(known, self.random());
+        self.answers.clear();
+        self.prober.set_targets(&self.targets, self.now);
     }
 
     /// What was found in one family.

@@ -9,6 +9,7 @@ use husk_dataplane::{echo, neighbours, underlay};
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
+use husk_overlay::record::DualStack;
 
 use super::EXAMINED;
 use crate::doctor::words::age;
@@ -87,7 +88,7 @@ pub(super) fn examine(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<
     let hosts: BTreeSet<IpAddr> = examined.iter().map(|(_, address)| *address).collect();
     let inside: BTreeSet<IpAddr> = examined.iter().flat_map(|(peer, _)| peer.router.iter()).collect();
     let mut socket = Socket::open(Protocol::Route)?;
-    let routes = underlay::routes(&mut socket, hosts.iter().copied())?;
+    let routes = underlay::routes(&mut socket, DualStack::default(), hosts.iter().copied())?;
     let all: BTreeSet<IpAddr> = hosts.union(&inside).copied().collect();
     let (by, answers) = match echo::answering(&all) {
         Ok(answered) => (Means::Ping, all.iter().map(|address| (*address, answered.contains(address))).collect()),

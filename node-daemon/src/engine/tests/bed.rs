@@ -30,7 +30,7 @@ use husk_overlay::name::{ContainerId, InstanceId, InterfaceName, NetworkName, No
 use husk_overlay::plan::{router_addresses, vxlan_mac};
 use husk_overlay::port_mapping::{PortMapping, TransportProtocol};
 use husk_overlay::prefix::{Family, Prefix};
-use husk_overlay::probe::{Path, Report, Target};
+use husk_overlay::probe::{Limits, Path, Report, Target};
 use husk_overlay::record::{DualStack, EspEpochRecord, EspRecord, NodeRecord, Snapshot, WireguardRecord};
 use husk_policy::object::Objects;
 
@@ -275,7 +275,9 @@ pub(super) struct NodeState {
     pub(super) deaf: bool,
     /// Threads that have ended.
     pub(super) ended: Vec<&'static str>,
-    pub(super) probed: BTreeMap<NodeName, u32>,
+    pub(super) probed: Limits,
+    /// What will be known when the plan is carried out, if that is something else.
+    pub(super) foreseen: Option<Limits>,
     /// Peers that somebody wants to be probed at once.
     pub(super) demanded: Vec<NodeName>,
 }
@@ -513,6 +515,10 @@ impl Node for FakeNode {
         self.state().targets.clone_from(targets);
     }
 
+    fn limits_under(&mut self, _: &BTreeMap<Path, Target>) -> Option<Limits> {
+        self.state().foreseen.clone()
+    }
+
     fn probes(&mut self) -> BTreeMap<Path, Report> {
         self.state().probes.clone()
     }
@@ -590,7 +596,8 @@ impl Bed {
             udp_fails: None,
             targets: BTreeMap::new(),
             probes: BTreeMap::new(),
-            probed: BTreeMap::new(),
+            probed: Limits::new(),
+            foreseen: None,
             deaf: false,
             ended: Vec::new(),
             demanded: Vec::new(),

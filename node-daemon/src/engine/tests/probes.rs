@@ -8,7 +8,7 @@ use husk_overlay::ipc::{Request, Response};
 use husk_overlay::issue::{IssueKind, Severity};
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
-use husk_overlay::probe::{Path, Report, Standing};
+use husk_overlay::probe::{Limit, Limits, Path, Report, Standing};
 
 use super::bed::{Bed, blocks, name, record};
 use crate::report::{MismatchKind, MtuReport, PathReport, PeerReport, ProbeStarted};
@@ -63,7 +63,8 @@ fn every_peer_with_a_route_is_probed_in_both_families_until_it_leaves() {
         let index = if path.peer == name(1) { 1 } else { 2 };
         assert_eq!(Some(target.address), record(index).router.get(path.family), "{path:?}");
         assert_eq!(Some(target.own), record(0).router.get(path.family), "{path:?}");
-        assert_eq!((target.promised, target.floor), (1450, 1280));
+        let floor = if path.family == Family::Ipv4 { 576 } else { 1280 };
+        assert_eq!((target.promised, target.floor), (1450, floor));
     }
     // What is promised follows the underlay, in the same pass.
     bed.node.state().underlay_mtu = 1400;
@@ -101,7 +102,7 @@ fn a_path_that_carries_less_limits_the_routes_to_its_peer_and_is_told_of() {
     let mut bed = Bed::new(Mode::Vxlan, 3);
     bed.pass();
     assert_eq!((mtus(&bed, 1), mtus(&bed, 2)), ([Some(1450)].into(), [Some(1450)].into()));
-    bed.node.state().probed = [(name(1), 1372)].into();
+    bed.node.state().probed = limits(1372, true);
     bed.pass();
     assert_eq!((mtus(&bed, 1), mtus(&bed, 2)), ([Some(1372)].into(), [Some(1450)].into()));
     let issues = bed.state.borrow().issues.clone();
@@ -119,6 +120,29 @@ fn a_path_that_carries_less_limits_the_routes_to_its_peer_and_is_told_of() {
     bed.pass();
     assert_eq!(mtus(&bed, 1), [Some(1450)].into());
     assert!(bed.state.borrow().issues.is_empty());
+}
+
+/// So much passes to the first peer.
+fn limits(bytes: u32, found: bool) -> Limits {
+    [(name(1), Family::ALL.map(|family| (family, Limit { bytes, found })).into())].into()
+}
+
+#[test]
+fn what_is_promised_beyond_what_was_verified_is_not_used_for_a_moment() {
+    let mut bed = Bed::new(Mode::Vxlan, 3);
+    bed.pass();
+    // The peer has told that it takes more, and the path was not tried yet.
+    bed.node.state().foreseen = Some(limits(1400, false));
+    bed.pass();
+    assert_eq!((mtus(&bed, 1), mtus(&bed, 2)), ([Some(1400)].into(), [Some(1450)].into()));
+    assert!(bed.node.state().targets.values().all(|target| target.promised == 1450), "which is what is tried");
+    assert!(bed.state.borrow().issues.is_empty(), "nothing is known to vanish");
+    let rows: Vec<MtuReport> = report(&mut bed, Request::Mtu);
+    let row = rows.iter().find(|row| row.node == name(1)).unwrap();
+    assert_eq!((row.probed, row.mtu, row.mismatches.len()), (Some(1400), Some(1400), 0));
+    bed.node.state().foreseen = Some(Limits::new());
+    bed.pass();
+    assert_eq!(mtus(&bed, 1), [Some(1450)].into());
 }
 
 #[test]

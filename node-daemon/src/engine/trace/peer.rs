@@ -52,7 +52,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             refused: plan.refused.clone(),
             remedy,
             ledger: plan.ledger.clone(),
-            probed: plan.probed,
+            probed: plan.probed.map(|limit| limit.bytes),
             mtu: plan.mtu.filter(|_| plan.refused.is_none()),
             tunnel: Tunnel { devices: self.devices(last), kind: self.tunnel(&plan, last) },
             underlay: plan.address.map(|address| self.underlay(address, last)),

@@ -321,7 +321,8 @@ fn what_probing_found_limits_the_routes_to_that_peer() {
         let mut bed = Bed::new(mode, 2, &[1]);
         let before = bed.converge();
         assert_eq!(before.peers[&name(1)].probe[&Family::Ipv4].promised, promised);
-        bed.facts.probed.insert(name(1), 1333);
+        let limit = crate::probe::Limit { bytes: 1333, found: true };
+        bed.facts.probed.insert(name(1), Family::ALL.map(|family| (family, limit)).into());
         let plan = bed.converge();
         let mtus = |index| -> BTreeSet<Option<u32>> {
             let of_peer = |key: &crate::kernel::RouteKey| blocks(index).contains(&key.destination);

@@ -1,6 +1,6 @@
 //! What the node's kernel may learn of the paths to other nodes: what routers say has to get there, and be believable.
 
-use super::{NODES, TCP, UDP, equal, insert, rule, unequal};
+use super::{NODES, TCP, UDP, equal, input, insert, rule, unequal};
 use crate::facts::WireguardSupport;
 use crate::kernel::{ChainKind, Hook, Match, MatchKey, MatchOperator, MatchValue, NftTable, Rule, Statement};
 use crate::plan::Context;
@@ -30,46 +30,57 @@ pub(super) fn render(context: &Context<'_>, table: &mut NftTable) {
 ///
 /// The connection is the one of the packet quoted; either side may have begun it. To whom a packet of no known connection went
 /// cannot be looked up in a set: nft has no type for what it reads at an offset (seen with 1.0.6). Such errors are taken to be
-/// about a node, unless they quote TCP: the kernel believes those only if they name a sequence number that is under way
-/// (`tcp_v4_err`, net/ipv4/tcp_ipv4.c), and what a host does not track is its servers' TCP, if anything.
+/// about a node.
+///
+/// Errors that quote TCP are let through. No tunnel is TCP, so that they are about the host's own connections to other nodes,
+/// which would stand still on a path as narrow as that if their errors were taken from them; and the kernel believes them only
+/// if they name a sequence number that is under way (`tcp_v4_err`, net/ipv4/tcp_ipv4.c; `tcp_v6_err`), which who takes no part
+/// in the connection does not know. A pod may take part, with its node's address as its own: see [`of_pod`].
 fn floor(context: &Context<'_>) -> Vec<Rule> {
     let family = context.config.underlay.family;
-    let floor = context.config.least_underlay_mtu();
-    let too_small = || {
-        let error = match family {
-            Family::Ipv4 => "destination-unreachable",
-            Family::Ipv6 => "packet-too-big",
-        };
-        let mut statements = vec![equal(MatchKey::IcmpType(family), MatchValue::AnyOf(vec![error.to_owned()]))];
-        if family == Family::Ipv4 {
-            statements.push(equal(MatchKey::IcmpCode, MatchValue::Number(FRAGMENTATION_NEEDED)));
-        }
-        let value = MatchValue::Number(floor);
-        statements.push(Statement::Match(Match {
-            key: MatchKey::IcmpMtu(family),
-            operator: MatchOperator::Less,
-            value,
-        }));
-        statements
-    };
     let nodes = || MatchValue::Set(NODES.into());
-    let unknown = vec![
-        equal(MatchKey::ConnectionState, MatchValue::Text("invalid".into())),
-        unequal(MatchKey::QuotedProtocol(family), MatchValue::Number(TCP)),
-    ];
     [
-        ("unknown", unknown),
-        ("to-node", vec![equal(MatchKey::ConnectionDestination(family), nodes())]),
-        ("from-node", vec![equal(MatchKey::ConnectionSource(family), nodes())]),
+        ("unknown", equal(MatchKey::ConnectionState, MatchValue::Text("invalid".into()))),
+        ("to-node", equal(MatchKey::ConnectionDestination(family), nodes())),
+        ("from-node", equal(MatchKey::ConnectionSource(family), nodes())),
     ]
     .into_iter()
     .map(|(name, connection)| {
-        let mut statements = too_small();
-        statements.extend(connection);
+        let mut statements = below_floor(context);
+        statements.push(connection);
+        statements.push(unequal(MatchKey::QuotedProtocol(family), MatchValue::Number(TCP)));
         statements.extend([Statement::Counter(PATH_MTU_BELOW_FLOOR.into()), Statement::Drop]);
         rule(format!("{PATH_MTU_BELOW_FLOOR}-{name}"), statements)
     })
     .collect()
+}
+
+/// A pod is no router on the way between nodes, and knows the sequence numbers of its own connections to them.
+pub(super) fn of_pod(context: &Context<'_>) -> Rule {
+    let mut statements = vec![input("husk*")];
+    statements.extend(below_floor(context));
+    statements.push(equal(MatchKey::Destination(context.config.underlay.family), MatchValue::Set(NODES.into())));
+    statements.extend([Statement::Counter(PATH_MTU_BELOW_FLOOR.into()), Statement::Drop]);
+    rule(format!("{PATH_MTU_BELOW_FLOOR}-of-pod"), statements)
+}
+
+/// An error that names an MTU under which the overlay could not work.
+fn below_floor(context: &Context<'_>) -> Vec<Statement> {
+    let family = context.config.underlay.family;
+    let error = match family {
+        Family::Ipv4 => "destination-unreachable",
+        Family::Ipv6 => "packet-too-big",
+    };
+    let mut statements = vec![equal(MatchKey::IcmpType(family), MatchValue::AnyOf(vec![error.to_owned()]))];
+    if family == Family::Ipv4 {
+        statements.push(equal(MatchKey::IcmpCode, MatchValue::Number(FRAGMENTATION_NEEDED)));
+    }
+    statements.push(Statement::Match(Match {
+        key: MatchKey::IcmpMtu(family),
+        operator: MatchOperator::Less,
+        value: MatchValue::Number(context.config.least_underlay_mtu()),
+    }));
+    statements
 }
 
 /// The kernel's WireGuard device lets routers cut its IPv4 packets (`send4`, drivers/net/wireguard/socket.c), so that the kernel

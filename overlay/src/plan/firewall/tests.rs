@@ -347,9 +347,21 @@ fn a_path_mtu_under_which_the_overlay_could_not_work_is_not_believed() {
             }
             // The host's own business elsewhere is none of Husk's.
             assert_eq!(told(floor - 1, code, Some((own, other))), Verdict::Pass, "{mode} over {family}");
-            // Nor is TCP that the host does not track: the kernel asks the connection whether it is true.
-            assert_eq!(about(floor - 1, code, None, TCP), Verdict::Pass, "{mode} over {family}");
-            assert_eq!(about(floor - 1, code, Some((own, node)), TCP), counted(PATH_MTU_BELOW_FLOOR), "{mode}");
+            // Nor is its TCP: the kernel asks the connection whether it is true.
+            for connection in [Some((own, node)), Some((node, own)), None] {
+                assert_eq!(about(floor - 1, code, connection, TCP), Verdict::Pass, "{mode} over {family}");
+            }
+            // A pod knows of its own connections what the kernel asks for.
+            let pod = if family == Family::Ipv4 { INNER } else { INNER_V6 };
+            for (mtu, destination, expected) in [
+                (floor - 1, node, counted(PATH_MTU_BELOW_FLOOR)),
+                (floor, node, Verdict::Pass),
+                (floor - 1, other, Verdict::Pass),
+            ] {
+                let too_big = Some(TooBig { code, mtu, connection: None, quotes: TCP });
+                let packet = Packet { input: POD, destination, error: Some((error, 4789)), too_big, ..pod };
+                assert_eq!(verdict(&table, "prerouting-guard", packet), expected, "{mode} over {family}, {mtu}");
+            }
             if family == Family::Ipv4 {
                 assert_eq!(told(0, code - 1, Some((own, node))), Verdict::Pass, "{mode}: no word of a size");
             }

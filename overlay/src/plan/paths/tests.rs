@@ -1,6 +1,6 @@
 //! What probing found, and the floors, in every mode.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::Plan;
 use super::super::tests::*;
@@ -18,8 +18,12 @@ const SECOND: [&str; 2] = ["10.42.0.128/26", "fd42::80/122"];
 /// The facts of `host0`, to whose `host1` so many bytes pass.
 fn probed(bytes: u32) -> Facts {
     let mut facts = facts(3);
-    facts.probed.insert(node("host1"), bytes);
+    facts.probed.insert(node("host1"), both(bytes));
     facts
+}
+
+fn both(bytes: u32) -> BTreeMap<Family, Limit> {
+    Family::ALL.map(|family| (family, Limit { bytes, found: true })).into()
 }
 
 fn mtus(plan: &Plan, blocks: [&str; 2]) -> BTreeSet<Option<u32>> {
@@ -45,7 +49,7 @@ fn a_limit_lowers_the_routes_to_that_peer_and_nothing_else() {
         assert_eq!(mtus(&after, SECOND), mtus(&before, SECOND), "{mode}");
         assert_eq!((after.pod_mtu, &after.record, &after.ledger), (before.pod_mtu, &before.record, &before.ledger));
         let peer = &after.peers[&node("host1")];
-        assert_eq!((peer.probed, peer.mtu), (Some(1399), Some(1399)), "{mode}");
+        assert_eq!((peer.probed, peer.mtu), (Some(Limit { bytes: 1399, found: true }), Some(1399)), "{mode}");
         assert_eq!(peer.ledger, before.peers[&node("host1")].ledger, "what was promised stays known");
         assert_eq!(peer.probe, before.peers[&node("host1")].probe, "{mode}: else the limit would confirm itself");
         for (key, route) in &mut after.desired.routes {
@@ -70,16 +74,57 @@ fn the_issue_names_the_peer_what_passes_and_what_was_promised() {
 
 #[test]
 fn no_route_is_limited_below_what_the_cluster_works_with() {
-    for (config, floor) in [(config(Mode::Vxlan), 1280), (only_ipv4(Mode::Vxlan), 576)] {
+    let mut only_ipv6 = config(Mode::Vxlan);
+    only_ipv6.cluster_cidrs.retain(|cidr| cidr.family() == Family::Ipv6);
+    for (config, floor, block) in [(only_ipv6, 1280, FIRST[1]), (only_ipv4(Mode::Vxlan), 576, FIRST[0])] {
         for bytes in [0, 128, floor - 1, floor] {
             let plan = plan_of(&config, &snapshot(3), &probed(bytes));
-            assert_eq!(route(&plan, FIRST[0]).unwrap().mtu, Some(floor), "{bytes}");
+            assert_eq!(route(&plan, block).unwrap().mtu, Some(floor), "{bytes}");
             let issue = path_issue(&plan);
             assert_eq!((issue.severity, issue.subject.as_str()), (Severity::Error, "host1"));
             assert!(issue.message.contains("perhaps not even those pass"), "{issue}");
         }
         let plan = plan_of(&config, &snapshot(3), &probed(floor + 1));
         assert_eq!(path_issue(&plan).severity, Severity::Warning);
+    }
+}
+
+#[test]
+fn a_path_that_is_enough_for_ipv4_alone_carries_that_and_ipv6_is_refused_with_the_ledger() {
+    for mode in [Mode::Vxlan, Mode::Wireguard] {
+        // IPv6 knows no more than that its least does not pass.
+        let mut facts = probed(1250);
+        facts.probed.get_mut(&node("host1")).unwrap().get_mut(&Family::Ipv6).unwrap().bytes = 1280;
+        let plan = plan_of(&config(mode), &snapshot(3), &facts);
+        assert_eq!(route(&plan, FIRST[0]).unwrap().mtu, Some(1250), "{mode}");
+        assert!(route(&plan, FIRST[1]).is_none(), "{mode}: it meets the unreachable route");
+        assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::PathMtu, IssueKind::MtuTooSmall]));
+        let issue = plan.issues.iter().find(|issue| issue.kind == IssueKind::MtuTooSmall).unwrap();
+        let told = ["no IPv6 packets are sent to the node", "1250", "30 bytes are missing", "1500 bytes"];
+        assert!(told.iter().all(|text| issue.message.contains(text)), "{issue}");
+        // What passes is looked for in IPv4 alone, and IPv6 comes back with it.
+        let probe = &plan.peers[&node("host1")].probe;
+        assert_eq!(probe.keys().collect::<Vec<_>>(), [&Family::Ipv4], "{mode}");
+        assert!(probe[&Family::Ipv4].promised > 1280 && probe[&Family::Ipv4].floor == 576);
+    }
+    // Without a tunnel what passes in one family says nothing of the other.
+    let mut facts = probed(1250);
+    facts.probed.get_mut(&node("host1")).unwrap().remove(&Family::Ipv6);
+    let plan = plan_of(&config(Mode::Direct), &snapshot(3), &facts);
+    let mtus = FIRST.map(|block| route(&plan, block).unwrap().mtu);
+    assert_eq!(mtus, [Some(1250), Some(1500)]);
+    assert_eq!(kinds(&plan), BTreeSet::from([IssueKind::PathMtu]));
+}
+
+#[test]
+fn what_is_not_verified_yet_is_not_used_and_is_no_news() {
+    for mode in MODES {
+        let mut facts = probed(1400);
+        let limits = facts.probed.get_mut(&node("host1")).unwrap();
+        limits.values_mut().for_each(|limit| limit.found = false);
+        let plan = plan_of(&config(mode), &snapshot(3), &facts);
+        assert_eq!(mtus(&plan, FIRST), BTreeSet::from([Some(1400)]), "{mode}");
+        assert!(plan.issues.is_empty(), "{mode}: {:?}", plan.issues);
     }
 }
 
@@ -92,7 +137,7 @@ fn what_is_no_limit_any_more_and_who_is_no_peer_change_nothing() {
             assert_eq!(plan_of(&config(mode), &snapshot(3), &probed(bytes)), before, "{mode} {bytes}");
         }
         let mut facts = facts(3);
-        facts.probed.extend([(node("host0"), 1300), (node("gone"), 1300)]);
+        facts.probed.extend([(node("host0"), both(1300)), (node("gone"), both(1300))]);
         assert_eq!(plan_of(&config(mode), &snapshot(3), &facts), before, "{mode}");
     }
 }
@@ -105,7 +150,9 @@ fn router_addresses_are_probed_through_tunnels_and_underlay_addresses_where_ther
         let promised = plan.pod_mtu.unwrap();
         for (family, own, there) in [(Family::Ipv4, "10.42.0.0", "10.42.0.64"), (Family::Ipv6, "fd42::", "fd42::40")] {
             let handshakes = mode == Mode::Wireguard;
-            let expected = Target { address: address(there), own: address(own), promised, floor: 1280, handshakes };
+            let floor = if family == Family::Ipv4 { 576 } else { 1280 };
+            let (address, own) = (address(there), address(own));
+            let expected = Target { address, own, promised, floor, tunnelled: true, handshakes };
             assert_eq!(target(&plan, family), expected, "{mode}");
         }
         assert_eq!(plan.probe_targets().len(), 4, "{mode}: two peers, two families");
@@ -115,7 +162,8 @@ fn router_addresses_are_probed_through_tunnels_and_underlay_addresses_where_ther
         address: address("192.0.2.2"),
         own: address("192.0.2.1"),
         promised: 1500,
-        floor: 1280,
+        floor: 576,
+        tunnelled: false,
         handshakes: false,
     };
     assert_eq!(target(&plan, Family::Ipv4), expected);
@@ -123,6 +171,28 @@ fn router_addresses_are_probed_through_tunnels_and_underlay_addresses_where_ther
     let plan = plan_of(&only_ipv4(Mode::Direct), &snapshot(3), &facts(3));
     assert_eq!(target(&plan, Family::Ipv4).floor, 576);
     assert!(!plan.peers[&node("host1")].probe.contains_key(&Family::Ipv6), "nothing is sent there");
+}
+
+#[test]
+fn in_mode_direct_each_family_has_the_mtu_of_its_own_way() {
+    let plan_with = |bytes| {
+        let mut facts = facts(3);
+        facts.routes.get_mut(&address("2001:db8::2")).unwrap().mtu = bytes;
+        plan_of(&config(Mode::Direct), &snapshot(3), &facts)
+    };
+    let plan = plan_with(1400);
+    let mtus = |block| route(&plan, block).unwrap().mtu;
+    assert_eq!((mtus(FIRST[0]), mtus(FIRST[1])), (Some(1500), Some(1400)));
+    assert_eq!((mtus(SECOND[0]), mtus(SECOND[1])), (Some(1500), Some(1500)), "others have another way");
+    let promised = |family| plan.peers[&node("host1")].probe[&family].promised;
+    assert_eq!((promised(Family::Ipv4), promised(Family::Ipv6)), (1500, 1400), "what is probed is what is sent");
+    assert!(plan.issues.is_empty(), "{:?}", plan.issues);
+
+    let plan = plan_with(1279);
+    assert!(route(&plan, FIRST[1]).is_none() && route(&plan, FIRST[0]).is_some());
+    let [issue] = &plan.issues[..] else { panic!("{:?}", plan.issues) };
+    assert_eq!((issue.kind, issue.subject.as_str()), (IssueKind::MtuTooSmall, "host1"));
+    assert!(issue.message.contains("2001:db8::2 takes too little: an MTU of 1279"), "{issue}");
 }
 
 #[test]
