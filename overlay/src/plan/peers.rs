@@ -218,7 +218,7 @@ fn refuse_families(context: &Context<'_>, peer: &mut Peer, issues: &mut Vec<Issu
             (Ok(()), Ok(())) => served += 1,
             (Err(error), _) => refused.push((family, "since the underlay's MTU is too small", error)),
             (_, Err(error)) => {
-                refused.push((family, "since larger ones than it could do with vanish on the way", error))
+                refused.push((family, "since larger ones than it could do with vanish on the way", error));
             }
         }
     }
