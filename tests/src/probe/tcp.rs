@@ -147,9 +147,12 @@ pub fn throughput(sender: &Netns, receiver: &Netns, to: IpAddr, time: Duration) 
         let mut buffer = vec![0; CHUNK];
         let mut bytes = 0;
         loop {
-            match receiving.read(&mut buffer).context("receiving")? {
-                0 => break,
-                length => bytes += length,
+            match receiving.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => bytes += length,
+                // A read with a time limit is not begun anew after a signal (signal(7)).
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("receiving"),
             }
         }
         let elapsed = started.elapsed();
