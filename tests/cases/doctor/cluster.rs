@@ -305,6 +305,8 @@ fn peers(bed: &mut Bed) -> Result<()> {
     well()?;
 
     bed.cluster.set_cable(2, false)?;
+    // The kernel believes for up to a minute what it has heard of a neighbour (`base_reachable_time_ms`, arp(7)).
+    one.ip(["neigh", "flush", "dev", "eth0"])?;
     probe(one, "host2")?;
     bed.await_found("peers", &["host2 is down or unplugged", "does not answer a ping"])?;
     bed.cluster.set_cable(2, true)?;
