@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::process::{self, Output, Program};
 use husk_tests::scope::Scope;
-use husk_tests::{Cluster, Family, Host, Mode, eventually};
+use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
 
 /// How long a command, a shell or a linter may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -115,6 +115,15 @@ fn what_commands_print_is_what_their_schemas_say() -> Result<()> {
             schemas.check("log", line)?;
         }
     }
+    // A pod that is gone without a word, on a host whose daemon cannot take notice.
+    let gone = host.add_pod("gone")?;
+    let address = gone.address(Family::Ipv4)?.to_string();
+    let interface = host.interface_of(&address)?;
+    host.stop_daemon(Signal::SIGTERM)?;
+    host.ip(["link", "del", &interface])?;
+    host.forget_namespace(&gone)?;
+    schemas.check("ipam-release", &json(host, &["ipam", "release", &address])?)?;
+
     let all = Program::new(process::binary("huskctl")?).args(["schema"]).check()?;
     let all: BTreeSet<String> = all.lines().map(str::to_owned).collect();
     ensure!(schemas.judged == all, "only {:?} of {all:?} were judged", schemas.judged);

@@ -20,8 +20,7 @@ use husk_overlay::record::NodeRecord;
 use husk_tests::cluster::Fault;
 use husk_tests::firewall::{self, At};
 use husk_tests::process::binary;
-use husk_tests::{Cluster, Family, Host, Mode, Netns, Pod, Prefix, Signal, eventually, rotation};
-use nix::mount::{MntFlags, umount2};
+use husk_tests::{Cluster, Family, Host, Mode, Netns, Prefix, Signal, eventually, rotation};
 use serde_json::{Value, json};
 
 use super::{Bed, Breakage, Ground, SHOWS};
@@ -195,21 +194,21 @@ fn leases(bed: &mut Bed) -> Result<()> {
     let released = || host.huskctl(["ipam", "release", &address]);
     let refused = released()?;
     ensure!(refused.status.code() == Some(3) && refused.stderr.contains("exists"), "a pod that lives: {refused:?}");
-    let (interface, interface_of_b) = (interface_of(host, &address)?, interface_of(host, &address_of_b)?);
+    let (interface, interface_of_b) = (host.interface_of(&address)?, host.interface_of(&address_of_b)?);
     host.ip(["link", "del", &interface])?;
     bed.await_found("leases", &["has no network any more", &interface, &address])?;
     let refused = released()?;
     ensure!(refused.stderr.contains("its network namespace"), "a pod that is cut off: {refused:?}");
     // A runtime that crashed: the namespace goes, and nobody says DEL. A daemon would take the lease back within seconds.
     host.stop_daemon(Signal::SIGTERM)?;
-    forget_namespace(host, &a)?;
+    host.forget_namespace(&a)?;
     let found = bed.await_found("leases", &["outlived its pod", &address, "huskctl ipam release"])?;
     ensure!(found["fix"]["byHand"].is_null(), "{found:#}");
     bed.obey(&found)?;
     bed.await_well("leases")?;
     // The same, mended by the doctor itself.
     host.ip(["link", "del", &interface_of_b])?;
-    forget_namespace(host, &b)?;
+    host.forget_namespace(&b)?;
     bed.await_found("leases", &["outlived its pod", &address_of_b])?;
     bed.fixed("leases")?;
     // And an interface that nobody has a lease for.
@@ -221,20 +220,6 @@ fn leases(bed: &mut Bed) -> Result<()> {
     host.wait_ready()?;
     bed.cluster.wait_meshed()?;
     eventually("the daemon to know", SHOWS, || Ok(host.huskctl_json(["ipam", "show"])?["leases"] == json!([])))
-}
-
-/// The host's end of the pod that has an address.
-fn interface_of(host: &Host, address: &str) -> Result<String> {
-    let ipam = host.huskctl_json(["ipam", "show"])?;
-    let lease = ipam["leases"].as_array().into_iter().flatten().find(|lease| lease["addresses"]["ipv4"] == address);
-    let interface = lease.and_then(|lease| lease["hostInterface"].as_str());
-    Ok(interface.with_context(|| format!("no lease of {address}: {ipam:#}"))?.to_owned())
-}
-
-/// A pod's namespace goes, as the host sees it.
-fn forget_namespace(host: &Host, pod: &Pod) -> Result<()> {
-    let path = pod.netns().path();
-    host.run(|| umount2(&path, MntFlags::MNT_DETACH))?.with_context(|| format!("unmounting {}", path.display()))
 }
 
 fn versions(bed: &mut Bed) -> Result<()> {

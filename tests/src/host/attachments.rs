@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use husk_overlay::marks::{ROUTE_PROTOCOL, is_pod_interface};
 use husk_overlay::prefix::Prefix;
+use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 
 use super::{Host, UNDERLAY_INTERFACE};
+use crate::pod::Pod;
 
 /// Where a host's leases are, as the host sees it.
 pub const LEASE_DIRECTORY: &str = "/run/husk/leases";
@@ -92,5 +94,25 @@ impl Host {
         let node: Value = serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
         let blocks = node["blocks"].as_array().context("no blocks in node.json")?.iter();
         blocks.map(|block| Ok(block.as_str().unwrap_or_default().parse()?)).collect()
+    }
+
+    /// Name of the host's end of the pod that has an IPv4 address, as the daemon has it.
+    ///
+    /// # Errors
+    /// When no pod has it, or the daemon does not answer.
+    pub fn interface_of(&self, address: &str) -> Result<String> {
+        let ipam = self.huskctl_json(["ipam", "show"])?;
+        let lease = ipam["leases"].as_array().into_iter().flatten().find(|lease| lease["addresses"]["ipv4"] == address);
+        let interface = lease.and_then(|lease| lease["hostInterface"].as_str());
+        Ok(interface.with_context(|| format!("no lease of {address}: {ipam:#}"))?.to_owned())
+    }
+
+    /// What a runtime that crashed leaves: the pod's namespace is gone, as the host sees it, and nobody has said DEL.
+    ///
+    /// # Errors
+    /// When it cannot be unmounted.
+    pub fn forget_namespace(&self, pod: &Pod) -> Result<()> {
+        let path = pod.netns().path();
+        self.run(|| umount2(&path, MntFlags::MNT_DETACH))?.with_context(|| format!("unmounting {}", path.display()))
     }
 }
