@@ -192,7 +192,7 @@ impl fmt::Display for Report {
         }
         writeln!(f, "{rows}\n")?;
         writeln!(f, "too long: such packets do not fit the underlay, and are lost or cut into pieces.")?;
-        writeln!(f, "computed: this kernel lacks ESP; hack/bench --vm mtu measures it on one that has it.")?;
+        writeln!(f, "computed: this kernel lacks ESP; hack/bench mtu --vm measures it on one that has it.")?;
         writeln!(f, "Payload: what UDP over IPv4 carries, of the underlay's IP packet; Ethernet is not counted.")?;
         writeln!(f, "OpenShift is computed with VXLAN, whose header is as long as Geneve's without options.")
     }
