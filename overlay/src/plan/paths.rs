@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use super::Context;
 use super::local::route_key;
 use super::peers::Peer;
+use crate::facts::WireguardSupport;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, Route, RouteTarget};
 use crate::mode::Mode;
@@ -71,17 +72,28 @@ pub(super) fn render(
             Mode::Direct => next_hops(context, peer, desired),
             Mode::Vxlan | Mode::Wireguard | Mode::Ipsec | Mode::VxlanIpsec => routers(context, peer, desired),
         };
-        if context.config.mode == Mode::Ipsec && peer.plan.probed.is_some() {
+        if minds_route_mtu(context) && peer.plan.probed.is_some() {
             ends.iter().for_each(|(_, router)| route_around_limit(peer, *router, promised, desired));
         }
         peer.plan.probe = ends.into_iter().map(target).collect();
     }
 }
 
+/// Most tunnels do not care for the MTU of the route that a packet goes by. An xfrm interface takes no packet larger than the route
+/// that led to it (`xfrm_init_pmtu`, net/xfrm/xfrm_policy.c; `xfrmi_xmit2`, net/xfrm/xfrm_interface_core.c), and drops it without a
+/// word. The kernel's WireGuard device pads to 16 bytes, within that MTU or multiples of it (`calculate_skb_padding`,
+/// drivers/net/wireguard/send.c): what is larger than the route may become larger than the path, though it fits.
+fn minds_route_mtu(context: &Context<'_>) -> bool {
+    match context.config.mode {
+        Mode::Ipsec => true,
+        Mode::Wireguard => context.facts.wireguard == Some(WireguardSupport::Kernel),
+        Mode::Direct | Mode::Vxlan | Mode::VxlanIpsec => false,
+    }
+}
+
 /// Whether a limited path has recovered is tried with packets above its limit. Their socket does not care for the MTU of the route
-/// that they go by, and neither do most tunnels; but an xfrm interface takes no packet larger than the route that led to it
-/// (`xfrm_init_pmtu`, net/xfrm/xfrm_policy.c; `xfrmi_xmit2`, net/xfrm/xfrm_interface_core.c), and drops it without a word. What
-/// probes are sent to therefore has a route of its own, without the limit. Nobody else has business there.
+/// that they go by; where the tunnel does, what probes are sent to has a route of its own, without the limit. Nobody else has
+/// business there.
 fn route_around_limit(peer: &Peer, router: IpAddr, promised: u32, desired: &mut Desired) {
     let block = peer.record.blocks.iter().find(|block| block.contains(router));
     let Some(route) = block.and_then(|block| desired.routes.get(&route_key(*block))) else { return };

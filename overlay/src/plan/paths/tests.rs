@@ -52,6 +52,8 @@ fn a_limit_lowers_the_routes_to_that_peer_and_nothing_else() {
         assert_eq!((peer.probed, peer.mtu), (Some(Limit { bytes: 1399, found: true }), Some(1399)), "{mode}");
         assert_eq!(peer.ledger, before.peers[&node("host1")].ledger, "what was promised stays known");
         assert_eq!(peer.probe, before.peers[&node("host1")].probe, "{mode}: else the limit would confirm itself");
+        // What only probes go by is tested below.
+        after.desired.routes.retain(|key, _| before.desired.routes.contains_key(key));
         for (key, route) in &mut after.desired.routes {
             route.mtu = before.desired.routes[key].mtu;
         }
@@ -248,4 +250,21 @@ fn a_userspace_device_is_limited_too() {
     facts.wireguard = Some(WireguardSupport::Userspace);
     let plan = plan_of(&config(Mode::Wireguard), &snapshot(3), &facts);
     assert_eq!(mtus(&plan, FIRST), BTreeSet::from([Some(1399)]));
+}
+
+/// What the device pads must not make a packet that fits larger than the path, as long as only the route is smaller.
+#[test]
+fn probes_through_the_kernels_device_have_a_route_without_the_limit() {
+    let own_routes = |support, limited: bool| {
+        let mut facts = if limited { probed(1399) } else { facts(3) };
+        facts.wireguard = Some(support);
+        let plan = plan_of(&config(Mode::Wireguard), &snapshot(3), &facts);
+        let addresses: Vec<IpAddr> = plan.peers[&node("host1")].probe.values().map(|target| target.address).collect();
+        assert_eq!(addresses.len(), 2);
+        let of = |address| plan.desired.routes.get(&route_key(Prefix::host(address))).map(|route| route.mtu);
+        addresses.into_iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(own_routes(WireguardSupport::Kernel, true), [Some(Some(1440)); 2]);
+    assert_eq!(own_routes(WireguardSupport::Kernel, false), [None; 2], "only while there is a limit");
+    assert_eq!(own_routes(WireguardSupport::Userspace, true), [None; 2], "its packets of this size are not padded");
 }
