@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,9 +62,26 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// How often key files are read again that a daemon has replaced meanwhile.
+const ATTEMPTS: usize = 3;
+
 /// The private keys of a host, out of its files: whatever there is in them that the host's published keys belong to, or that
-/// looks like a key and belongs to nothing that is published yet.
+/// looks like a key and belongs to nothing that is published yet. The daemon may replace a file while they are read: then they
+/// are read again.
 fn private_keys(cluster: &Cluster, number: usize) -> Result<Vec<PrivateKey>> {
+    let replaced = |error: &anyhow::Error| {
+        error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
+    for _ in 0..ATTEMPTS {
+        match read_private_keys(cluster, number) {
+            Err(error) if replaced(&error) => {}
+            read => return read,
+        }
+    }
+    read_private_keys(cluster, number)
+}
+
+fn read_private_keys(cluster: &Cluster, number: usize) -> Result<Vec<PrivateKey>> {
     let host = cluster.host(number);
     let folder = host.file(KEYS);
     ensure!(mode(&folder)? == 0o700, "{} has mode {:o}", folder.display(), mode(&folder)?);
