@@ -107,7 +107,7 @@ pub fn reconcile<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired, keys: &K
 pub fn reconcile_policy<K: Kernel + ?Sized>(kernel: &mut K, desired: &Desired) -> Outcome {
     let keys = KeyRing::default();
     let mut pass = Pass::new(kernel, desired, &keys, Sweep::Withheld);
-    pass.policy();
+    pass.table(Table::Policy);
     pass.remove();
     pass.outcome
 }
@@ -119,10 +119,8 @@ struct Pass<'a, K: ?Sized> {
     sweep: Sweep,
     actual: Actual,
     removals: Vec<Change>,
-    /// The routes that were read are those that are there: nothing that touches routes was changed since.
-    routes_are_current: bool,
-    /// The same of the IPsec policies.
-    policies_are_current: bool,
+    /// Tables that were read ahead and are there as they were read: nothing that touches them was changed since.
+    current: BTreeSet<Table>,
     /// Why the nftables table is not as desired, if it is not.
     unguarded: Option<String>,
     /// The same of the table of network policy.
@@ -149,8 +147,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
             sweep,
             actual: Actual::default(),
             removals: Vec::new(),
-            routes_are_current: false,
-            policies_are_current: false,
+            current: BTreeSet::new(),
             unguarded: None,
             unpoliced: None,
             unblocked: None,
@@ -169,7 +166,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         }
         let mapped = self.outcome.failures.len() == before;
         let before = self.outcome.failures.len();
-        self.policy();
+        self.table(Table::Policy);
         if self.desired.policy.is_some() {
             self.unpoliced = self.first_reason_since(before);
         }
@@ -177,10 +174,6 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         if mapped {
             self.outcome.lingering = self.kernel.settle_connections(self.desired, self.sweep).err();
         }
-    }
-
-    fn policy(&mut self) {
-        self.table(Table::Policy);
     }
 
     /// Works on a table, and adds to its time.
@@ -191,20 +184,25 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         result
     }
 
+    /// Reads a table and makes what `chosen` says cannot wait for the rest of it.
+    fn ahead(&mut self, table: Table, chosen: fn(&Change) -> bool) {
+        self.timed(table, |pass| {
+            if pass.read(table) {
+                pass.current.insert(table);
+                let mut changes = diff_table(table, pass.desired, &pass.actual, Sweep::Withheld);
+                changes.retain(chosen);
+                pass.apply(changes);
+            }
+        });
+    }
+
     /// The policies that keep plaintext from leaving, before there is a device that could send any.
     fn block(&mut self) {
         if !self.desired.xfrm_policies.values().any(|policy| policy.action == XfrmAction::Block) {
             return;
         }
         let before = self.outcome.failures.len();
-        self.timed(Table::XfrmPolicies, |pass| {
-            pass.policies_are_current = pass.read(Table::XfrmPolicies);
-            if pass.policies_are_current {
-                let mut changes = diff_table(Table::XfrmPolicies, pass.desired, &pass.actual, Sweep::Withheld);
-                changes.retain(Change::blocks);
-                pass.apply(changes);
-            }
-        });
+        self.ahead(Table::XfrmPolicies, Change::blocks);
         self.unblocked = self.first_reason_since(before);
     }
 
@@ -215,11 +213,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
 
     /// Reads a table and makes what has to be made; removals are kept for later.
     fn table(&mut self, table: Table) {
-        let known = match table {
-            Table::Routes => self.routes_are_current,
-            Table::XfrmPolicies => self.policies_are_current,
-            _ => false,
-        };
+        let known = self.current.contains(&table);
         self.timed(table, |pass| {
             if known || pass.read(table) {
                 pass.change(table);
@@ -239,14 +233,7 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
     fn devices_over_unreachable_routes(&mut self) {
         let links_known = self.timed(Table::Links, |pass| pass.read(Table::Links));
         let before = self.outcome.failures.len();
-        self.timed(Table::Routes, |pass| {
-            pass.routes_are_current = pass.read(Table::Routes);
-            if pass.routes_are_current {
-                let mut changes = diff_table(Table::Routes, pass.desired, &pass.actual, Sweep::Withheld);
-                changes.retain(Change::makes_unreachable);
-                pass.apply(changes);
-            }
-        });
+        self.ahead(Table::Routes, Change::makes_unreachable);
         if self.desired.routes.values().any(|route| route.target == RouteTarget::Unreachable) {
             self.floorless = self.first_reason_since(before);
         }
@@ -309,8 +296,12 @@ impl<'a, K: Kernel + ?Sized> Pass<'a, K> {
         }
         let touches_routes =
             |change: &Change| matches!(change.table(), Table::Links | Table::Addresses | Table::Routes);
-        self.routes_are_current &= !changes.iter().any(touches_routes);
-        self.policies_are_current &= !changes.iter().any(|change| change.table() == Table::XfrmPolicies);
+        if changes.iter().any(touches_routes) {
+            self.current.remove(&Table::Routes);
+        }
+        if changes.iter().any(|change| change.table() == Table::XfrmPolicies) {
+            self.current.remove(&Table::XfrmPolicies);
+        }
         let results = self.kernel.apply(&changes, self.keys);
         for (change, result) in changes.into_iter().zip(results) {
             let table = change.table();

@@ -13,6 +13,7 @@ use husk_dataplane::connections;
 use husk_overlay::ipc::Request;
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::prefix::Family;
+use husk_policy::object::Protocol;
 use husk_policy::verdict::Verdict;
 
 use super::{Show, ask, tables};
@@ -78,9 +79,9 @@ impl TraceProtocol {
 impl Options {
     /// What of it does not go together: ports, and protocols that have none.
     pub(super) fn check(&self) -> Result<(), (Wrong, &'static str)> {
-        match (self.protocol, self.port) {
-            (TraceProtocol::Icmp, Some(_)) => Err((Wrong::ArgumentConflict, "ICMP has no ports: leave --port away")),
-            (TraceProtocol::Tcp | TraceProtocol::Udp | TraceProtocol::Sctp, None) => Err((
+        match (Protocol::of(self.protocol.number()), self.port) {
+            (None, Some(_)) => Err((Wrong::ArgumentConflict, "ICMP has no ports: leave --port away")),
+            (Some(_), None) => Err((
                 Wrong::MissingRequiredArgument,
                 "TCP, UDP and SCTP have ports: name that of the destination with --port, or choose --protocol icmp",
             )),
