@@ -21,6 +21,7 @@ mod model;
 pub(crate) mod nfnetlink;
 mod parse;
 mod program;
+mod statements;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

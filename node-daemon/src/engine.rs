@@ -35,6 +35,7 @@ mod top;
 mod trace;
 mod traffic;
 mod usage;
+mod waker;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -53,10 +54,11 @@ use husk_overlay::plan::{Plan, name_taken, plan};
 use husk_overlay::prefix::Prefix;
 use husk_overlay::record::{NodeRecord, Snapshot};
 
-pub use handle::{Ask, Handle, Message, Waker, channel};
+pub use handle::{Handle, channel};
 pub use node::Node;
 pub use policy::Programming;
 pub use state::State;
+pub use waker::{Ask, Message, Waker};
 
 use self::pace::{Cause, Pace};
 use crate::metrics::Live;

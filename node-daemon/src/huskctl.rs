@@ -43,9 +43,6 @@ use crate::report::{DiffReport, IpamReport, KeysReport, PeerReport, ReleaseRepor
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Looks into the Husk daemon of this node.
-///
-/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction), is denied or is not finished;
-/// 2 wrong usage; 3 the daemon does not answer or refuses.
 #[derive(Parser)]
 #[command(name = "huskctl", version, verbatim_doc_comment)]
 pub struct Arguments {
@@ -82,10 +79,9 @@ enum Command {
     Status,
     /// How every peer is reached: endpoint, handshake age, bytes, MTU, and what probing found of the path
     Peers,
-    /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from; exit status 1 if something
-    /// is too small, or a path swallows what it should carry
+    /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from
     Mtu(mtu::Options),
-    /// What the daemon would change in the kernel now; exit status 1 if anything
+    /// What the daemon would change in the kernel now
     Diff,
     /// Address pools, blocks and leases
     #[command(subcommand)]
@@ -97,13 +93,13 @@ enum Command {
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
     /// What becomes of a connection, hop by hop: pod, antispoofing, policy, route, MTU, tunnel and keys, underlay, firewall, address
-    /// translation, live probe; exit status 1 if a hop is broken or denies it, the first of which is told with cause and remedy
+    /// translation, live probe; the first that is broken or denies it is told with cause and remedy
     ///
     /// Nothing is sent but a knock at the other node where its daemon answers no probes, and probes with --probe. What another node
     /// decides is told as that node should see it; what is on its side it tells itself.
     Trace(trace::Options),
     /// The packets of a pod, of another node or of this one, as pods see them or as the network between the nodes does: one line
-    /// each, or a pcap file; exit status 1 if some were lost, or if --verify-encrypted finds plaintext
+    /// each, or a pcap file
     ///
     /// Needs root, in the network namespace of the host. Stops after 10,000 packets or 60 seconds if not told otherwise. Packets
     /// are seen as the interface handles them: with segmentation offload larger than on the wire.
@@ -123,8 +119,7 @@ enum Command {
     /// It stays so until it is released, also when the daemon starts anew. The label husk.dev/quarantine=true on a pod does the
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
-    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
-    /// exit status 1 if something was found
+    /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it
     ///
     /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
     Doctor(doctor::Options),
@@ -168,7 +163,7 @@ enum KeysCommand {
 enum IpamCommand {
     /// Pools, own blocks and leases
     Show,
-    /// Looks for contradictions between leases, blocks and interfaces; exit status 1 if any
+    /// Looks for contradictions between leases, blocks and interfaces
     Check,
     /// Releases the lease of a pod that is gone and was never deleted, as the doctor tells of; refuses if the pod may be there yet
     ///

@@ -10,7 +10,7 @@ use serde::Serializer;
 use serde_json::{Value, json};
 
 use super::NftChange;
-use super::compile::{address_field, meta, payload};
+use super::statements::{address_field, meta, payload};
 
 /// nft's name of a type of addresses.
 pub(super) fn address_type(family: Family) -> &'static str {

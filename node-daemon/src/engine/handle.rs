@@ -1,7 +1,6 @@
 //! How the rest of the daemon talks to the loop.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel as std_channel};
 use std::time::{Duration, Instant};
 
@@ -15,8 +14,8 @@ use husk_overlay::plan::are_mapped;
 use husk_policy::cluster::pod_name;
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use super::State;
 use super::policy_reports::answer;
+use super::{Ask, Message, State, Waker};
 use crate::flows::{Flows, Kinds};
 use crate::line_log::{Client, Event, Logs};
 use crate::metrics::Live;
@@ -30,88 +29,6 @@ const DETACHING: usize = 32;
 
 /// How long it may take to map a pod's ports, or to enforce its policy: less than the plugin waits for its answer.
 const ADMISSION: Duration = Duration::from_secs(8);
-
-/// What the loop's inbox holds.
-pub enum Message {
-    /// Something may have changed.
-    Wake,
-    /// A pod waits for its policy.
-    Enforce,
-    /// What policy is made of may have changed.
-    Policy,
-    /// Somebody wants to know something, or needs an address block.
-    Ask(Ask),
-    /// The daemon ends; the data plane stays.
-    Stop,
-}
-
-/// A question with the place for its answer.
-pub struct Ask {
-    /// The question.
-    pub request: Request,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Response>,
-}
-
-/// Wakes the loop; any number of wakes before the next pass count as one.
-#[derive(Clone)]
-pub struct Waker {
-    inbox: Sender<Message>,
-    pending: Arc<AtomicBool>,
-    urgent: Arc<AtomicBool>,
-    /// Messages of these kinds are on their way.
-    enforcing: Arc<AtomicBool>,
-    policy: Arc<AtomicBool>,
-}
-
-impl Waker {
-    /// Wakes.
-    pub fn wake(&self) {
-        if !self.pending.swap(true, Ordering::AcqRel) {
-            // A loop that has ended needs no wake.
-            let _ = self.inbox.send(Message::Wake);
-        }
-    }
-
-    /// Asks for the policy of pods that have come, at once.
-    pub(super) fn enforce(&self) {
-        if !self.enforcing.swap(true, Ordering::AcqRel) {
-            let _ = self.inbox.send(Message::Enforce);
-        }
-    }
-
-    /// Says that what policy is made of may have changed; that takes no whole pass.
-    pub fn policy(&self) {
-        if !self.policy.swap(true, Ordering::AcqRel) {
-            let _ = self.inbox.send(Message::Policy);
-        }
-    }
-
-    /// Policy is about to be enforced: later changes need a message of their own.
-    pub(super) fn clear_policy(&self) {
-        self.enforcing.swap(false, Ordering::AcqRel);
-        self.policy.swap(false, Ordering::AcqRel);
-    }
-
-    /// Wakes for a pass at once, since somebody waits for what it will do.
-    pub(super) fn hurry(&self) {
-        if !self.urgent.swap(true, Ordering::AcqRel) {
-            let _ = self.inbox.send(Message::Wake);
-        }
-    }
-
-    /// True if somebody waits for the next pass.
-    pub(super) fn is_urgent(&self) -> bool {
-        self.urgent.load(Ordering::Acquire)
-    }
-
-    /// The pass begins: later changes need a wake of their own.
-    pub(super) fn clear(&self) {
-        // Acquires what the waker did before it found a wake pending.
-        self.pending.swap(false, Ordering::AcqRel);
-        self.urgent.swap(false, Ordering::AcqRel);
-    }
-}
 
 /// A handle on the loop.
 #[derive(Clone)]
@@ -135,13 +52,7 @@ type IndexOf = fn(&InterfaceName) -> Result<Option<u32>, husk_dataplane::Error>;
 #[must_use]
 pub fn channel(state: watch::Receiver<State>, leases: LeaseStore) -> (Handle, Receiver<Message>) {
     let (inbox, receiver) = std_channel();
-    let waker = Waker {
-        inbox: inbox.clone(),
-        pending: Arc::default(),
-        urgent: Arc::default(),
-        enforcing: Arc::default(),
-        policy: Arc::default(),
-    };
+    let waker = Waker::new(inbox.clone());
     let detaching = Arc::new(Semaphore::new(DETACHING));
     let index_of = pod::host_interface_index;
     let (flows, live, logs, page) = (Flows::default(), Live::default(), Logs::default(), Served::default());

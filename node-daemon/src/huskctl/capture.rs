@@ -54,8 +54,7 @@ pub(super) struct Options {
     /// Keep only so many bytes of each packet
     #[arg(long, value_name = "BYTES", default_value_t = WHOLE, value_parser = clap::value_parser!(u32).range(64..=i64::from(WHOLE)))]
     snaplen: u32,
-    /// Send datagrams with a random marker through the tunnel to the node, and look for them on the wire; exit status 1 if they are
-    /// seen, or if nothing is
+    /// Send datagrams with a random marker through the tunnel to the node, and look for them on the wire
     #[arg(long, conflicts_with_all = ["inner", "outer", "write", "filter", "snaplen", "count", "duration"])]
     verify_encrypted: bool,
 }

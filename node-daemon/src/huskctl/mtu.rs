@@ -17,8 +17,7 @@ use crate::report::MtuReport;
 #[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Options {
     /// The ledger of something else, without asking the daemon: mode=MODE,underlay=BYTES, and if wanted family=ipv4 or
-    /// family=ipv6 (of the underlay; without it both) and udp=PORT (ESP in UDP). Exit status 1 if it leaves too little for a
-    /// family
+    /// family=ipv6 (of the underlay; without it both) and udp=PORT (ESP in UDP).
     ///
     /// For example: huskctl mtu --what-if mode=vxlan-ipsec,underlay=9001
     #[arg(long, value_name = "KEY=VALUE,...")]
@@ -32,8 +31,6 @@ pub(super) struct Options {
 enum Command {
     /// Sends packets of the promised size to a peer now, and if they vanish looks for the size that passes; the range that is
     /// still open is told on standard error
-    ///
-    /// Exit status: 0 what is promised passes; 1 less does, or there is no answer; 3 there is no such peer, or no daemon.
     Probe(probe::Options),
 }
 

@@ -13,7 +13,7 @@ use crate::report::{PodPolicyReport, PodPolicyState, PolicyReport, QuarantineRep
 pub(super) enum PolicyCommand {
     /// The policies of the cluster and which pods of this node they select, what was denied, how long programming takes
     List,
-    /// The rules of a pod, in the order in which they are asked; exit status 1 if they are not in the kernel
+    /// The rules of a pod, in the order in which they are asked
     Show {
         /// NAMESPACE/NAME, NAME in the namespace default, or an address
         pod: String,

@@ -203,6 +203,7 @@ pub(super) const ENTRIES: &[Entry] = &[
 
 /// What the exit status means where nothing was found, and else.
 const WELL: &str = "all is well";
+const FOUND: &str = "something was found (a difference, an issue, a contradiction), is denied or is not finished";
 const USAGE: &str = "wrong usage";
 const REFUSED: &str = "the daemon does not answer or refuses, or what was asked for could not be done";
 
@@ -226,7 +227,9 @@ const FILES: &[(&str, &str)] = &[
 /// The definition of `huskctl` with all that is said here.
 #[must_use]
 pub(super) fn command() -> Command {
-    ENTRIES.iter().fold(Arguments::command(), |command, entry| {
+    let command = Arguments::command();
+    let statuses = exit_statuses(Some(FOUND), &command);
+    ENTRIES.iter().fold(command.after_long_help(statuses), |command, entry| {
         let words: Vec<&str> = entry.command.split(' ').collect();
         attach(command, &words, entry)
     })
@@ -235,7 +238,7 @@ pub(super) fn command() -> Command {
 fn attach(command: Command, words: &[&str], entry: &Entry) -> Command {
     let Some((first, rest)) = words.split_first() else {
         let short = examples(entry, &command);
-        let long = format!("{short}\n\n{}", exit_statuses(entry, &command));
+        let long = format!("{short}\n\n{}", exit_statuses(entry.found, &command));
         return command.after_help(short).after_long_help(long);
     };
     command.mut_subcommand(first, |below| attach(below, rest, entry))
@@ -250,10 +253,10 @@ fn examples(entry: &Entry, command: &Command) -> String {
     text
 }
 
-fn exit_statuses(entry: &Entry, command: &Command) -> String {
+fn exit_statuses(found: Option<&str>, command: &Command) -> String {
     let heading = command.get_styles().get_header();
     let mut text = format!("{heading}Exit status:{heading:#}");
-    for (status, meaning) in statuses(entry.found) {
+    for (status, meaning) in statuses(found) {
         let _ = write!(text, "\n  {status}  {meaning}");
     }
     text
@@ -276,7 +279,7 @@ fn besides(words: &str) -> Vec<Section> {
         terms.iter().map(|(term, meaning)| Paragraph::Term((*term).into(), (*meaning).into())).collect()
     };
     let entry = ENTRIES.iter().find(|entry| entry.command == words);
-    let found = entry.map_or(Some("something was found: a difference, an issue, a contradiction"), |entry| entry.found);
+    let found = entry.map_or(Some(FOUND), |entry| entry.found);
     let statuses = statuses(found).into_iter().map(|(status, meaning)| Paragraph::Term(status.to_string(), meaning));
     let mut sections = vec![Section { heading: "EXIT STATUS", content: statuses.collect() }];
     if words.is_empty() {
@@ -319,98 +322,4 @@ fn table() -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::huskctl::schemas;
-
-    /// Commands without subcommands that have to be given.
-    fn commands(command: &Command, words: &str, all: &mut BTreeSet<String>) {
-        for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
-            let words = format!("{words} {}", below.get_name());
-            let words = words.trim_start();
-            if !below.is_subcommand_required_set() {
-                all.insert(words.to_owned());
-            }
-            commands(below, words, all);
-        }
-    }
-
-    #[test]
-    fn every_command_has_its_entry_and_every_entry_its_command() {
-        let mut defined = BTreeSet::new();
-        commands(&Arguments::command(), "", &mut defined);
-        let told: BTreeSet<String> = ENTRIES.iter().map(|entry| entry.command.to_owned()).collect();
-        assert_eq!(told, defined);
-        assert_eq!(told.len(), ENTRIES.len(), "one is there twice");
-    }
-
-    #[test]
-    fn every_report_has_a_schema_and_every_schema_a_command() {
-        let mut told: BTreeSet<&str> = ENTRIES.iter().flat_map(|entry| entry.schemas).copied().collect();
-        // The lines of the log files that the daemon writes.
-        told.insert("log");
-        let defined: BTreeSet<&str> = schemas::ALL.iter().map(|(name, _)| *name).collect();
-        assert_eq!(told, defined);
-    }
-
-    #[test]
-    fn examples_are_commands_that_exist() {
-        let definition = command();
-        for entry in ENTRIES {
-            assert!(!entry.examples.is_empty(), "{}", entry.command);
-            for (_, line) in entry.examples {
-                let (_, line) = line.split_once("huskctl").unwrap();
-                let line = line.split(['|', '>', ')']).next().unwrap();
-                // What a shell does with quotes.
-                let line = line.replace("'port 5432'", "port\u{a0}5432");
-                let words = line.split(' ').filter(|word| !word.is_empty()).map(|word| word.replace('\u{a0}', " "));
-                let words = std::iter::once("huskctl".to_owned()).chain(words);
-                let parsed = definition.clone().try_get_matches_from(words).unwrap_or_else(|error| panic!("{error}"));
-                let mut path = Vec::new();
-                let mut matches = Some(&parsed);
-                while let Some((name, below)) = matches.and_then(|it| it.subcommand()) {
-                    path.push(name.to_owned());
-                    matches = Some(below);
-                }
-                assert_eq!(path.join(" "), entry.command, "{line}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_documentation_has_every_command() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/huskctl.md");
-        let text = std::fs::read_to_string(path).unwrap();
-        assert!(text.contains(&table()), "docs/huskctl.md lacks this table:\n{}", table());
-        for entry in ENTRIES {
-            let heading = format!("\n### huskctl {}\n", entry.command);
-            assert!(text.contains(&heading), "docs/huskctl.md lacks {heading:?}");
-        }
-        for line in text.lines().filter_map(|line| line.strip_prefix("### huskctl ")) {
-            assert!(
-                ENTRIES.iter().any(|entry| entry.command == line),
-                "docs/huskctl.md has a command too many: {line}"
-            );
-        }
-    }
-
-    #[test]
-    fn every_command_has_a_page_with_its_sections() {
-        let pages = manual().pages();
-        let names: Vec<&str> = pages.iter().map(|(name, _)| name.as_str()).collect();
-        for entry in ENTRIES {
-            let name = format!("huskctl-{}.1", entry.command.replace(' ', "-"));
-            let at = names.iter().position(|it| **it == name).unwrap_or_else(|| panic!("{name} is not in {names:?}"));
-            let text = String::from_utf8(pages[at].1.clone()).unwrap();
-            for heading in ["NAME", "SYNOPSIS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"] {
-                assert!(
-                    text.contains(&format!(".SH {heading}\n")) || text.contains(&format!(".SH \"{heading}\"\n")),
-                    "{name}: {heading}"
-                );
-            }
-        }
-        assert!(names.contains(&"huskctl.1"));
-    }
-}
+mod tests;

@@ -20,11 +20,11 @@ const NAMED: usize = 5;
 /// How to rotate.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Options {
-    /// Wait until the old key is gone; what it waits for is told on standard error. Exit status 1 if that takes too long
+    /// Wait until the old key is gone; what it waits for is told on standard error
     #[arg(long)]
     wait: bool,
     /// Seconds to wait at most; the grace period (keys.grace) is part of every rotation
-    #[arg(long, requires = "wait", default_value_t = 180)]
+    #[arg(long, requires = "wait", value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
 }
 

@@ -68,7 +68,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=256))]
     log_size: u64,
     /// Seconds after which what was not collected yet is left out
-    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
 }
 

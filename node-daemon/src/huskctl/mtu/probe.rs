@@ -21,7 +21,7 @@ pub(super) struct Options {
     /// Name of the node, as in huskctl peers
     peer: String,
     /// Seconds to wait at most; a search takes up to 30
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
 }
 
@@ -69,6 +69,9 @@ fn progress(paths: &[PathReport], started: &ProbeStarted) -> String {
     let words = paths.iter().map(|it| {
         let (family, promised) = (it.path.family, it.report.promised);
         match it.report.standing {
+            Standing::Searching { passes: 0, fails } => {
+                format!("{family}: {fails} bytes do not pass, smaller sizes are open")
+            }
             Standing::Searching { passes, fails } => {
                 let open = fails.saturating_sub(passes).saturating_sub(1);
                 format!("{family}: {passes} bytes pass, {fails} do not, {open} sizes are open")
@@ -151,6 +154,8 @@ mod tests {
         let line = told(&[search(1280, 1450), path(Family::Ipv6, Standing::Verified, Some(101))]);
         assert_eq!(line, "IPv4: 1280 bytes pass, 1450 do not, 169 sizes are open; IPv6: 1450 bytes pass");
         assert_eq!(told(&[search(1350, 1351)]), "IPv4: 1350 bytes pass, 1351 do not, 0 sizes are open");
+        // Before a small one is answered, nothing is known to pass.
+        assert_eq!(told(&[search(0, 1450)]), "IPv4: 1450 bytes do not pass, smaller sizes are open");
         // Between the look that found the answer and this one the search may have ended.
         assert_eq!(told(&[search(1351, 1351)]), "IPv4: 1351 bytes pass, 1351 do not, 0 sizes are open");
     }
