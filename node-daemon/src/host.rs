@@ -7,7 +7,7 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -428,10 +428,7 @@ fn netns_of(endpoint: &Endpoint) -> Result<Netns, Error> {
 
 fn send_greetings(routers: &[IpAddr]) {
     for router in routers {
-        let from: IpAddr = match router {
-            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
+        let from = Family::of(*router).unspecified();
         if let Err(error) = UdpSocket::bind((from, 0)).and_then(|socket| socket.send_to(&[], (*router, DISCARD))) {
             tracing::debug!(%router, %error, "the session with this peer starts with its first packet");
         }

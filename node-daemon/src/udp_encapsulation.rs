@@ -2,7 +2,7 @@
 //! for it. This process does nothing else, `huskd udp-encapsulation --port 4500`, a [companion](crate::companion) of the
 //! daemon: the kernel does all the work, and goes on doing it while the daemon is dead or restarted.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -64,11 +64,7 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 fn open(port: u16, family: Family) -> Result<UdpSocket> {
-    let any: IpAddr = match family {
-        Family::Ipv4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::Ipv6 => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    xfrm::encapsulation_socket(SocketAddr::new(any, port)).map_err(|error| match error.errno() {
+    xfrm::encapsulation_socket(SocketAddr::new(family.unspecified(), port)).map_err(|error| match error.errno() {
         Some(Errno::EADDRINUSE) => anyhow::anyhow!(
             "UDP port {port} is taken by another program: `ss -ulpn 'sport = :{port}'` says by which; an IKE daemon has 4500"
         ),
@@ -80,6 +76,8 @@ fn open(port: u16, family: Family) -> Result<UdpSocket> {
 #[cfg(test)]
 mod tests {
     use husk_dataplane::netns::Netns;
+
+    use std::net::Ipv4Addr;
 
     use super::*;
 

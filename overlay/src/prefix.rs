@@ -29,6 +29,15 @@ impl Family {
         if address.is_ipv4() { Self::Ipv4 } else { Self::Ipv6 }
     }
 
+    /// `0.0.0.0` or `::`.
+    #[must_use]
+    pub fn unspecified(self) -> IpAddr {
+        match self {
+            Self::Ipv4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::Ipv6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        }
+    }
+
     /// Bits in an address of this family.
     #[must_use]
     pub fn bits(self) -> u8 {
@@ -92,11 +101,7 @@ impl Prefix {
     /// `0.0.0.0/0` or `::/0`.
     #[must_use]
     pub fn default_route(family: Family) -> Self {
-        let any = match family {
-            Family::Ipv4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            Family::Ipv6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
-        Self::containing(any, 0).expect("zero fits every family")
+        Self::containing(family.unspecified(), 0).expect("zero fits every family")
     }
 
     /// First address.

@@ -11,8 +11,9 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::kubernetes::{IMAGE, Kubectl, Kubernetes, KubernetesPod, NAMESPACE, NodeService, render, step};
 use husk_tests::probe::tcp::{self, Flow};
 use husk_tests::probe::{Datagram, Echo, EchoServer, Stream};
+use husk_tests::process::Program;
 use husk_tests::state::HostState;
-use husk_tests::{Family, Leak, Netns, Signal, eventually};
+use husk_tests::{Family, Leak, Netns, Signal, eventually, patience};
 use serde_json::{Value, json};
 
 /// How long a change may take until every node has it.
@@ -31,8 +32,9 @@ const NODE_PORT: u16 = 30700;
 type Step = (&'static str, fn(&Bench) -> Result<()>);
 
 /// Steps that share a cluster: bringing one up takes longer than most of them.
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     ("nodes are ready and say so", nodes_are_ready_and_say_so),
+    ("huskctl on a node, out of the container, sees what the container cannot", huskctl_runs_on_nodes),
     ("pods reach each other and the wire tells nothing of them", pods_reach_each_other),
     ("services by cluster address and node port, from everywhere", services_are_reached),
     ("host ports, by husk and by the chained portmap", host_ports_lead_to_pods),
@@ -103,6 +105,54 @@ fn nodes_are_ready_and_say_so(bench: &Bench) -> Result<()> {
         let status = node.host().huskctl_json(["status"])?;
         ensure!(status["ready"] == true && status["source"] == "Kubernetes API", "{status}");
         ensure!(status["issues"].as_array().is_some_and(Vec::is_empty), "{}", status["issues"]);
+    }
+    Ok(())
+}
+
+/// As docs/huskctl.md has it under "On a node of Kubernetes", and docs/support-bundle.md.
+fn huskctl_runs_on_nodes(bench: &Bench) -> Result<()> {
+    let (admin, node) = (bench.admin(), bench.kubernetes.node(1));
+    let here = |arguments: &str| {
+        let script = format!("exec /proc/$(pidof -s huskd)/root/usr/local/bin/huskctl {arguments}");
+        node.program("sh").args(["-c", &script]).limit(patience(Duration::from_secs(60))).run()
+    };
+    let doctor = here("doctor -o json")?;
+    ensure!(matches!(doctor.status.code(), Some(0 | 1)), "{doctor:?}");
+    let report: Value = serde_json::from_str(&doctor.stdout)?;
+    let checks = report["checks"].as_array().context("checks")?;
+    let of = |id: &str| checks.iter().find(|check| check["id"] == id);
+    // In the container it cannot be seen who loads what at boot, what else is installed, and nobody answers a ping.
+    for id in ["daemon", "peers", "cni-config-order", "other-cni", "forwarding", "systemd-networkd"] {
+        let check = of(id).with_context(|| format!("no check {id} in {report}"))?;
+        ensure!(check["outcome"] != "unknown", "{check}");
+    }
+    let capture = here("capture host --outer --duration 1 -o json")?;
+    ensure!(capture.status.code() == Some(0), "{capture:?}");
+
+    let selector = format!("spec.nodeName={}", node.name());
+    let name = ["get", "pods", "--selector", "app.kubernetes.io/name=husk", "--output", "name", "--field-selector"];
+    let pod = admin.run(["--namespace", "husk-system"].into_iter().chain(name).chain([selector.as_str()]))?;
+    let bundle = node.file("/run/bundle.tar.gz");
+    let script = r#""$0" -n husk-system exec "$1" -c huskd -- huskctl support-bundle --file - >"$2""#;
+    let kubeconfig = ("KUBECONFIG".to_owned(), admin.kubeconfig().as_os_str().to_owned());
+    let path = ("PATH".to_owned(), std::env::var_os("PATH").unwrap_or_default());
+    let told = node
+        .netns()
+        .program("sh")
+        .environment([path, kubeconfig])
+        .args([
+            std::ffi::OsStr::new("-c"),
+            script.as_ref(),
+            admin.path().as_ref(),
+            pod.trim().as_ref(),
+            bundle.as_ref(),
+        ])
+        .limit(patience(Duration::from_secs(120)))
+        .run()?;
+    ensure!(told.status.code() == Some(0) && told.stderr.contains("The bundle ("), "{told:?}");
+    let list = Program::new("tar").args([std::ffi::OsStr::new("-tzf"), bundle.as_ref()]).check()?;
+    for entry in ["/reports/status.json", "/reports/doctor.json", "/husk/", "/network/", "/index.json"] {
+        ensure!(list.contains(entry), "{entry} is not in {list}");
     }
     Ok(())
 }

@@ -28,7 +28,9 @@ impl Error {
                 None => TRIED_AGAIN,
             },
             Self::Capture { .. } => match self.errno() {
-                Some(Errno::EPERM | Errno::EACCES) => "capture as root, or with the capability CAP_NET_RAW",
+                Some(Errno::EPERM | Errno::EACCES) => {
+                    "capture as root, or with the capability CAP_NET_RAW; a container of Kubernetes lacks it, its node has it (docs/huskctl.md)"
+                }
                 Some(Errno::ENODEV | Errno::ENXIO) => {
                     "look for the interface with `ip link`; it may have gone just now"
                 }

@@ -11,7 +11,7 @@ use husk_overlay::ipc::Response;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::{InterfaceName, NodeName};
 use husk_overlay::plan::PeerPlan;
-use husk_overlay::prefix::Prefix;
+use husk_overlay::prefix::{Family, Prefix};
 use husk_policy::cluster::DEFAULT_NAMESPACE;
 
 use super::{Engine, Node, Pass};
@@ -154,11 +154,19 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         };
         // Whatever goes to it or to its pods, in whichever form.
         let any = Filter { clauses: vec![std::iter::once(at_peer).chain(inside).collect()] };
-        let verify = peer.probe.values().next().map(|target| VerifyPath {
+        // In mode direct nodes probe each other from their own addresses; pods' packets come from within the cluster, and what is
+        // sent from one comes from the address that the route says.
+        let sender = |inside: IpAddr| {
+            let target = peer.probe.get(&Family::of(inside));
+            target.map_or(Family::of(inside).unspecified(), |target| target.own)
+        };
+        let inside: BTreeMap<IpAddr, IpAddr> = peer.router.iter().map(|inside| (inside, sender(inside))).collect();
+        let verify = peer.mtu.filter(|_| !inside.is_empty()).map(|mtu| VerifyPath {
             node: name.clone(),
             underlay,
-            own: target.own,
-            inside: peer.router.iter().next().unwrap_or(target.address),
+            inside,
+            stack: peer.ledger.stack.clone(),
+            mtu,
             tap: Tap { interface, filter: any },
         });
         Ok(CaptureReport {

@@ -55,7 +55,8 @@ const INDEX: &str = "index.json";
 /// What to collect, and where to.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Options {
-    /// File to write, which must not exist; husk-support-NODE-TIME.tar.gz in the current directory if left out
+    /// File to write, which must not exist, or - for standard output; husk-support-NODE-TIME.tar.gz in the current directory if
+    /// left out
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     file: Option<PathBuf>,
     /// Configuration file of the daemon
@@ -137,7 +138,13 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> Resul
     bundle.collect(&items(&places), options)?;
     let (summary, bytes) = bundle.finish()?;
     let withheld = !summary.withheld.is_empty();
-    Ok((show.text(&summary, |summary| table(summary, bytes))?, withheld))
+    let text = show.text(&summary, |summary| table(summary, bytes))?;
+    if summary.file == Path::new(archive::OUTPUT) {
+        // Who does not read this has index.json.
+        let _ = write!(std::io::stderr(), "{text}");
+        return Ok((String::new(), withheld));
+    }
+    Ok((text, withheld))
 }
 
 fn read_config(path: &Path) -> Option<Value> {
@@ -265,9 +272,11 @@ impl Bundle {
 
 fn table(summary: &Summary, bytes: u64) -> String {
     let Summary { entries, missing, withheld, .. } = summary;
-    let file = summary.file.display();
     let size = super::tables::bytes(bytes);
-    let mut text = format!("{file} ({size}, mode 0600) has {} entries.\n", entries.len());
+    let mut text = match &summary.file {
+        file if file == Path::new(archive::OUTPUT) => format!("The bundle ({size}) has {} entries.\n", entries.len()),
+        file => format!("{} ({size}, mode 0600) has {} entries.\n", file.display(), entries.len()),
+    };
     if !missing.is_empty() {
         let _ = writeln!(text, "{} more could not be had; {ERRORS} in it says why.", missing.len());
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use husk_dataplane::capture::Filter;
 use husk_overlay::mode::Mode;
+use husk_overlay::mtu::Stack;
 use husk_overlay::name::{InterfaceName, NodeName};
 use serde::{Deserialize, Serialize};
 
@@ -60,10 +61,12 @@ pub struct VerifyPath {
     pub node: NodeName,
     /// Its underlay address.
     pub underlay: IpAddr,
-    /// Own address inside the tunnel.
-    pub own: IpAddr,
-    /// Its address inside the tunnel.
-    pub inside: IpAddr,
+    /// Its addresses inside the tunnel, each with the own address to send from.
+    pub inside: BTreeMap<IpAddr, IpAddr>,
+    /// What the tunnel puts around a packet.
+    pub stack: Stack,
+    /// MTU in bytes inside the tunnel.
+    pub mtu: u32,
     /// Where its packets are on the underlay, in whichever form.
     pub tap: Tap,
 }

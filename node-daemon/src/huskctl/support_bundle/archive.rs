@@ -1,7 +1,7 @@
 //! The file that is given away: entries under one folder, gzip, mode 0600, nothing overwritten.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write as _};
+use std::io::{self, BufWriter, IsTerminal as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -10,32 +10,64 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use tar::{Builder, EntryType, Header};
 
-/// An archive that is being written; it is removed if it is not finished.
+/// Stands for standard output.
+pub(super) const OUTPUT: &str = "-";
+
+/// An archive that is being written; a file is removed if it is not finished.
 pub(super) struct Archive {
     path: PathBuf,
     folder: String,
     /// Seconds since the epoch, of every entry.
     time: u64,
-    builder: Option<Builder<GzEncoder<BufWriter<File>>>>,
+    builder: Option<Builder<GzEncoder<BufWriter<Place>>>>,
+}
+
+/// Where it goes.
+struct Place {
+    to: To,
+    bytes: u64,
+}
+
+enum To {
+    File(File),
+    Output(io::Stdout),
+}
+
+impl io::Write for Place {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = match &mut self.to {
+            To::File(file) => file.write(bytes),
+            To::Output(output) => output.write(bytes),
+        }?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.to {
+            To::File(file) => file.sync_all(),
+            To::Output(output) => output.flush(),
+        }
+    }
 }
 
 impl Archive {
-    /// Begins a new file.
+    /// Begins a new file, or for [`OUTPUT`] on standard output.
     ///
     /// # Errors
-    /// When it exists, or cannot be made.
+    /// When the file exists, or cannot be made, or standard output is a terminal.
     pub(super) fn create(path: &Path, folder: &str, time: u64) -> Result<Self> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let file = file.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => {
-                anyhow::anyhow!("{} exists, and nothing is overwritten; name another with --file", path.display())
-            }
-            _ => anyhow::Error::new(error).context(format!(
-                "cannot create {}; go to a directory with room, or name a file with --file",
-                path.display()
-            )),
-        })?;
-        let encoder = GzEncoder::new(BufWriter::new(file), Compression::default());
+        let to = if path == Path::new(OUTPUT) {
+            let output = io::stdout();
+            anyhow::ensure!(
+                !output.is_terminal(),
+                "standard output is a terminal, which has no use for an archive: lead it into a file, or name one with --file"
+            );
+            To::Output(output)
+        } else {
+            To::File(new_file(path)?)
+        };
+        let encoder = GzEncoder::new(BufWriter::new(Place { to, bytes: 0 }), Compression::default());
         Ok(Self { path: path.to_owned(), folder: folder.to_owned(), time, builder: Some(Builder::new(encoder)) })
     }
 
@@ -52,7 +84,7 @@ impl Archive {
         let path = format!("{}/{name}", self.folder);
         let builder = self.builder.as_mut().expect("it is there until the archive is finished");
         let added = builder.append_data(&mut header, &path, content);
-        added.with_context(|| format!("cannot write {name} to {}", self.path.display()))
+        added.with_context(|| format!("cannot write {name} to {}", self.name()))
     }
 
     /// Writes the end, and returns the bytes of the file.
@@ -64,23 +96,43 @@ impl Archive {
         let finished = (|| {
             let mut file = builder.into_inner()?.finish()?;
             file.flush()?;
-            file.get_ref().sync_all()?;
-            Ok(file.get_ref().metadata()?.len())
+            Ok(file.get_ref().bytes)
         })();
         if finished.is_err() {
+            self.remove();
+        }
+        finished.map_err(|error: io::Error| anyhow::Error::new(error).context(format!("cannot write {}", self.name())))
+    }
+
+    fn name(&self) -> String {
+        if self.path == Path::new(OUTPUT) { "standard output".into() } else { self.path.display().to_string() }
+    }
+
+    /// Half an archive helps nobody.
+    fn remove(&self) {
+        if self.path != Path::new(OUTPUT) {
             let _ = fs::remove_file(&self.path);
         }
-        finished.map_err(|error: io::Error| {
-            anyhow::Error::new(error).context(format!("cannot write {}", self.path.display()))
-        })
     }
+}
+
+fn new_file(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    file.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            anyhow::anyhow!("{} exists, and nothing is overwritten; name another with --file", path.display())
+        }
+        _ => anyhow::Error::new(error).context(format!(
+            "cannot create {}; go to a directory with room, or name a file with --file, - for standard output",
+            path.display()
+        )),
+    })
 }
 
 impl Drop for Archive {
     fn drop(&mut self) {
         if self.builder.take().is_some() {
-            // Half an archive helps nobody.
-            let _ = fs::remove_file(&self.path);
+            self.remove();
         }
     }
 }
