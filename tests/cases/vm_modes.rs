@@ -111,7 +111,7 @@ fn explained(cluster: &Cluster, pods: &[Served], underlay: Family) -> Result<()>
     }
     let verified = one.huskctl(["capture", "host2", "--verify-encrypted"])?;
     ensure!(verified.status.code() == Some(0) && verified.stdout.contains("ENCRYPTED"), "{verified:?}");
-    ensure!(verified.stdout.contains("ESP") && verified.stdout.contains("0 of them held the marker"), "{verified:?}");
+    ensure!(verified.stdout.contains("ESP") && verified.stdout.contains("0 packets held the marker"), "{verified:?}");
     Ok(())
 }
 
