@@ -1,7 +1,7 @@
 //! The troubleshooting command `huskctl`: asks the daemon, prints tables for people or JSON for scripts.
 //!
-//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
-//! 2 wrong usage, 3 the daemon does not answer or refused.
+//! Exit status: 0 all is well, 1 something was found (a difference, an issue that is more than a warning, a contradiction), is denied
+//! or is not finished, 2 wrong usage, 3 the daemon does not answer or refused.
 
 mod capture;
 mod doctor;
@@ -44,8 +44,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Looks into the Husk daemon of this node.
 ///
-/// Exit status: 0 all is well; 1 something was found (a difference, an issue, a contradiction), is denied or is not finished;
-/// 2 wrong usage; 3 the daemon does not answer or refuses.
+/// Exit status: 0 all is well; 1 something was found (a difference, an issue that is more than a warning, a contradiction), is
+/// denied or is not finished; 2 wrong usage; 3 the daemon does not answer or refuses.
 #[derive(Parser)]
 #[command(name = "huskctl", version, verbatim_doc_comment)]
 pub struct Arguments {
@@ -82,8 +82,8 @@ enum Command {
     Status,
     /// How every peer is reached: endpoint, handshake age, bytes, MTU, and what probing found of the path
     Peers,
-    /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from; exit status 1 if something
-    /// is too small, or a path swallows what it should carry
+    /// Where the bytes of a full-sized packet go, for every peer, and where their number comes from; exit status 1 if too
+    /// little is left for a family, or something else about an MTU is more than a warning
     Mtu(mtu::Options),
     /// What the daemon would change in the kernel now; exit status 1 if anything
     Diff,
@@ -124,7 +124,7 @@ enum Command {
     /// same on whichever node it is.
     Quarantine(policy::QuarantineOptions),
     /// Looks at everything around the overlay that is known to break it: what is wrong, where that is seen, and what mends it;
-    /// exit status 1 if something was found
+    /// exit status 1 if something was found that is more than a warning
     ///
     /// Works without the daemon, too. --fix applies what is safe to apply, and asks before each.
     Doctor(doctor::Options),

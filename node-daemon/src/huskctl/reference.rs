@@ -26,7 +26,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "status",
         schemas: &["status"],
-        found: Some("the node is not ready, or has an issue that is more than a warning"),
+        found: Some("the node is not ready, or an issue is more than a warning"),
         examples: &[
             ("Is anything wrong on this node?", "huskctl status"),
             ("The kinds of issues, for a script", "huskctl status -o json | jq -r '.issues[].kind'"),
@@ -41,7 +41,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "mtu",
         schemas: &["mtu", "mtu-what-if"],
-        found: Some("something is too small, or a path swallows what it should carry"),
+        found: Some("too little is left for a family, or something else about an MTU is more than a warning"),
         examples: &[
             ("Where do the bytes of a full-sized packet go?", "huskctl mtu"),
             ("What would be left in another mode?", "huskctl mtu --what-if mode=vxlan-ipsec,underlay=9001"),
@@ -160,7 +160,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "doctor",
         schemas: &["doctor", "doctor-checks"],
-        found: Some("something was found, and is still there"),
+        found: Some("something was found that is more than a warning, and is still there"),
         examples: &[
             ("What around the overlay is known to break it?", "huskctl doctor"),
             ("Mend what is safe to mend, asking before each", "huskctl doctor --fix"),
@@ -205,6 +205,11 @@ pub(super) const ENTRIES: &[Entry] = &[
 const WELL: &str = "all is well";
 const USAGE: &str = "wrong usage";
 const REFUSED: &str = "the daemon does not answer or refuses, or what was asked for could not be done";
+
+/// How much what was found hurts, and what that has to do with the exit status: for all commands that tell it.
+const SEVERITIES: &str = "What is wrong is a warning (traffic flows as it should; somebody ought to look), an ERROR (some traffic does not \
+     flow) or BLOCKS (the node takes no pods), and is the same in status, mtu, doctor, the page and the metrics. A warning alone leaves \
+     the exit status 0.";
 
 /// Environment variables, and what they do.
 const ENVIRONMENT: &[(&str, &str)] = &[
@@ -280,6 +285,7 @@ fn besides(words: &str) -> Vec<Section> {
     let statuses = statuses(found).into_iter().map(|(status, meaning)| Paragraph::Term(status.to_string(), meaning));
     let mut sections = vec![Section { heading: "EXIT STATUS", content: statuses.collect() }];
     if words.is_empty() {
+        sections[0].content.push(Paragraph::Text(SEVERITIES.into()));
         sections.push(Section { heading: "ENVIRONMENT", content: terms(ENVIRONMENT) });
         sections.push(Section { heading: "FILES", content: terms(FILES) });
     }
@@ -384,6 +390,9 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/huskctl.md");
         let text = std::fs::read_to_string(path).unwrap();
         assert!(text.contains(&table()), "docs/huskctl.md lacks this table:\n{}", table());
+        // However the lines are broken.
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words(&text).contains(&words(SEVERITIES)), "docs/huskctl.md lacks: {SEVERITIES}");
         for entry in ENTRIES {
             let heading = format!("\n### huskctl {}\n", entry.command);
             assert!(text.contains(&heading), "docs/huskctl.md lacks {heading:?}");
