@@ -181,6 +181,7 @@ impl Node for Host {
             routes,
             wireguard,
             probed: self.probing.as_ref().map(Probing::limits).unwrap_or_default(),
+            silent: self.probing.as_ref().map(Probing::silent).unwrap_or_default(),
             offload: self.offload.as_ref().map(OffloadTesting::offload).unwrap_or_default(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
@@ -251,8 +252,7 @@ impl Node for Host {
     }
 
     fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
-        // A plugin chained behind may have given the pod less.
-        Ok(pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))?)
+        Ok(deviations(endpoint, mtu)?)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
@@ -410,6 +410,15 @@ impl Node for Host {
             tracing::warn!(%error, "kernel parameters as found cannot be kept; cleanup will not bring them back");
         }
     }
+}
+
+/// How a pod with this MTU in bytes deviates from what was wired, on the host and inside.
+///
+/// # Errors
+/// When its network namespace is not to be had, or is another by now; those of netlink.
+pub(crate) fn deviations(endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>, Error> {
+    // A plugin chained behind may have given the pod less.
+    pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))
 }
 
 /// The network namespace of a pod, if it is still the one that the pod was connected in.

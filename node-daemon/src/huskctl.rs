@@ -1,7 +1,7 @@
 //! The troubleshooting command `huskctl`: asks the daemon, prints tables for people or JSON for scripts.
 //!
-//! Exit status: 0 all is well, 1 something was found (a difference, an issue, a contradiction), is denied or is not finished,
-//! 2 wrong usage, 3 the daemon does not answer or refused.
+//! Exit status: 0 all is well, 1 something was found (a difference, an issue that is more than a warning, a contradiction), is denied
+//! or is not finished, 2 wrong usage, 3 the daemon does not answer or refused.
 
 mod capture;
 mod doctor;

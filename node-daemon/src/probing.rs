@@ -135,6 +135,12 @@ impl Probing {
         self.0.lock().prober.limits()
     }
 
+    /// Paths on which nothing is answered ([`Prober::silent`]); none if the thread has ended, which asks nobody any more.
+    #[must_use]
+    pub fn silent(&self) -> BTreeSet<Path> {
+        if self.is_over() { BTreeSet::new() } else { self.0.lock().prober.silent(since_boot()) }
+    }
+
     /// The thread has ended, which only a panic brings about; the log tells of it.
     #[must_use]
     pub fn is_over(&self) -> bool {

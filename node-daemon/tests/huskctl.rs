@@ -150,8 +150,8 @@ fn source(origin: MtuOrigin, bytes: u32) -> MtuSource {
     MtuSource { origin, bytes }
 }
 
-fn mismatch(kind: MismatchKind) -> MtuMismatch {
-    MtuMismatch { kind, message: "these differ".into(), remedy: "make them one".into() }
+fn mismatch(severity: Severity, kind: MismatchKind) -> MtuMismatch {
+    MtuMismatch { severity, kind, message: "these differ".into(), remedy: "make them one".into() }
 }
 
 #[test]
@@ -195,7 +195,8 @@ fn status_exits_with_1_when_something_is_wrong() {
         ]
     );
     let failing = Status { issues: vec![issue(Severity::Error)], ..status() };
-    assert_eq!(run(&failing, &["status"]).status, 1);
+    let ran = run(&failing, &["status"]);
+    assert_eq!((ran.status, ran.text.contains("  ERROR NoRouteToPeer beta")), (1, true), "{}", ran.text);
     let waiting = Status { ready: false, reason: Some("no blocks".into()), pod_mtu: None, ..status() };
     let ran = run(&waiting, &["status"]);
     assert_eq!(ran.status, 1);
@@ -284,11 +285,14 @@ fn the_ledger_tells_who_decides_and_what_does_not_go_together() {
         own: false,
         sources: vec![source(eth0(), 1500), source(MtuOrigin::PeerRecord, 1400)],
         probed: Some(1300),
-        mismatches: vec![mismatch(MismatchKind::UnderlayDiffers), mismatch(MismatchKind::PathLimited)],
+        mismatches: vec![
+            mismatch(Severity::Warning, MismatchKind::UnderlayDiffers),
+            mismatch(Severity::Warning, MismatchKind::PathLimited),
+        ],
         ..mtu(1400)
     };
     let ran = run(&vec![limited.clone()], &["mtu"]);
-    assert_eq!(ran.status, 1, "a path that swallows is a fault");
+    assert_eq!(ran.status, 0, "with lower routes traffic flows");
     let lines = words(&ran.text);
     assert_eq!(lines[2], "underlay MTU (peer's record; eth0 has 1500) 1400");
     let end = lines.len() - 6..;
@@ -297,15 +301,15 @@ fn the_ledger_tells_who_decides_and_what_does_not_go_together() {
         [
             "pod packet 1340",
             "passes the path 1300",
-            "!! these differ",
+            "warning these differ",
             "-> make them one",
-            "!! these differ",
+            "warning these differ",
             "-> make them one"
         ]
     );
-    let mixed = MtuReport { probed: None, mismatches: vec![mismatch(MismatchKind::UnderlayDiffers)], ..limited };
-    let ran = run(&vec![mixed], &["mtu"]);
-    assert_eq!((ran.status, ran.text.contains("!! these differ")), (0, true), "underlays may differ on purpose");
+    let small = MtuReport { mismatches: vec![mismatch(Severity::Error, MismatchKind::TooSmall)], ..limited };
+    let ran = run(&vec![small], &["mtu"]);
+    assert_eq!((ran.status, ran.text.contains("ERROR these differ")), (1, true), "{}", ran.text);
 }
 
 #[test]
@@ -400,6 +404,12 @@ fn a_probe_is_followed_until_it_is_known_what_passes() {
     assert_eq!((&printed["finished"], &printed["peer"]), (&true.into(), &"beta".into()));
     assert_eq!(printed["paths"].as_array().unwrap().len(), 2);
     assert_eq!(printed["paths"][0]["standing"]["passes"], 1372);
+
+    // The number to set is that of the peer's ledger.
+    let row = MtuReport { node: NodeName::new("beta").unwrap(), own: false, ..mtu(1500) };
+    let rows = serde_json::to_value([mtu(1500), row]).unwrap();
+    let ran = run_along([answers(&[both(limited, 130)]), vec![rows]].concat(), &["mtu", "probe", "beta"]);
+    assert_eq!((ran.status, ran.text.contains("or set underlay.mtu to 1432 on the node")), (1, true), "{}", ran.text);
 
     let ran = run_along(answers(&[both(Standing::Unreachable, 101)]), &["mtu", "probe", "beta"]);
     assert_eq!((ran.status, ran.text.contains("is huskd running on beta")), (1, true), "{}", ran.text);

@@ -12,7 +12,7 @@ use crate::keys::PublicKey;
 use crate::name::{InstanceId, InterfaceName, NodeName};
 use crate::offload::Offload;
 use crate::prefix::Prefix;
-use crate::probe::Limits;
+use crate::probe::{Limits, Path};
 use crate::record::DualStack;
 
 /// How WireGuard can be had on this node.
@@ -186,6 +186,8 @@ pub struct Facts {
     /// What probing found: paths on which less passes than the plan says, or is known to
     /// ([`crate::probe::Prober::limits`]).
     pub probed: Limits,
+    /// Paths on which nothing is answered ([`crate::probe::Prober::silent`]); none where this host would not hear the answers.
+    pub silent: BTreeSet<Path>,
     /// What is to be done with the offload of the VXLAN device, and why ([`crate::offload::Tester::offload`]).
     pub offload: Offload,
     /// Keys of the own WireGuard devices by generation, at most two; the parity of a generation is the slot of its device.

@@ -52,6 +52,8 @@ pub enum IssueKind {
     MtuTooLarge,
     /// The path to a peer passes less than the underlay promises.
     PathMtu,
+    /// Peers answer no probes that are sent to them through the tunnel.
+    PeerSilent,
     /// A firewall of this host drops the probes of paths.
     ProbesDropped,
     /// The VXLAN device does without offload, which is broken.
@@ -84,6 +86,15 @@ pub enum IssueKind {
     ListenFailed,
     /// A part of the daemon has ended, which is a bug.
     Defect,
+}
+
+impl IssueKind {
+    /// Every other node of the cluster finds this out about the same thing, at about the same time: one node that is unplugged
+    /// is one to 4,999 others. To be told where a node is asked, and not where all tell.
+    #[must_use]
+    pub fn is_seen_by_all(self) -> bool {
+        self == Self::PeerSilent
+    }
 }
 
 /// One thing that is wrong.

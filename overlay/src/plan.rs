@@ -12,6 +12,7 @@ mod local;
 mod paths;
 mod peers;
 mod serviceable;
+mod silence;
 mod vxlan;
 mod wireguard;
 

@@ -229,6 +229,7 @@ impl World {
                 .collect(),
             wireguard: Some(if userspace { WireguardSupport::Userspace } else { WireguardSupport::Kernel }),
             probed: BTreeMap::new(),
+            silent: BTreeSet::new(),
             offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs: node.keys.clone(),
             sessions,

@@ -330,6 +330,59 @@ fn a_peer_out_of_reach_keeps_its_limit_or_none() {
 }
 
 #[test]
+fn a_path_that_dies_behind_its_limit_stays_unreachable_however_often_somebody_asks() {
+    let mut world = verified(1, &Family::ALL, 1440, 17);
+    world.peer(0, Model::passing(1300));
+    world.run(FOUND);
+    assert!(world.all_stand(Standing::Limited { passes: 1300 }));
+    world.all(Model::dead());
+    let fell = world.run_until(FOUND, |world| world.all_stand(Standing::Unreachable));
+    assert!(fell.is_some(), "{:?}", world.prober.reports());
+    for _ in 0..20 {
+        let begun = world.now;
+        world.prober.demand(&world::peer(0), world.now);
+        let wrong = world.run_until(SECOND * 3, |world| !world.all_stand(Standing::Unreachable));
+        assert_eq!(wrong, None, "nothing was answered: {:?}", world.prober.reports());
+        let concluded = |family| world.report(0, family).concluded.is_some_and(|concluded| concluded > begun);
+        assert!(Family::ALL.into_iter().all(concluded), "who asked is told so");
+    }
+    // Who asks when it is back behind the same path, or behind a better one, is told that as well.
+    world.all(Model::passing(1300));
+    world.prober.demand(&world::peer(0), world.now);
+    assert!(world.run_until(SECOND * 3, |world| world.all_stand(Standing::Limited { passes: 1300 })).is_some());
+    world.all(Model::dead());
+    assert!(world.run_until(FOUND, |world| world.all_stand(Standing::Unreachable)).is_some());
+    world.all(Model::good());
+    world.prober.demand(&world::peer(0), world.now);
+    assert!(world.run_until(SECOND * 2, |world| world.all_stand(Standing::Verified)).is_some());
+    // One that died just now is still searched when somebody asks, but not for long.
+    world.peer(0, Model::passing(1300));
+    world.run(FOUND);
+    world.all(Model::dead());
+    world.prober.demand(&world::peer(0), world.now);
+    assert!(world.run_until(SECOND * 10, |world| world.all_stand(Standing::Unreachable)).is_some());
+}
+
+#[test]
+fn who_is_away_for_a_moment_is_not_silent_and_who_stays_away_is_until_it_answers() {
+    let mut world = verified(2, &Family::ALL, 1440, 19);
+    let silent = |world: &World| world.prober.silent(world.now);
+    world.peer(0, Model::dead());
+    let fell = world.run_until(FOUND, |world| world.report(0, Family::Ipv4).standing == Standing::Unreachable);
+    assert!(fell.is_some() && silent(&world).is_empty());
+    assert!(world.run_until(FOUND, |world| silent(world).len() == 2).is_some());
+    assert!(silent(&world).iter().all(|path| path.peer == world::peer(0)));
+    world.peer(0, Model::good());
+    assert!(world.run_until(RECOVERED, |world| silent(world).is_empty()).is_some());
+    world.peer(0, Model::dead());
+    world.run(FOUND * 2);
+    assert_eq!(silent(&world).len(), 2);
+    world.targets.retain(|path, _| path.peer != world::peer(0));
+    world.prober.set_targets(&world.targets, world.now);
+    assert!(silent(&world).is_empty(), "it has left");
+}
+
+#[test]
 fn a_new_promise_is_verified_anew_and_limits_above_it_go() {
     let mut world = verified(1, &[Family::Ipv4], 8941, 13);
     world.peer(0, Model::passing(1440));

@@ -184,6 +184,8 @@ const WELL: &[(&str, &str)] = &[
     ("husk_ready", "1x200"),
     ("husk_last_pass_timestamp_seconds", "0+60x200"),
     ("husk_issues{kind='ForeignFirewall',severity='warning'}", "1x200"),
+    // Another alert tells of it.
+    ("husk_issues{kind='PeerSilent',severity='error'}", "1x200"),
     ("husk_table_failures_total{table='routes'}", "3x200"),
     ("husk_source_up", "1x200"),
     ("husk_cni_errors_total{command='ADD',code='11'}", "0x100 1x100"),

@@ -267,7 +267,7 @@ fn more_is_configured_than_carried(cluster: &Cluster, [a, b]: [&Pod; 2]) -> Resu
     let message = told[0]["message"].as_str().unwrap_or_default();
     ensure!(told[0]["severity"] == "warning" && ["9000", "1500"].iter().all(|it| message.contains(it)), "{told:?}");
     let table = host.huskctl(["mtu"])?;
-    ensure!(table.status.code() == Some(1) && table.stdout.contains("!! 9000 bytes are configured"), "{table:?}");
+    ensure!(table.status.code() == Some(0) && table.stdout.contains("warning 9000 bytes are configured"), "{table:?}");
     ensure!(cluster.record(2)?.underlay_mtu == 1500, "{:?}", cluster.record(2)?);
     for (from, to) in [(a, b), (b, a)] {
         ensure!(from.mtu()? == full, "{} has {}", from.name(), from.mtu()?);
@@ -315,7 +315,7 @@ fn too_little_is_left(cluster: &Cluster, [a, b]: [&Pod; 2]) -> Result<()> {
         let status = two.cni_status()?;
         ensure!(!status.success() && status.stdout.contains(&left.to_string()), "{status:?}");
         let table = two.huskctl(["mtu"])?;
-        ensure!(table.status.code() == Some(1) && table.stdout.contains("!! an underlay MTU of"), "{table:?}");
+        ensure!(table.status.code() == Some(1) && table.stdout.contains("BLOCKS an underlay MTU of"), "{table:?}");
         // What there can be no IPv6 for is not tried for ever.
         ensure!(two.issues("ApplyFailed")?.is_empty(), "{:?}", two.issues("ApplyFailed")?);
         let mut towards = Vec::new();

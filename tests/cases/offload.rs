@@ -68,6 +68,28 @@ fn offload_that_works_stays() -> Result<()> {
     })?;
     eventually("the offload to be as before", FOUND_WITHIN, || has_offload(cluster.host(1), "husk-vx"))?;
     ensure!(issue(cluster.host(1))?.is_none());
+    is_missed(cluster.host(1), "host2")
+}
+
+/// That a peer is not there any more is told by the status of the node and by nothing else of it: it takes pods. The doctor, who
+/// finds out why, tells it once.
+fn is_missed(host: &Host, peer: &str) -> Result<()> {
+    let mut told = Vec::new();
+    eventually("the peer to be missed", FOUND_WITHIN, || {
+        told = host.issues("PeerSilent")?;
+        Ok(!told.is_empty())
+    })?;
+    let [issue] = &told[..] else { anyhow::bail!("one issue for all: {told:?}") };
+    let message = issue["message"].to_string();
+    ensure!(message.contains(&format!("1 of 1 do not answer through the tunnel: {peer}")), "{message}");
+    let status = host.huskctl(["status"])?;
+    ensure!(status.status.code() == Some(1) && status.stdout.contains("ERROR PeerSilent peers: "), "{status:?}");
+    eprintln!("{}", status.stdout);
+    ensure!(host.cni_status()?.success(), "pods are served all the same");
+    let doctor = host.huskctl(["doctor", "--only", "peers", "--only", "issues"])?;
+    let told = doctor.stdout.contains("ERROR    peers") && !doctor.stdout.contains("PeerSilent");
+    ensure!(told && doctor.status.code() == Some(1), "{doctor:?}");
+    eprintln!("{}", doctor.stdout);
     Ok(())
 }
 

@@ -170,9 +170,11 @@ fn limited(cluster: &Cluster, a: &Pod, [b, c]: [&Pod; 2], promised: usize, hole:
     }
 
     let table = one.huskctl(["mtu"])?;
-    ensure!(table.status.code() == Some(1) && table.stdout.contains("!! "), "{table:?}");
+    let number = format!("set underlay.mtu to {} on the node", hole.underlay);
+    let told = table.stdout.contains("  warning packets of more than") && table.stdout.contains(&number);
+    ensure!(told && table.status.code() == Some(0), "with lower routes traffic flows: {table:?}");
     let probe = one.huskctl_json(["mtu", "probe", "host2"])?;
-    ensure!(probe["finished"] == true, "{probe}");
+    ensure!(probe["finished"] == true && probe["underlay"] == hole.underlay, "{probe}");
     for path in probe["paths"].as_array().into_iter().flatten() {
         ensure!(path["standing"]["state"] == "limited" && path["passes"] == hole.passes, "{path}");
     }

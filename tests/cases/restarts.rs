@@ -299,6 +299,7 @@ fn a_daemon_killed_while_it_starts_converges_at_the_next_start() -> Result<()> {
         let mut blocks = BTreeSet::new();
         for host in cluster.hosts() {
             unchanged(host).with_context(|| format!("{mode}"))?;
+            host.await_answers().with_context(|| format!("{mode}"))?;
             let status = host.huskctl_json(["status"])?;
             assert_eq!(status["issues"], serde_json::json!([]), "{mode}, {}", host.name());
             let own: Vec<Value> = status["blocks"].as_array().cloned().unwrap_or_default();

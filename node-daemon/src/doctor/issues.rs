@@ -63,7 +63,7 @@ fn teller(kind: IssueKind) -> Teller {
         IssueKind::BadLease => Teller::Leases,
         IssueKind::PoolExhausted | IssueKind::NoNodeCidr => Teller::Pools,
         IssueKind::KeyMismatch => Teller::Keys,
-        IssueKind::BadConfig | IssueKind::ForeignFirewall => Teller::Itself,
+        IssueKind::BadConfig | IssueKind::ForeignFirewall | IssueKind::PeerSilent => Teller::Itself,
         IssueKind::NoUnderlayAddress
         | IssueKind::EncapsulationUnavailable
         | IssueKind::FamilyUnavailable

@@ -1,6 +1,8 @@
-//! Leases and the interfaces that belong to them: each lease is a pod's, whose host interface and network namespace exist.
+//! Leases and the interfaces that belong to them: each lease is a pod's, whose host interface and network namespace exist, and both ends
+//! of which are as they were wired.
 //!
-//! The files and the kernel are looked at directly, so that this works without the daemon too. A pod that comes or goes just now has
+//! The files and the kernel are looked at directly, so that this works without the daemon too, which alone knows the MTU that pods should
+//! have: without it, it is not looked at how they are wired. A pod that comes or goes just now has
 //! one without the other for a moment: only what is found twice is told.
 
 use std::collections::BTreeSet;
@@ -10,16 +12,22 @@ use std::time::Duration;
 
 use husk_ipam::lease::{self, LeaseStore, NetnsEvidence};
 use husk_overlay::endpoint::Endpoint;
+use husk_overlay::ipc::Request;
 use husk_overlay::name::InterfaceName;
 
 use super::issues::{self, Teller};
 use super::words::MOST_FINDINGS;
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Places, Unknown};
+use crate::host::deviations;
 use crate::leases::{pod_interfaces, store};
+use crate::report::Status;
 
 /// The check.
-pub(super) const CHECK: Check =
-    Check { id: "leases", title: "every lease is of a pod that exists, and every pod interface has a lease", look };
+pub(super) const CHECK: Check = Check {
+    id: "leases",
+    title: "every lease is of a pod that exists and is wired as it was, and every pod interface has a lease",
+    look,
+};
 
 /// Pause before what was found is looked at again.
 const AGAIN: Duration = Duration::from_millis(700);
@@ -29,6 +37,8 @@ const AGAIN: Duration = Duration::from_millis(700);
 enum Wrong {
     /// The pod's interface is gone, the pod is not: it has no network.
     Cut { pod: Pod, interface: InterfaceName },
+    /// Somebody has changed what was wired, on the host or in the pod.
+    Changed { pod: Pod, deviations: Vec<String> },
     /// The pod is provably gone.
     Stale { pod: Pod, interface: InterfaceName, file: String, address: IpAddr },
     /// An interface of a pod without a lease.
@@ -46,10 +56,11 @@ struct Pod {
 
 fn look(evidence: &Evidence) -> Looked {
     let store = store(&evidence.places.run_directory);
-    let (mut found, leases) = survey(&store)?;
+    let mtu = || evidence.ask::<Status>(&Request::Status).ok().and_then(|status| status.pod_mtu);
+    let (mut found, leases) = survey(&store, mtu())?;
     if !found.is_empty() {
         thread::sleep(AGAIN);
-        let again = survey(&store)?.0;
+        let again = survey(&store, mtu())?.0;
         found.retain(|wrong| again.contains(wrong));
     }
     // The daemon tells of files that cannot be read, too, and of addresses it would not route.
@@ -63,8 +74,8 @@ fn look(evidence: &Evidence) -> Looked {
     Ok(Outcome::of(findings, seen))
 }
 
-/// What is wrong now, and how many leases there are.
-fn survey(store: &LeaseStore) -> Result<(Vec<Wrong>, usize), Unknown> {
+/// What is wrong now where pods should have this MTU in bytes, and how many leases there are.
+fn survey(store: &LeaseStore, mtu: Option<u32>) -> Result<(Vec<Wrong>, usize), Unknown> {
     let problem = |error: husk_ipam::Error| Unknown(error.to_string());
     // In this order: a lease is made before its interface, so that an interface that was seen here has its lease below.
     let interfaces = pod_interfaces()?;
@@ -82,6 +93,13 @@ fn survey(store: &LeaseStore) -> Result<(Vec<Wrong>, usize), Unknown> {
                 wrong.push(Wrong::Stale { pod, interface, file: file.display().to_string(), address });
             }
             _ => wrong.push(Wrong::Cut { pod, interface }),
+        }
+    }
+    for endpoint in leases.endpoints.values().filter(|it| interfaces.contains(&it.host_interface)) {
+        // A namespace that cannot be entered from here is left to the daemon, which `huskctl trace` asks.
+        let deviations = mtu.and_then(|mtu| deviations(endpoint, mtu).ok()).unwrap_or_default();
+        if !deviations.is_empty() && !store.is_being_wired(&endpoint.id).map_err(problem)? {
+            wrong.push(Wrong::Changed { pod: pod_of(endpoint), deviations });
         }
     }
     let leased: BTreeSet<&InterfaceName> = leases.endpoints.values().map(|it| &it.host_interface).collect();
@@ -106,15 +124,6 @@ fn finding(wrong: &Wrong, more: usize, places: &Places) -> Finding {
     };
     match wrong {
         Wrong::Cut { pod, interface } => {
-            let words = "delete the pod, its replacement gets a network of its own";
-            let because = "the pod ends";
-            let fix = match &pod.object {
-                Some((namespace, name)) => {
-                    let arguments = ["delete", "pod", "-n", namespace.as_str(), name.as_str()];
-                    Fix::by_hand(words, [Action::run_on_host("kubectl", arguments)], because)
-                }
-                None => Fix::by_hand(words, [], because),
-            };
             let cause = format!(
                 "the pod {} has no network any more: its host interface is gone, though the pod is not",
                 pod.name
@@ -122,9 +131,21 @@ fn finding(wrong: &Wrong, more: usize, places: &Places) -> Finding {
             Finding::error(
                 cause,
                 told(format!("lease of {}, interface {interface} does not exist", pod.addresses)),
-                fix,
+                replaced(pod, "delete the pod, its replacement gets a network of its own"),
             )
         }
+        Wrong::Changed { pod, deviations } => Finding::error(
+            format!(
+                "the network of the pod {} is not as it was wired: {}",
+                pod.name,
+                deviations.first().map_or("", String::as_str)
+            ),
+            told(format!("lease of {}; deviations: {}", pod.addresses, deviations.join(", "))),
+            replaced(
+                pod,
+                "delete the pod, its replacement is wired anew; who changes it, `ip monitor` in its network namespace shows",
+            ),
+        ),
         Wrong::Stale { pod, interface, file, address } => Finding::warning(
             format!(
                 "the lease of {} outlived its pod: {} stay taken until the daemon runs, or the runtime's next GC",
@@ -145,4 +166,12 @@ fn finding(wrong: &Wrong, more: usize, places: &Places) -> Finding {
             ),
         ),
     }
+}
+
+/// A pod that has to be made anew.
+fn replaced(pod: &Pod, words: &str) -> Fix {
+    let delete = pod.object.as_ref().map(|(namespace, name)| {
+        Action::run_on_host("kubectl", ["delete", "pod", "-n", namespace.as_str(), name.as_str()])
+    });
+    Fix::by_hand(words, delete, "the pod ends")
 }

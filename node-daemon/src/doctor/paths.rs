@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use husk_overlay::config::Config;
 use husk_overlay::mtu;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::{ClockSkew, Report, Standing};
@@ -101,25 +102,22 @@ fn remedy_of(row: &MtuReport, kind: MismatchKind) -> Option<Action> {
 
 fn paths(evidence: &Evidence) -> Looked {
     let peers = evidence.peers()?;
-    let config = evidence.config().ok();
-    let needed = |passes| config.map(|it| mtu::underlay_needed(&it.stack(), it.underlay.family, passes));
-    let file = evidence.places.config.display().to_string();
     let mut findings = Vec::new();
     let mut verified = 0;
     // By what is found, since a switch between two halves of a cluster limits thousands of paths.
-    let mut limited: BTreeMap<(u32, u32), Vec<String>> = BTreeMap::new();
+    let mut limited: BTreeMap<Vanishing, Vec<String>> = BTreeMap::new();
     let (mut some, mut heavy) = (Vec::new(), Vec::new());
     for (peer, family, report) in all(peers) {
+        let promised = report.promised;
         match report.standing {
             Standing::Limited { passes } => {
-                limited.entry((passes, report.promised)).or_default().push(format!("{peer} ({family})"));
+                let what = Vanishing { searched: false, passes, promised };
+                limited.entry(what).or_default().push(format!("{peer} ({family})"));
             }
             Standing::Searching { passes, .. } => {
                 let passes = passes.max(report.passes.unwrap_or_default());
-                limited
-                    .entry((passes, report.promised))
-                    .or_default()
-                    .push(format!("{peer} ({family}, still searching)"));
+                let what = Vanishing { searched: true, passes, promised };
+                limited.entry(what).or_default().push(format!("{peer} ({family})"));
             }
             Standing::Verified => verified += 1,
             Standing::Unknown | Standing::Unreachable => {}
@@ -133,26 +131,9 @@ fn paths(evidence: &Evidence) -> Looked {
             _ => {}
         }
     }
-    for ((passes, promised), names) in limited {
-        let words = match needed(passes) {
-            Some(underlay) => format!(
-                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: \
-                 `underlay: {{mtu: {underlay}}}`, and \
-                 restart huskd. Look again with `huskctl mtu probe NODE`"
-            ),
-            None => {
-                "raise the MTU of what lies between the two nodes, or set underlay.mtu to what it carries".to_owned()
-            }
-        };
-        findings.push(Finding::error(
-            format!(
-                "packets of more than {passes} bytes vanish on the way without a word, though the underlay \
-                     promised {promised}; routes were lowered to what passes"
-            ),
-            vec![format!("probes to {}", several(&names))],
-            Fix::words(words),
-        ));
-    }
+    let config = evidence.config().ok();
+    let file = evidence.places.config.display().to_string();
+    findings.extend(limited.iter().map(|(what, names)| what.finding(names, config, &file)));
     if !heavy.is_empty() {
         let cause = "so many packets are lost on the way that connections hardly move";
         findings.push(Finding::error(cause, vec![format!("probes lost lately to {}", several(&heavy))], loss_fix()));
@@ -170,6 +151,52 @@ fn paths(evidence: &Evidence) -> Looked {
         return Err(Unknown::because(why));
     }
     Ok(Outcome::of(findings, format!("{verified} of {all} paths carry what was promised")))
+}
+
+/// What vanishes on the way to some peers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Vanishing {
+    /// What passes is still being looked for.
+    searched: bool,
+    /// Bytes of the largest packet known to pass; nothing is known if this is 0.
+    passes: u32,
+    promised: u32,
+}
+
+impl Vanishing {
+    fn finding(self, names: &[String], config: Option<&Config>, file: &str) -> Finding {
+        let Self { searched, passes, promised } = self;
+        let told = vec![format!("probes to {}", several(names))];
+        if searched {
+            let known = match passes {
+                0 => "what passes is being looked for".to_owned(),
+                _ => format!("those of {passes} bytes pass, and more is being looked for"),
+            };
+            let cause = format!(
+                "packets of {promised} bytes vanish on the way without a word, though the underlay promised to carry them; {known}"
+            );
+            let fix = "wait for the end of the search, which takes some seconds: `huskctl mtu probe NODE` shows it";
+            return Finding::error(cause, told, Fix::words(fix));
+        }
+        let (floor, underlay) = config.map_or((0, None), |config| {
+            let floor = config.families().map(mtu::minimum).min().unwrap_or(mtu::MINIMUM_IPV4);
+            let needed = |passes| mtu::underlay_needed(&config.stack(), config.underlay.family, passes);
+            (floor, (passes > floor).then(|| needed(passes)))
+        });
+        let fix = match underlay {
+            Some(underlay) => Fix::words(format!(
+                "raise the MTU of what lies between the two nodes; or say in {file}, on both, what it carries: \
+                 `underlay: {{mtu: {underlay}}}`, and restart huskd. Look again with `huskctl mtu probe NODE`"
+            )),
+            None => Fix::words("raise the MTU of what lies between the two nodes"),
+        };
+        let cause = format!(
+            "packets of more than {passes} bytes vanish on the way without a word, though the underlay promised {promised}; \
+             routes were lowered to what passes"
+        );
+        // As the issue PathMtu is: with lower routes traffic flows, as long as that leaves enough to work with.
+        if passes > floor { Finding::warning(cause, told, fix) } else { Finding::error(cause, told, fix) }
+    }
 }
 
 fn loss_fix() -> Fix {

@@ -29,25 +29,19 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             mtu: last.plan.pod_mtu,
             mismatches: own_mismatches(&last.plan.issues),
         };
-        let mut refused = refused_peers(&last.plan.issues);
+        let mut of_peers = told_of_peers(&last.plan.issues);
         let peers = last.plan.peers.iter().map(|(name, peer)| {
             let route = peer.address.and_then(|address| last.facts.routes.get(&address));
-            let towards = Towards {
-                route,
-                published: self.snapshot.nodes.get(name).map(|record| record.underlay_mtu),
-                promised: peer.ledger.inner,
-                probed: peer.probed.map(|limit| limit.bytes),
-                found: peer.probed.is_some_and(|limit| limit.found),
-            };
+            let towards = Towards { route, published: self.snapshot.nodes.get(name).map(|record| record.underlay_mtu) };
             MtuReport {
                 node: name.clone(),
                 own: false,
                 address: peer.address,
                 ledger: peer.ledger.clone(),
                 sources: underlay.sources(&towards),
-                probed: towards.probed,
+                probed: peer.probed.map(|limit| limit.bytes),
                 mtu: peer.mtu.filter(|_| peer.refused.is_none()),
-                mismatches: refused
+                mismatches: of_peers
                     .remove(name.as_str())
                     .into_iter()
                     .flatten()
@@ -59,14 +53,17 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-/// What the plan says of the MTU of an underlay, of the own one or on the way to a peer.
+/// What the plan says of the MTU of an underlay, of the own one or on the way to a peer, and of paths: in the words of
+/// `huskctl status`, and as severe.
 fn told(issue: &Issue) -> Option<MtuMismatch> {
     let kind = match issue.kind {
         IssueKind::MtuTooLarge => MismatchKind::ConfiguredTooLarge,
         IssueKind::MtuTooSmall => MismatchKind::TooSmall,
+        IssueKind::PathMtu => MismatchKind::PathLimited,
         _ => return None,
     };
-    Some(MtuMismatch { kind, message: issue.message.clone(), remedy: issue.remedy.clone() })
+    let (severity, message, remedy) = (issue.severity, issue.message.clone(), issue.remedy.clone());
+    Some(MtuMismatch { severity, kind, message, remedy })
 }
 
 /// Whatever concerns a peer alone does not block the own node.
@@ -78,15 +75,15 @@ fn own_mismatches(issues: &[Issue]) -> Vec<MtuMismatch> {
     issues.iter().filter(|issue| concerns_own_node(issue)).filter_map(told).collect()
 }
 
-/// What leaves too little for a family on the way to a peer, by the peer's name.
-fn refused_peers(issues: &[Issue]) -> BTreeMap<&str, Vec<MtuMismatch>> {
-    let mut refused = BTreeMap::<_, Vec<_>>::new();
+/// What leaves too little for a family on the way to a peer, or vanishes there, by the peer's name.
+fn told_of_peers(issues: &[Issue]) -> BTreeMap<&str, Vec<MtuMismatch>> {
+    let mut peers = BTreeMap::<_, Vec<_>>::new();
     for issue in issues.iter().filter(|issue| !concerns_own_node(issue)) {
         if let Some(mismatch) = told(issue) {
-            refused.entry(issue.subject.as_str()).or_default().push(mismatch);
+            peers.entry(issue.subject.as_str()).or_default().push(mismatch);
         }
     }
-    refused
+    peers
 }
 
 /// The own side.
@@ -103,12 +100,6 @@ struct Towards<'a> {
     route: Option<&'a UnderlayRoute>,
     /// Underlay MTU in bytes that the peer has published.
     published: Option<u32>,
-    /// Bytes of the largest packet of a pod as the ledger has it.
-    promised: Option<u32>,
-    /// Bytes of the largest that passes, where that is less.
-    probed: Option<u32>,
-    /// Larger ones were seen to vanish; else they are yet to be tried.
-    found: bool,
 }
 
 impl Underlay {
@@ -141,11 +132,13 @@ impl Underlay {
         self.configured.map_or(self.mtu, |configured| configured.min(self.mtu))
     }
 
+    /// What each peer gets its own value for, so that nothing is lost. It may be meant.
     fn mismatches(&self, towards: &Towards<'_>) -> Vec<MtuMismatch> {
         let mut mismatches = Vec::new();
         let own = self.effective();
         if let Some(published) = towards.published.filter(|published| *published != own) {
             mismatches.push(MtuMismatch {
+                severity: Severity::Warning,
                 kind: MismatchKind::UnderlayDiffers,
                 message: format!("the underlay of this node carries {own} bytes, that of the peer {published}"),
                 remedy: format!(
@@ -158,6 +151,7 @@ impl Underlay {
         if let Some(route) = towards.route.filter(|route| route.mtu < least) {
             let (bytes, interface) = (route.mtu, &route.interface);
             mismatches.push(MtuMismatch {
+                severity: Severity::Warning,
                 kind: MismatchKind::RouteSmaller,
                 message: format!(
                     "{} carries {bytes} bytes, though both ends could do {least}",
@@ -175,18 +169,6 @@ impl Underlay {
                          told (net.ipv4.route.mtu_expires)"
                     ),
                 },
-            });
-        }
-        if let (Some(passes), Some(promised)) = (towards.probed, towards.promised)
-            && passes < promised
-            && towards.found
-        {
-            mismatches.push(MtuMismatch {
-                kind: MismatchKind::PathLimited,
-                message: format!(
-                    "packets of pods of up to {passes} bytes pass, and larger ones vanish, though the underlay promised {promised}"
-                ),
-                remedy: "raise the MTU of what lies between the two nodes, or set underlay.mtu to what it carries".into(),
             });
         }
         mismatches
@@ -217,8 +199,7 @@ mod tests {
     fn equal_underlays_have_two_sources_and_no_mismatch() {
         let underlay = underlay(None);
         let route = route("eth0", 1500);
-        let towards =
-            Towards { route: Some(&route), published: Some(1500), promised: Some(1450), probed: None, found: true };
+        let towards = Towards { route: Some(&route), published: Some(1500) };
         let sources = underlay.sources(&towards);
         let interface = MtuOrigin::Interface { interface: interface("eth0") };
         assert_eq!(
@@ -232,25 +213,16 @@ mod tests {
     fn every_limit_is_named_and_what_does_not_go_together_has_a_remedy() {
         let underlay = underlay(Some(9000));
         let slow = route("eth0", 1300);
-        let towards = Towards {
-            route: Some(&slow),
-            published: Some(1400),
-            promised: Some(1250),
-            probed: Some(1201),
-            found: true,
-        };
+        let towards = Towards { route: Some(&slow), published: Some(1400) };
         let bytes: Vec<u32> = underlay.sources(&towards).iter().map(|source| source.bytes).collect();
         assert_eq!(bytes, [1500, 9000, 1300, 1400]);
         let mismatches = underlay.mismatches(&towards);
-        assert_eq!(
-            kinds(&mismatches),
-            [MismatchKind::UnderlayDiffers, MismatchKind::RouteSmaller, MismatchKind::PathLimited]
-        );
+        assert_eq!(kinds(&mismatches), [MismatchKind::UnderlayDiffers, MismatchKind::RouteSmaller]);
+        assert!(mismatches.iter().all(|it| it.severity == Severity::Warning), "nothing is lost");
         assert!(mismatches[0].message.contains("1500") && mismatches[0].message.contains("1400"));
-        assert!(mismatches[2].message.contains("1201") && mismatches[2].message.contains("1250"));
         // Another interface counts even where it carries as much.
         let other = route("eth1", 1500);
-        let towards = Towards { route: Some(&other), published: None, promised: None, probed: None, found: true };
+        let towards = Towards { route: Some(&other), published: None };
         assert!(
             matches!(&underlay.sources(&towards)[2].origin, MtuOrigin::Route { interface } if interface.as_str() == "eth1")
         );
@@ -262,8 +234,7 @@ mod tests {
         let underlay = underlay(None);
         let told = |limited_by| {
             let route = UnderlayRoute { limited_by, ..route("eth0", 1400) };
-            let towards =
-                Towards { route: Some(&route), published: None, promised: Some(1350), probed: None, found: true };
+            let towards = Towards { route: Some(&route), published: None };
             let mismatch = underlay.mismatches(&towards).swap_remove(0);
             assert_eq!(mismatch.kind, MismatchKind::RouteSmaller);
             (underlay.sources(&towards)[1].origin.clone(), mismatch.remedy)
@@ -283,8 +254,7 @@ mod tests {
     #[test]
     fn a_smaller_configured_mtu_is_the_own_side_of_the_comparison() {
         let underlay = underlay(Some(1400));
-        let towards =
-            Towards { route: None, published: Some(1400), promised: Some(1350), probed: Some(1350), found: true };
+        let towards = Towards { route: None, published: Some(1400) };
         assert!(underlay.mismatches(&towards).is_empty());
     }
 
@@ -303,14 +273,19 @@ mod tests {
             issue(IssueKind::MtuTooSmall, Severity::Error, "host2"),
             issue(IssueKind::MtuTooSmall, Severity::Error, "host2"),
             issue(IssueKind::NoRouteToPeer, Severity::Warning, "host3"),
+            issue(IssueKind::PathMtu, Severity::Warning, "host4"),
+            issue(IssueKind::PeerSilent, Severity::Error, "peers"),
             issue(IssueKind::NoUnderlayAddress, Severity::Blocking, "host1"),
         ];
         let own = own_mismatches(&issues);
         assert_eq!(kinds(&own), [MismatchKind::ConfiguredTooLarge, MismatchKind::TooSmall]);
         assert_eq!((own[1].message.as_str(), own[1].remedy.as_str()), ("of IPv6 in mode vxlan", "enlarge it"));
-        let refused = refused_peers(&issues);
-        assert_eq!(refused.keys().copied().collect::<Vec<_>>(), ["host2"]);
-        assert_eq!(kinds(&refused["host2"]), [MismatchKind::TooSmall; 2]);
-        assert!(own.iter().chain(&refused["host2"]).all(|mismatch| mismatch.kind.is_fault()));
+        let peers = told_of_peers(&issues);
+        assert_eq!(peers.keys().copied().collect::<Vec<_>>(), ["host2", "host4"]);
+        assert_eq!(kinds(&peers["host2"]), [MismatchKind::TooSmall; 2]);
+        assert_eq!(kinds(&peers["host4"]), [MismatchKind::PathLimited]);
+        let severities = own.iter().chain(&peers["host2"]).chain(&peers["host4"]).map(|it| it.severity);
+        let expected = [Severity::Warning, Severity::Blocking, Severity::Error, Severity::Error, Severity::Warning];
+        assert_eq!(severities.collect::<Vec<_>>(), expected, "as in huskctl status");
     }
 }

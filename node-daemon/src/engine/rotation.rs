@@ -125,6 +125,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let mut facts = self.parts.node.facts(&self.snapshot, self.created)?;
         self.keeping.serve(&facts);
         facts.rotation_requested = self.keeping.requested;
+        // Who hears no answers knows nothing of those who do not answer; that is an issue of its own.
+        if !facts.silent.is_empty() && self.parts.node.is_deaf() {
+            facts.silent.clear();
+        }
         let known = self.last.as_ref().map(|last| &last.facts);
         self.counted.fill(&mut self.parts.kernel, &self.parts.config, &mut facts, known)?;
         Ok(facts)

@@ -71,8 +71,8 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
     }
     say_where("");
     if !options.fix {
-        let found = report.has_findings();
-        return Ok((show.text(&report, tables::doctor)?, found));
+        let hurts = report.hurts();
+        return Ok((show.text(&report, tables::doctor)?, hurts));
     }
     if show.output == Output::Table {
         style::print(&show.finish(&tables::to_repair(&report)));
@@ -87,8 +87,8 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
         }
         report.repairs.extend(repairs);
     }
-    let found = report.has_findings();
-    Ok((show.text(&report, tables::repaired)?, found))
+    let hurts = report.hurts();
+    Ok((show.text(&report, tables::repaired)?, hurts))
 }
 
 /// Which check is being made, for who waits at a terminal.

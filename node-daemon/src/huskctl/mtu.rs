@@ -6,6 +6,7 @@ mod what_if;
 use std::path::Path;
 
 use husk_overlay::ipc::Request;
+use husk_overlay::issue::Severity;
 
 pub(super) use self::probe::Outcome as Probed;
 use self::what_if::WhatIf;
@@ -44,7 +45,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         return Ok((show.text(&rows, |rows| tables::what_if(rows))?, wrong));
     }
     let rows: Vec<MtuReport> = ask(socket, &Request::Mtu)?;
-    let faulty = |row: &MtuReport| row.mismatches.iter().any(|it| it.kind.is_fault());
-    let wrong = rows.iter().any(|row| row.ledger.inner.is_none() || faulty(row));
+    let hurts = |row: &MtuReport| row.mismatches.iter().any(|it| it.severity >= Severity::Error);
+    let wrong = rows.iter().any(|row| row.ledger.inner.is_none() || hurts(row));
     Ok((show.text(&rows, |rows| tables::mtu(rows))?, wrong))
 }

@@ -26,7 +26,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "status",
         schemas: &["status"],
-        found: Some("the node is not ready, or has an issue that is more than a warning"),
+        found: Some("the node is not ready, or an issue is more than a warning"),
         examples: &[
             ("Is anything wrong on this node?", "huskctl status"),
             ("The kinds of issues, for a script", "huskctl status -o json | jq -r '.issues[].kind'"),
@@ -41,7 +41,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "mtu",
         schemas: &["mtu", "mtu-what-if"],
-        found: Some("something is too small, or a path swallows what it should carry"),
+        found: Some("too little is left for a family, or something else about an MTU is more than a warning"),
         examples: &[
             ("Where do the bytes of a full-sized packet go?", "huskctl mtu"),
             ("What would be left in another mode?", "huskctl mtu --what-if mode=vxlan-ipsec,underlay=9001"),
@@ -160,7 +160,7 @@ pub(super) const ENTRIES: &[Entry] = &[
     Entry {
         command: "doctor",
         schemas: &["doctor", "doctor-checks"],
-        found: Some("something was found, and is still there"),
+        found: Some("something was found that is more than a warning, and is still there"),
         examples: &[
             ("What around the overlay is known to break it?", "huskctl doctor"),
             ("Mend what is safe to mend, asking before each", "huskctl doctor --fix"),
@@ -203,9 +203,14 @@ pub(super) const ENTRIES: &[Entry] = &[
 
 /// What the exit status means where nothing was found, and else.
 const WELL: &str = "all is well";
-const FOUND: &str = "something was found (a difference, an issue, a contradiction), is denied or is not finished";
+const FOUND: &str = "something was found (a difference, an issue that is more than a warning, a contradiction), is denied or is not finished";
 const USAGE: &str = "wrong usage";
 const REFUSED: &str = "the daemon does not answer or refuses, or what was asked for could not be done";
+
+/// How much what was found hurts, and what that has to do with the exit status: for all commands that tell it.
+const SEVERITIES: &str = "What is wrong is a warning (traffic flows as it should; somebody ought to look), an ERROR (some traffic does not \
+     flow) or BLOCKS (the node takes no pods), and is the same in status, mtu, doctor, the page and the metrics. A warning alone leaves \
+     the exit status 0.";
 
 /// Environment variables, and what they do.
 const ENVIRONMENT: &[(&str, &str)] = &[
@@ -283,6 +288,7 @@ fn besides(words: &str) -> Vec<Section> {
     let statuses = statuses(found).into_iter().map(|(status, meaning)| Paragraph::Term(status.to_string(), meaning));
     let mut sections = vec![Section { heading: "EXIT STATUS", content: statuses.collect() }];
     if words.is_empty() {
+        sections[0].content.push(Paragraph::Text(SEVERITIES.into()));
         sections.push(Section { heading: "ENVIRONMENT", content: terms(ENVIRONMENT) });
         sections.push(Section { heading: "FILES", content: terms(FILES) });
     }

@@ -146,15 +146,10 @@ fn issues(issues: &[Issue]) -> String {
     }
     let mut text = format!("\nIssues ({}):\n", issues.len());
     for issue in issues {
-        let severity = match issue.severity {
-            Severity::Warning => "warning",
-            Severity::Error => "error",
-            Severity::Blocking => "BLOCKING",
-        };
         let _ = writeln!(
             text,
             "  {} {:?} {}: {}\n      -> {}",
-            paint(issue.severity.into(), severity),
+            mark(issue.severity),
             issue.kind,
             issue.subject,
             issue.message,
@@ -162,6 +157,16 @@ fn issues(issues: &[Issue]) -> String {
         );
     }
     text
+}
+
+/// How much something hurts, in a word: the same in every table.
+fn mark(severity: Severity) -> String {
+    let word = match severity {
+        Severity::Warning => "warning",
+        Severity::Error => "ERROR",
+        Severity::Blocking => "BLOCKS",
+    };
+    paint(severity.into(), word)
 }
 
 pub(super) fn peers(peers: &[PeerReport]) -> String {

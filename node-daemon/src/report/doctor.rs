@@ -20,10 +20,14 @@ pub struct DoctorReport {
 }
 
 impl DoctorReport {
-    /// Something was found, and is still there.
+    /// Something was found that is more than a warning, and is still there.
     #[must_use]
-    pub fn has_findings(&self) -> bool {
-        self.checks.iter().any(|check| matches!(check.outcome, Outcome::Found { .. }))
+    pub fn hurts(&self) -> bool {
+        let hurts = |finding: &Finding| finding.severity >= Severity::Error;
+        self.checks.iter().any(|check| match &check.outcome {
+            Outcome::Found { findings } => findings.iter().any(hurts),
+            Outcome::Well { .. } | Outcome::DoesNotApply { .. } | Outcome::Unknown { .. } => false,
+        })
     }
 }
 

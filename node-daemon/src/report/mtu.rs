@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use husk_overlay::issue::Severity;
 use husk_overlay::mode::Mode;
 use husk_overlay::mtu::Ledger;
 use husk_overlay::name::{InterfaceName, NodeName};
@@ -66,21 +67,12 @@ pub enum MismatchKind {
     PathLimited,
 }
 
-impl MismatchKind {
-    /// Somebody ought to mend it; the others may be meant.
-    #[must_use]
-    pub fn is_fault(self) -> bool {
-        match self {
-            Self::ConfiguredTooLarge | Self::TooSmall | Self::PathLimited => true,
-            Self::UnderlayDiffers | Self::RouteSmaller => false,
-        }
-    }
-}
-
 /// Something that does not go together, with its remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MtuMismatch {
+    /// How much it hurts, as in `huskctl status`.
+    pub severity: Severity,
     /// Kind.
     pub kind: MismatchKind,
     /// What, one sentence.

@@ -222,7 +222,7 @@ pub(super) fn probe(evidence: &Evidence) -> Hop {
     told.extend(report.rtt.map(|rtt| format!("round trip {}", milliseconds(rtt))));
     told.extend(report.loss_per_mille.map(|loss| format!("loss {}.{} %", loss / 10, loss % 10)));
     match report.standing {
-        Standing::Verified if ago.is_some_and(|ago| ago > FRESH) => {
+        Standing::Verified | Standing::Limited { .. } if ago.is_some_and(|ago| ago > FRESH) => {
             unknown(NAME, "what was found is old; --probe probes now", told)
         }
         Standing::Verified => passes(NAME, lead(format!("{} bytes pass", report.promised), told)),
@@ -230,6 +230,9 @@ pub(super) fn probe(evidence: &Evidence) -> Hop {
             NAME,
             lead(format!("{bytes} bytes pass, where {} were promised: the routes were lowered", report.promised), told),
         ),
+        Standing::Searching { passes: 0, .. } => {
+            unknown(NAME, "large packets vanish, and whether any pass is not known yet; --probe waits for it", told)
+        }
         Standing::Searching { passes: bytes, .. } => {
             unknown(NAME, format!("large packets vanish, at least {bytes} bytes pass; the search goes on"), told)
         }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use super::Context;
 use super::local::route_key;
 use super::peers::Peer;
+use super::silence;
 use crate::facts::WireguardSupport;
 use crate::issue::{Issue, IssueKind, Severity};
 use crate::kernel::{Desired, Route, RouteTarget};
@@ -54,9 +55,6 @@ pub(super) fn render(
             continue;
         }
         let Some(promised) = peer.promised else { continue };
-        // What is not verified yet is no news.
-        let found = peer.plan.probed.filter(|limit| limit.found);
-        issues.extend(found.map(|limit| issue(context, peer, limit.bytes, promised)));
         let handshakes = context.config.mode.uses_wireguard();
         let tunnelled = context.config.mode != Mode::Direct;
         let target = |(own, address)| {
@@ -76,7 +74,13 @@ pub(super) fn render(
             ends.iter().for_each(|(_, router)| route_around_limit(peer, *router, promised, desired));
         }
         peer.plan.probe = ends.into_iter().map(target).collect();
+        peer.plan.silent = silence::of(context, peer);
+        // What is not verified yet is no news; and of a peer that is silent, what it answered before says nothing of its path any
+        // more, though its routes stay limited to that: it may come back behind the same path.
+        let found = peer.plan.probed.filter(|limit| limit.found && !peer.plan.is_silent());
+        issues.extend(found.map(|limit| issue(context, peer, limit.bytes, promised)));
     }
+    issues.extend(silence::issue(context, peers));
 }
 
 /// Most tunnels do not care for the MTU of the route that a packet goes by. An xfrm interface takes no packet larger than the route

@@ -47,8 +47,18 @@ pub struct PeerPlan {
     pub mtu: Option<u32>,
     /// What to probe, by family.
     pub probe: BTreeMap<Family, Target>,
+    /// Of these, the families in which nothing is answered.
+    pub silent: BTreeSet<Family>,
     /// Why packets to it are refused, if they are.
     pub refused: Option<String>,
+}
+
+impl PeerPlan {
+    /// Nothing that is sent to it is answered, in any family.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        !self.silent.is_empty() && self.silent.len() == self.probe.len()
+    }
 }
 
 /// A believed peer: its record, cut down to what it may claim, and what became of it.
@@ -159,6 +169,7 @@ fn admit_one(context: &Context<'_>, record: &NodeRecord, registry: &mut Registry
         probed: None,
         mtu: None,
         probe: BTreeMap::new(),
+        silent: BTreeSet::new(),
         refused: None,
     };
     let mut peer = Peer { record: record.clone(), plan, promised: None };

@@ -98,6 +98,7 @@ pub(super) fn facts(count: u8) -> Facts {
             .collect(),
         wireguard: Some(WireguardSupport::Kernel),
         probed: BTreeMap::new(),
+        silent: BTreeSet::new(),
         offload: crate::offload::Offload::default(),
         wireguard_epochs: BTreeMap::from([(0, OwnEpoch { public_key: key(0), spi_salt: 0, created: Duration::ZERO })]),
         sessions: BTreeMap::new(),

@@ -30,6 +30,10 @@ const URGENT_TURNS: u8 = 3;
 /// yet takes its probes for those of a stranger. In mode wireguard the session is also made by then, and not by both at once.
 const COURTESY: Duration = Duration::from_secs(2);
 
+/// From when on a path that is not answered counts as silent, after it was first found so: a daemon that is replaced by another
+/// version is away for some seconds, in which traffic goes on.
+const SILENT: Duration = Duration::from_secs(10);
+
 /// Time over which first checks are spread, at least.
 const SPREAD: Duration = Duration::from_secs(1);
 
@@ -220,6 +224,13 @@ impl Prober {
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.revision
+    }
+
+    /// Paths on which nothing has been answered for so long that it is no daemon that is just being replaced.
+    #[must_use]
+    pub fn silent(&self, now: Duration) -> BTreeSet<Path> {
+        let silent = |track: &Track| track.silent_since().is_some_and(|since| now >= since + SILENT);
+        self.tracks.iter().filter(|(_, track)| silent(track)).map(|(path, _)| path.clone()).collect()
     }
 
     /// Nobody answers, as far as is known: there are paths, and not one of them is in any other state.

@@ -155,18 +155,26 @@ impl Track {
         self.limited(if passes < self.target.floor { SMALL } else { passes }, now, shared);
     }
 
-    /// Checks now, and looks for a limit anew.
+    /// Checks now, and looks for a limit anew. Where nothing was answered lately there is no size to look for: a search would say
+    /// of a dead path that it is being searched, as often as somebody asks.
     pub(super) fn demand(&mut self, now: Duration, shared: &Shared) {
         // Before everything that began by itself.
         self.began = Duration::ZERO;
         if matches!(self.phase, Phase::Waiting | Phase::Checking(_)) {
-            if self.limit.is_some() {
+            if self.limit.is_some() && self.standing != Standing::Unreachable {
                 self.search(self.target.floor - 1, self.target.promised + 1, None, now);
             } else {
+                // What is above a limit is tried with it.
+                self.recheck = now;
                 self.check(true, now, shared);
                 self.plan(now);
             }
         }
+    }
+
+    /// Nothing has been answered since this time, which is time since boot; none of a path that answers, or is not known to.
+    pub(super) fn silent_since(&self) -> Option<Duration> {
+        (self.standing == Standing::Unreachable).then_some(self.since)
     }
 
     /// Checks now, since the same peer is limited in the other family, or no longer is.

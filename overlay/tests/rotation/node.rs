@@ -178,6 +178,7 @@ impl Node {
             routes: addresses.map(|address| (address, route.clone())).collect(),
             wireguard: None,
             probed: BTreeMap::new(),
+            silent: BTreeSet::new(),
             offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs: BTreeMap::new(),
             sessions: BTreeMap::new(),

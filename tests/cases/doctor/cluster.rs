@@ -32,7 +32,11 @@ pub(crate) const TWO_HOSTS: Ground = Ground {
         Breakage { check: "issues", finds: &["BadManifest"], run: issues },
         Breakage { check: "duplicates", finds: &["DuplicateAddress", "DuplicateBlock"], run: duplicates },
         Breakage { check: "address-overlap", finds: &["leads to eth0", "table 52"], run: overlap },
-        Breakage { check: "leases", finds: &["no network any more", "outlived its pod", "has no lease"], run: leases },
+        Breakage {
+            check: "leases",
+            finds: &["is not as it was wired", "no network any more", "outlived its pod", "has no lease"],
+            run: leases,
+        },
         Breakage { check: "versions", finds: &["No such file", "0.0.1"], run: versions },
         Breakage { check: "mtu", finds: &["1400"], run: mtu },
         Breakage { check: "paths", finds: &["underlay: {mtu: 1401}"], run: paths },
@@ -187,6 +191,14 @@ fn overlap(bed: &mut Bed) -> Result<()> {
 
 fn leases(bed: &mut Bed) -> Result<()> {
     let host = bed.host();
+    // What somebody does inside of a pod.
+    let changed = host.add_pod("changed")?;
+    bed.await_well("leases")?;
+    changed.netns().command("ip", ["link", "set", "eth0", "down"])?;
+    let found = bed.await_found("leases", &["is not as it was wired", "in the pod", "eth0 is down", "ip monitor"])?;
+    ensure!(found["severity"] == "error" && found["fix"]["byHand"] == "the pod ends", "{found:#}");
+    ensure!(changed.del()?.success());
+    bed.await_well("leases")?;
     let (a, b) = (host.add_pod("a")?, host.add_pod("b")?);
     let [address, address_of_b] = [&a, &b].map(|pod| pod.address(Family::Ipv4).map(|address| address.to_string()));
     let (address, address_of_b) = (address?, address_of_b?);
@@ -302,7 +314,9 @@ fn peers(bed: &mut Bed) -> Result<()> {
         bed.await_found("peers", &["the daemon of host2 does not answer", "so does its address inside the overlay"])
             .map(drop)
     })?;
-    well()
+    well()?;
+    // Whoever was missed for so long that `huskctl status` told of it is not any more.
+    one.await_answers()
 }
 
 /// Something happens while the second host has no daemon.

@@ -17,6 +17,9 @@ use crate::{eventually, patience};
 /// How long a daemon may take until pods can be added, and to end after a signal.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
+/// How long a peer may take that is missed: until its next probe, and the pass after it.
+const ANSWERED: Duration = Duration::from_secs(30);
+
 /// Lines of the daemon's log in an error.
 const LAST_LINES: usize = 25;
 
@@ -104,6 +107,7 @@ impl Host {
     /// What is not so.
     pub fn ensure_settled(&self) -> Result<()> {
         let name = self.name();
+        self.await_answers()?;
         let diff = self.huskctl(["diff"])?;
         ensure!(diff.status.code() == Some(0), "{name}: {}{}", diff.stdout, diff.stderr);
         let status = self.huskctl_json(["status"])?;
@@ -112,6 +116,19 @@ impl Host {
             ensure!(status["counters"][counter]["packets"].as_u64().unwrap_or(0) == 0, "{name}: {status:#}");
         }
         Ok(())
+    }
+
+    /// Waits until the daemon misses no peer: one that was away, or busy, is missed until its next probe is answered.
+    ///
+    /// # Errors
+    /// When a peer goes on not to answer.
+    pub fn await_answers(&self) -> Result<()> {
+        let mut missed = Vec::new();
+        let answered = eventually("every peer to answer", ANSWERED, || {
+            missed = self.issues("PeerSilent")?;
+            Ok(missed.is_empty())
+        });
+        answered.with_context(|| format!("{}: {missed:?}", self.name()))
     }
 
     /// What `huskctl status` finds wrong of a kind, `PathMtu` for example.

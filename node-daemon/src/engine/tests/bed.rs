@@ -276,6 +276,8 @@ pub(super) struct NodeState {
     /// Threads that have ended.
     pub(super) ended: Vec<&'static str>,
     pub(super) probed: Limits,
+    /// Paths on which nothing is answered.
+    pub(super) silent: BTreeSet<Path>,
     /// What will be known when the plan is carried out, if that is something else.
     pub(super) foreseen: Option<Limits>,
     /// Peers that somebody wants to be probed at once.
@@ -352,6 +354,7 @@ impl Node for FakeNode {
             routes: others.flat_map(|record| record.addresses.iter()).map(|to| (to, route())).collect(),
             wireguard: Some(state.wireguard.clone()),
             probed: state.probed.clone(),
+            silent: state.silent.clone(),
             offload: husk_overlay::offload::Offload::default(),
             wireguard_epochs,
             sessions: BTreeMap::new(),
@@ -597,6 +600,7 @@ impl Bed {
             targets: BTreeMap::new(),
             probes: BTreeMap::new(),
             probed: Limits::new(),
+            silent: BTreeSet::new(),
             foreseen: None,
             deaf: false,
             ended: Vec::new(),

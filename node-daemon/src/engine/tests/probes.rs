@@ -122,6 +122,31 @@ fn a_path_that_carries_less_limits_the_routes_to_its_peer_and_is_told_of() {
     assert!(bed.state.borrow().issues.is_empty());
 }
 
+#[test]
+fn a_dead_tunnel_is_one_issue_until_it_answers_or_its_peer_leaves_and_the_own_deafness_is_none() {
+    let mut bed = Bed::new(Mode::Vxlan, 4);
+    let kinds = |bed: &mut Bed| {
+        bed.pass();
+        assert!(bed.state.borrow().ready, "pods are served all the same");
+        bed.state.borrow().issues.iter().map(|issue| (issue.kind, issue.severity)).collect::<Vec<_>>()
+    };
+    assert_eq!(kinds(&mut bed), []);
+    let paths = |index| Family::ALL.map(|family| Path { peer: name(index), family });
+    bed.node.state().silent = paths(1).into_iter().chain(paths(2)).collect();
+    bed.node.state().probed = limits(1372, true);
+    assert_eq!(kinds(&mut bed), [(IssueKind::PeerSilent, Severity::Error)], "what it once swallowed is no news");
+    assert_eq!(mtus(&bed, 1), [Some(1372)].into(), "it may come back as it was");
+    let rows: Vec<MtuReport> = report(&mut bed, Request::Mtu);
+    assert!(rows.iter().all(|row| row.mismatches.is_empty()), "{rows:?}");
+    bed.source.state().snapshot.nodes.remove(&name(1));
+    assert_eq!(kinds(&mut bed), [(IssueKind::PeerSilent, Severity::Error)]);
+    bed.node.state().deaf = true;
+    assert_eq!(kinds(&mut bed), [(IssueKind::ProbesDropped, Severity::Warning)], "nobody would be heard");
+    bed.node.state().deaf = false;
+    bed.node.state().silent.clear();
+    assert_eq!(kinds(&mut bed), []);
+}
+
 /// So much passes to the first peer.
 fn limits(bytes: u32, found: bool) -> Limits {
     [(name(1), Family::ALL.map(|family| (family, Limit { bytes, found })).into())].into()

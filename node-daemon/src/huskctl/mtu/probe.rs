@@ -5,12 +5,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_overlay::ipc::Request;
+use husk_overlay::mtu::underlay_needed;
 use husk_overlay::name::NodeName;
 use husk_overlay::probe::Standing;
+use husk_overlay::probe::wire::SMALL;
 use serde::Serialize;
 
 use super::super::{Show, ask, tables};
-use crate::report::{PathReport, ProbeStarted};
+use crate::report::{MtuReport, PathReport, ProbeStarted};
 
 /// Pause between two questions.
 const POLL: Duration = Duration::from_millis(250);
@@ -32,6 +34,9 @@ pub(in crate::huskctl) struct Outcome {
     peer: NodeName,
     /// It is known what passes.
     finished: bool,
+    /// Bytes of the underlay packets that pass, where that is less than it promises: what to set `underlay.mtu` to. None where all
+    /// that is promised passes, or not even what the cluster needs.
+    underlay: Option<u32>,
     paths: Vec<PathReport>,
 }
 
@@ -47,7 +52,8 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         let finished = paths.iter().all(|it| is_done(it, &started));
         if finished || asked.elapsed() >= limit {
             let wrong = !finished || paths.iter().any(|it| it.report.standing != Standing::Verified);
-            let outcome = Outcome { peer: started.peer, finished, paths };
+            let underlay = carried(&paths).and_then(|passes| underlay_of(socket, &started.peer, passes));
+            let outcome = Outcome { peer: started.peer, finished, underlay, paths };
             return Ok((show.text(&outcome, |outcome| ending(outcome, limit))?, wrong));
         }
         let line = progress(&paths, &started);
@@ -58,6 +64,23 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         }
         std::thread::sleep(POLL.min(limit.saturating_sub(asked.elapsed())));
     }
+}
+
+/// Bytes of the largest packet that passes in every family, where that is less than promised.
+fn carried(paths: &[PathReport]) -> Option<u32> {
+    let limited = paths.iter().filter_map(|it| match it.report.standing {
+        Standing::Limited { passes } => Some(passes),
+        _ => None,
+    });
+    // So small is what probing says of a path that does not carry the least of its family.
+    limited.min().filter(|passes| *passes > SMALL)
+}
+
+/// Bytes of the underlay's packets that those have become which are so large inside the tunnel. What was found counts without it.
+fn underlay_of(socket: &Path, peer: &NodeName, passes: u32) -> Option<u32> {
+    let rows: Vec<MtuReport> = ask(socket, &Request::Mtu).ok()?;
+    let row = rows.into_iter().find(|row| row.node == *peer)?;
+    Some(underlay_needed(&row.ledger.stack, row.ledger.outer, passes))
 }
 
 fn is_done(it: &PathReport, started: &ProbeStarted) -> bool {
@@ -93,8 +116,12 @@ fn ending(outcome: &Outcome, limit: Duration) -> String {
         text += &format!("Not finished within {} s; the search goes on by itself.\n", limit.as_secs());
     }
     if stands(|standing| matches!(standing, Standing::Limited { .. })) {
-        text += "Larger packets vanish on the way, and the routes were lowered to what passes.\n  \
-                 -> raise the MTU of what lies between the two nodes, or set underlay.mtu to what it carries\n";
+        let or_set = outcome.underlay.map(|bytes| format!(", or set underlay.mtu to {bytes} on the node"));
+        text += &format!(
+            "Larger packets vanish on the way, and the routes were lowered to what passes.\n  -> raise the MTU of what lies \
+             between the two nodes{}\n",
+            or_set.unwrap_or_default()
+        );
     }
     if stands(|standing| *standing == Standing::Unreachable) {
         text += &format!(
@@ -146,6 +173,23 @@ mod tests {
         assert_eq!(told(&[path(Family::Ipv4, limited, Some(101))]), "IPv4: 1350 bytes pass, no more");
         assert_eq!(told(&[path(Family::Ipv6, Standing::Unreachable, Some(99))]), "IPv6: trying 1450 bytes");
         assert_eq!(told(&[path(Family::Ipv6, Standing::Unreachable, Some(101))]), "IPv6: no answer");
+    }
+
+    #[test]
+    fn what_the_path_carries_is_told_as_a_number_to_set() {
+        let limited = |passes| path(Family::Ipv4, Standing::Limited { passes }, Some(101));
+        let verified = path(Family::Ipv6, Standing::Verified, Some(101));
+        assert_eq!(carried(&[limited(1350), verified.clone()]), Some(1350));
+        assert_eq!(carried(&[limited(1350), limited(1349)]), Some(1349));
+        assert_eq!(carried(&[verified]), None);
+        assert_eq!(carried(&[limited(SMALL)]), None, "no MTU is as small as that");
+        let told = |underlay| {
+            let peer = NodeName::new("host2").unwrap();
+            let outcome = Outcome { peer, finished: true, underlay, paths: vec![limited(1350)] };
+            ending(&outcome, Duration::from_secs(60))
+        };
+        assert!(told(Some(1400)).ends_with("between the two nodes, or set underlay.mtu to 1400 on the node\n"));
+        assert!(told(None).ends_with("between the two nodes\n"));
     }
 
     #[test]

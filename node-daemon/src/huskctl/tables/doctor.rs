@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use husk_overlay::issue::Severity;
 
-use super::table;
+use super::{mark, table};
 use crate::huskctl::style::{Tone, paint};
 use crate::report::{CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 
@@ -42,7 +42,14 @@ fn line(text: &mut String, check: &CheckReport, width: usize) {
         }
         Outcome::Found { findings } => {
             for finding in findings {
-                let _ = writeln!(text, "{}  {id:width$}  {}", mark(finding.severity), plain(&finding.cause));
+                // A mark has no width of its own to be filled up.
+                let fill = match finding.severity {
+                    Severity::Warning => "",
+                    Severity::Error => "  ",
+                    Severity::Blocking => " ",
+                };
+                let mark = mark(finding.severity);
+                let _ = writeln!(text, "{mark}{fill}  {id:width$}  {}", plain(&finding.cause));
                 for evidence in &finding.evidence {
                     let _ = writeln!(text, "           {}", indented(&plain(evidence), "           "));
                 }
@@ -50,15 +57,6 @@ fn line(text: &mut String, check: &CheckReport, width: usize) {
             }
         }
     }
-}
-
-fn mark(severity: Severity) -> String {
-    let word = match severity {
-        Severity::Warning => "warning",
-        Severity::Error => "ERROR  ",
-        Severity::Blocking => "BLOCKS ",
-    };
-    paint(severity.into(), word)
 }
 
 /// What stands in files of others may have anything in it, and must not move the cursor.

@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 
 use comfy_table::Table;
+use husk_overlay::issue::Severity;
 use husk_overlay::mtu::Ledger;
 
 use super::super::style::{Tone, paint};
-use super::{or_dash, table};
+use super::{mark, or_dash, table};
 use crate::report::{MtuOrigin, MtuReport, MtuSource, WhatIfReport};
 
 pub(in crate::huskctl) fn mtu(rows: &[MtuReport]) -> String {
@@ -21,8 +22,8 @@ pub(in crate::huskctl) fn mtu(rows: &[MtuReport]) -> String {
         }
         let _ = writeln!(text, "{}", lines.trim_fmt());
         for mismatch in &row.mismatches {
-            let tone = if mismatch.kind.is_fault() { Tone::Bad } else { Tone::Warning };
-            let _ = writeln!(text, "  {} {}\n      -> {}", paint(tone, "!!"), mismatch.message, mismatch.remedy);
+            let mark = mark(mismatch.severity);
+            let _ = writeln!(text, "  {mark} {}\n      -> {}", mismatch.message, mismatch.remedy);
         }
         text.push('\n');
     }
@@ -35,7 +36,7 @@ pub(in crate::huskctl) fn what_if(rows: &[WhatIfReport]) -> String {
         let _ = writeln!(text, "{} over {} ({})", row.mode, row.ledger.outer, row.ledger.stack);
         let _ = writeln!(text, "{}", ledger(&row.ledger, "").trim_fmt());
         for (family, reason) in &row.refused {
-            let _ = writeln!(text, "  {} no {family}: {reason}", paint(Tone::Bad, "!!"));
+            let _ = writeln!(text, "  {} no {family}: {reason}", mark(Severity::Error));
         }
         text.push('\n');
     }

@@ -53,9 +53,15 @@ fn verdict(report: &TraceReport) -> String {
         (_, Verdict::Deny) => (Tone::Bad, "DENIED"),
         (Some(_), Verdict::Allow) => (Tone::Bad, "BROKEN"),
         (None, Verdict::Allow) if report.hops.is_empty() => (Tone::Good, "ALLOWED"),
+        // Of all hops this one alone tells what becomes of packets between the nodes; without its word nobody knows that they pass.
+        (None, Verdict::Allow) if report.hops.iter().any(is_untold_probe) => (Tone::Warning, "NOT KNOWN"),
         (None, Verdict::Allow) => (Tone::Good, "PASSES"),
     };
     paint(tone, word)
+}
+
+fn is_untold_probe(hop: &Hop) -> bool {
+    hop.name == HopName::Probe && matches!(hop.standing, HopStanding::Unknown { .. })
 }
 
 fn line(hop: &Hop) -> String {

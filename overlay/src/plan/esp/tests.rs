@@ -98,6 +98,7 @@ impl Bed {
             routes: (1..=peers).map(|index| (address(index), route.clone())).collect(),
             wireguard: None,
             probed: BTreeMap::new(),
+            silent: BTreeSet::new(),
             offload: crate::offload::Offload::default(),
             wireguard_epochs: BTreeMap::new(),
             sessions: BTreeMap::new(),

@@ -221,6 +221,7 @@ fn table_with(mode: Mode, family: Family, wireguard: Option<WireguardSupport>) -
         routes: BTreeMap::new(),
         wireguard,
         probed: BTreeMap::new(),
+        silent: BTreeSet::new(),
         offload: crate::offload::Offload::default(),
         wireguard_epochs: BTreeMap::new(),
         sessions: BTreeMap::new(),

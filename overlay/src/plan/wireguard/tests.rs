@@ -79,6 +79,7 @@ impl World {
                 routes: BTreeMap::new(),
                 wireguard: Some(WireguardSupport::Kernel),
                 probed: BTreeMap::new(),
+                silent: BTreeSet::new(),
                 offload: crate::offload::Offload::default(),
                 wireguard_epochs: BTreeMap::new(),
                 sessions: BTreeMap::new(),
