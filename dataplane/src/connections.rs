@@ -5,7 +5,8 @@
 //! whose packets are dropped never begins. It counts packets and bytes only while `net.netfilter.nf_conntrack_acct` is on.
 //!
 //! Where `net.netfilter.nf_conntrack_events` is 2, as Linux 5.19 and later have it by default, it tells only of connections
-//! that begin while somebody listens: of those before it does not tell the end either.
+//! that begin while somebody listens: of those before it does not tell the end either. Where it is 0 it tells of none
+//! (Documentation/networking/nf_conntrack-sysctl.rst), without any error for who listens.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -22,6 +23,7 @@ use crate::conntrack::{
 use crate::error::Error;
 use crate::netfilter::{Attributes, Message};
 use crate::netlink::{Heard, Protocol, Request, Socket, frames};
+use crate::sysctl;
 
 /// `NFNL_SUBSYS_CTNETLINK << 8`, to which `IPCTNL_MSG_CT_NEW` and `IPCTNL_MSG_CT_DELETE` are added.
 const NEW: u16 = 1 << 8;
@@ -33,6 +35,9 @@ const CREATE: u16 = 0x400;
 /// Multicast groups (include/uapi/linux/netfilter/nfnetlink.h `enum nfnetlink_groups`).
 const NFNLGRP_CONNTRACK_NEW: u32 = 1;
 const NFNLGRP_CONNTRACK_DESTROY: u32 = 3;
+
+/// Whether connections are told of, in this network namespace.
+const EVENTS: &str = "net/netfilter/nf_conntrack_events";
 
 /// `struct nfgenmsg`.
 const HEADER: usize = 4;
@@ -116,7 +121,8 @@ impl Listener {
     /// Listens in the calling thread's network namespace.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when the kernel does not tell about connections, and the errors of a broken netlink exchange.
+    /// [`Error::Unsupported`] when the kernel does not tell about connections, or was told not to, and the errors of a broken
+    /// netlink exchange.
     pub fn open() -> Result<Self, Error> {
         let mut socket = Socket::open(Protocol::Netfilter)?;
         // Whoever subscribes to a group of a subsystem that is not loaded has the kernel load it (net/netfilter/nfnetlink.c
@@ -124,6 +130,15 @@ impl Listener {
         probe(&mut socket)?;
         for group in [NFNLGRP_CONNTRACK_NEW, NFNLGRP_CONNTRACK_DESTROY] {
             socket.join(group)?;
+        }
+        // The parameter is there since the subsystem is; a user namespace may hide it, and then the kernel's default holds.
+        if sysctl::read([EVENTS])?.get(EVENTS).is_some_and(|value| value == "0") {
+            return Err(Error::Unsupported {
+                operation: "listen to",
+                object: "connections".to_owned(),
+                reason: "net.netfilter.nf_conntrack_events is 0: the kernel is told not to tell of any".to_owned(),
+                remedy: "sysctl -w net.netfilter.nf_conntrack_events=2 (1 before Linux 5.19), and the same in what sets it at boot (/etc/sysctl.d)",
+            });
         }
         Ok(Self { socket, waiting: VecDeque::new(), lost: 0 })
     }

@@ -94,6 +94,24 @@ fn an_echo_request_has_type_and_code_and_nothing_is_counted_unless_asked_for() {
 }
 
 #[test]
+fn a_kernel_that_was_told_to_tell_nothing_is_not_listened_to_in_vain() {
+    in_namespace(|| {
+        sysctl("nf_conntrack_events", "0");
+        let error = Listener::open().unwrap_err();
+        assert!(
+            error.remedy().contains("sysctl -w net.netfilter.nf_conntrack_events=2"),
+            "{error}: {}",
+            error.remedy()
+        );
+        // What the remedy says helps.
+        sysctl("nf_conntrack_events", "2");
+        let mut listener = Listener::open().unwrap();
+        run("ping", &["-c1", "-W5", "127.0.0.3"]);
+        assert!(matches!(await_news(&mut listener, |_| true), News::Began(_)));
+    });
+}
+
+#[test]
 fn what_was_lost_is_counted() {
     in_namespace(|| {
         let mut listener = Listener::open().unwrap();

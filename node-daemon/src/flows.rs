@@ -43,6 +43,39 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Flows in one answer.
 const MOST: usize = 1000;
 
+/// A kind of flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum FlowKind {
+    /// What was denied.
+    Denied,
+    /// A connection that began or ended.
+    Connection,
+}
+
+impl FlowKind {
+    /// All of them, in the order of [`Totals`].
+    pub const ALL: [Self; 2] = [Self::Denied, Self::Connection];
+
+    /// In a word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Denied => "denied",
+            Self::Connection => "connection",
+        }
+    }
+}
+
+/// How many flows of each kind there were since the daemon started, in the order of [`FlowKind::ALL`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Recorded.
+    pub recorded: [u64; 2],
+    /// Not recorded, because the kernel had no room to tell of them or they were not understood.
+    pub lost: [u64; 2],
+}
+
 /// What kinds of flows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kinds {
@@ -82,7 +115,7 @@ pub struct Flows {
     interest: Arc<Interest>,
 }
 
-/// Places in the ring's arrays.
+/// Places in the ring's arrays, as in [`FlowKind::ALL`].
 const DENIED: usize = 0;
 const CONNECTIONS: usize = 1;
 
@@ -156,6 +189,12 @@ impl Flows {
         })
     }
 
+    /// How many there were.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.with(|ring| Totals { recorded: ring.recorded, lost: ring.lost })
+    }
+
     /// Keeps a flow that nobody denied.
     #[cfg(test)]
     pub(crate) fn keep(&self, flow: Flow) {
@@ -167,7 +206,7 @@ impl Flows {
     }
 
     fn has_failed(&self, place: usize, error: &husk_dataplane::Error, what: &str) {
-        let reason = error.to_string();
+        let reason = format!("{error}; {}", error.remedy());
         let known = self.with(|ring| ring.unavailable[place].replace(reason.clone()).as_ref() == Some(&reason));
         if !known {
             tracing::warn!(reason, "{what}");
@@ -191,6 +230,7 @@ impl Flows {
             self.with(|ring| {
                 let now = Instant::now();
                 ring.lost[DENIED] = lost;
+                ring.log_lost(now);
                 ring.keep_settled(now);
                 if let Some(flow) = flow {
                     ring.take(flow, now);
@@ -238,18 +278,19 @@ impl Flows {
                 lost = std::mem::take(&mut missed).saturating_sub(found.len() as u64);
                 changes.extend(found);
             }
-            if changes.is_empty() && lost == 0 {
-                continue;
-            }
             let told = |change| Flow::of_connection(change, &pods.cluster, |it| pods.are_local(it), now);
             let flows: Vec<Flow> = changes.iter().map(told).collect();
             self.with(|ring| {
                 ring.lost[CONNECTIONS] += lost;
+                ring.log_lost(Instant::now());
                 flows.into_iter().for_each(|flow| ring.keep(flow));
             });
         }
         // Nobody waits for what would be found by now.
-        self.with(|ring| ring.lost[CONNECTIONS] += missed);
+        self.with(|ring| {
+            ring.lost[CONNECTIONS] += missed;
+            ring.log_lost(Instant::now());
+        });
         Ok(())
     }
 }
@@ -302,6 +343,30 @@ mod tests {
     fn run(program: &str, arguments: &[&str]) {
         let output = Command::new(program).args(arguments).output().unwrap();
         assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[test]
+    fn who_follows_connections_that_the_kernel_was_told_to_keep_quiet_about_hears_so() {
+        let world = || {
+            run("nft", &["add table inet t; add chain inet t c { type filter hook input priority 0; }"]);
+            run("nft", &["add rule inet t c ct state invalid counter"]);
+            std::fs::write("/proc/sys/net/netfilter/nf_conntrack_events", "0").unwrap();
+            let (_sender, states) = watch::channel(State::default());
+            let flows = Flows::default();
+            flows.record_connections(states).unwrap();
+            let begun = Instant::now();
+            loop {
+                let report = flows.report(None, Kinds::ALL, true);
+                if let Some(reason) = report.unavailable {
+                    assert!(reason.contains("sysctl -w net.netfilter.nf_conntrack_events=2"), "{reason}");
+                    assert!(!report.listening);
+                    break;
+                }
+                assert!(begun.elapsed() < Duration::from_secs(20), "{report:?}");
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        Netns::new_unnamed().unwrap().run_in(world).unwrap();
     }
 
     #[test]

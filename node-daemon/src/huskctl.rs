@@ -6,6 +6,7 @@
 mod capture;
 mod doctor;
 mod flows;
+mod following;
 mod mtu;
 mod policy;
 mod reference;

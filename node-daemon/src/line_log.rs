@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -23,10 +23,13 @@ use jiff::Timestamp;
 
 pub use self::entry::{Client, Entry, Event, LogLine};
 use self::file::LineFile;
-use crate::flows::Flow;
+use crate::flows::{Flow, FlowKind};
 
 /// Lines that may wait to be written: about 4 MiB.
 const QUEUE: usize = 8192;
+
+/// Pause between two attempts to write of what is missing, while nothing new is told.
+const RETRY: Duration = Duration::from_secs(2);
 
 /// How long the end of the daemon waits for the last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -68,6 +71,13 @@ impl Logs {
     pub fn flow(&self, flow: &Flow) {
         if let Some(log) = &self.flows {
             log.tell(Timestamp::now(), Entry::Flow { event: flow.verdict, flow: Box::new(flow.clone()) });
+        }
+    }
+
+    /// Logs that flows are missing at this place, because nobody could record them.
+    pub fn flows_lost(&self, flows: FlowKind, count: u64) {
+        if let Some(log) = &self.flows {
+            log.tell(Timestamp::now(), Entry::Audit(Event::FlowsLost { flows, count }));
         }
     }
 
@@ -173,7 +183,21 @@ struct Writer {
 
 impl Writer {
     fn write_all(mut self, jobs: &Receiver<Job>) {
-        for job in jobs {
+        loop {
+            // Who waits for the next line to find out whether there is room again would leave the issue standing until then.
+            let job = if self.shared.failure().is_some() {
+                jobs.recv_timeout(RETRY)
+            } else {
+                jobs.recv().map_err(Into::into)
+            };
+            let job = match job {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.tell_of_missing();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             match job {
                 Job::Line(line) => {
                     self.tell_of_missing();

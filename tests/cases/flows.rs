@@ -128,9 +128,11 @@ fn followed(stage: &Stage) -> Result<()> {
         closed = find("closed").unwrap_or_default();
         Ok(find("new").is_some() && !closed.is_null())
     });
+    let outlived = ended.and_then(|()| restarted(stage, &told));
     follower.kill()?;
     follower.wait()?;
-    ended.with_context(|| told().unwrap_or_default())?;
+    outlived.with_context(|| told().unwrap_or_default())?;
+    ensure!(told()?.contains("no daemon answers") && told()?.contains("the daemon answers again"), "{}", told()?);
     let expected = stage.client.address(Family::Ipv4)?;
     ensure!(closed["source"]["address"] == expected.to_string() && closed["direction"] == "ingress", "{closed}");
     ensure!(closed["destination"]["pod"] == "server" && closed["destination"]["namespace"] == "default", "{closed}");
@@ -141,6 +143,18 @@ fn followed(stage: &Stage) -> Result<()> {
     let now = host.huskctl_json(["flows", "--denied", "--last", "1"]);
     ensure!(now.is_err(), "nothing was denied, so there is no line: {now:?}");
     Ok(())
+}
+
+/// Whoever follows outlives the daemon, and hears of what the next one sees.
+fn restarted(stage: &Stage, told: &dyn Fn() -> std::io::Result<String>) -> Result<()> {
+    let (host, at) = (stage.cluster.host(2), stage.at()?);
+    host.restart_daemon(Signal::SIGTERM)?;
+    eventually("the next daemon to listen", PATIENCE, || Ok(told()?.matches("recorded from here on").count() == 2))?;
+    tcp::transfer(stage.client.netns(), at, 1000)?;
+    let is_new = |line: &str| serde_json::from_str(line).is_ok_and(|flow| is_flow(&flow, "new", "TCP", at));
+    eventually("a connection after the restart to be told", PATIENCE, || {
+        Ok(told()?.lines().filter(|line| is_new(line)).count() >= 2)
+    })
 }
 
 /// On a host that logs, they are in the log without anybody's following.

@@ -102,18 +102,21 @@ fn well_formed(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// Flows that were denied.
+const RECORDED: &str = "husk_flows_recorded_total{kind=\"denied\"}";
+
 /// A policy that denies, and a pod that uses an address of somebody else.
 fn denials_and_drops(scene: &Scene) -> Result<()> {
     let (one, near, web) = (scene.cluster.host(1), scene.pod("near"), scene.pod("web"));
     let denied = "husk_policy_packets_total{verdict=\"denied\",direction=\"ingress\",reason=\"policy\"}";
     let before = Scrape::of(one)?;
-    ensure!(before.get(denied) == 0.0 && before.get("husk_flows_recorded_total") == 0.0, "{}", before.get(denied));
+    ensure!(before.get(denied) == 0.0 && before.get(RECORDED) == 0.0, "{}", before.get(denied));
     scene.policy("default", "deny", &json!({"podSelector": {"matchLabels": {"app": "web"}}}))?;
     eventually("the policy to be in force", PATIENCE, || {
         Ok(!answers(near.netns(), Service::Udp(80), web.address(Family::Ipv4)?)?)
     })?;
     await_series(one, denied, |packets| packets > 0.0)?;
-    await_series(one, "husk_flows_recorded_total", |flows| flows > 0.0)?;
+    await_series(one, RECORDED, |flows| flows > 0.0)?;
     scene.clear()?;
 
     let spoofed = "husk_guard_dropped_packets_total{reason=\"spoofed\"}";

@@ -43,6 +43,8 @@ const EXPECTED: &[&str] = &[
     "reports/doctor.json",
     "reports/quarantined.json",
     "reports/flows.jsonl",
+    "reports/top.json",
+    "reports/metrics.txt",
     "reports/flows.txt",
     "husk/config.yaml",
     "husk/node.yaml",
@@ -180,6 +182,8 @@ fn a_bundle_has_everything_but_secrets() -> Result<()> {
     for (name, expected) in [
         ("cni/configuration.yaml", "zz-other.kubeconfig"),
         ("cni/configuration.yaml", "token: <redacted>"),
+        ("reports/metrics.txt", "husk_ready 1"),
+        ("reports/top.txt", "host2"),
         ("husk/config.yaml", SECRET_FILE),
         ("husk/files.txt", "keys/wireguard-"),
         ("husk/leases.yaml", "containerId"),

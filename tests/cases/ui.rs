@@ -129,6 +129,9 @@ fn the_page_shows_what_goes_on() -> Result<()> {
 /// What the page has where it says that the daemon is lost, while it does not say so.
 const NOT_LOST: &str = "id=\"lost\" class=\"lost\" hidden";
 
+/// The same where it says that the key is another one by now.
+const NOT_SHUT: &str = "id=\"shut\" class=\"lost\" hidden";
+
 /// The script shows what is new without anybody loading the page again, and says that the daemon is lost and is back.
 fn scripted(browser: &Browser<'_>, at: SocketAddr, url: &str, news: impl Fn() -> Result<()> + Sync) -> Result<()> {
     let host = browser.host;
@@ -148,10 +151,21 @@ fn scripted(browser: &Browser<'_>, at: SocketAddr, url: &str, news: impl Fn() ->
     let (still_at, still) = page_of(host)?;
     ensure!((still_at, still.as_str()) == (at, url), "a restart has shown everybody out");
     // The first answer is none.
+    ensure!(document.contains(NOT_SHUT), "nobody has changed the key: {document}");
     let fail = || anyhow::bail!("lost on the way");
     let (document, asked) = Between { browser, at, url, happens: &fail }.document(twice)?;
     ensure!(asked.iter().filter(|path| path.starts_with("/part")).count() >= 2, "{asked:?}");
     ensure!(document.contains(NOT_LOST), "the daemon answers again: {document}");
+
+    // As after a reboot.
+    let new_key = || {
+        host.stop_daemon(Signal::SIGTERM)?;
+        fs::remove_file(host.file("/run/husk/ui.key"))?;
+        host.start_daemon()?;
+        host.wait_ready()
+    };
+    let (document, _) = Between { browser, at, url, happens: &new_key }.document(once)?;
+    ensure!(!document.contains(NOT_SHUT) && document.contains(NOT_LOST), "it asks for the new address: {document}");
     Ok(())
 }
 
@@ -220,6 +234,7 @@ impl Between<'_> {
 /// Nobody is let in without the key, or by a foreign name, and nothing can be done but looking. The cookie of who was let in.
 fn access(host: &Host, other: &Host, at: SocketAddr, url: &str) -> Result<String> {
     let key = url.rsplit_once('=').map(|(_, key)| key.to_owned()).unwrap_or_default();
+    ensure!(key.len() == 32, "{url}");
     let get = |path: &str, headers: &[(&str, &str)]| http::get(host.netns(), at, path, headers);
     for path in ["/", "/api/state", "/part", "/?key=0000"] {
         let refused = get(path, &[])?;
@@ -228,6 +243,7 @@ fn access(host: &Host, other: &Host, at: SocketAddr, url: &str) -> Result<String
     let entered = get(&format!("/?key={key}"), &[])?;
     ensure!(entered.status == 303, "{entered:?}");
     let cookie = entered.headers["set-cookie"].split(';').next().unwrap_or_default().to_owned();
+    ensure!(!cookie.contains(&key), "any other server on the host would be sent the key");
     let mut state = Value::Null;
     eventually("the other host to be known", PATIENCE, || {
         state = serde_json::from_str(&get("/api/state", &[("Cookie", &cookie)])?.body)?;

@@ -93,7 +93,8 @@ fn pods(known: &mut Option<Endpoints>, endpoints: &Endpoints) -> Vec<Event> {
     before.iter().filter(|(id, _)| !endpoints.contains_key(*id)).map(released).collect()
 }
 
-/// Issues that have come or gone. One whose words change, as of a number in them, is the same one.
+/// Issues that have come or gone. One whose words change, as of a number in them, is the same one; one that is more or less severe
+/// is told again.
 fn changed_issues(known: &mut BTreeMap<(IssueKind, String), Issue>, issues: &[Issue]) -> Vec<Event> {
     let now: BTreeMap<_, _> = issues.iter().map(|issue| ((issue.kind, issue.subject.clone()), issue)).collect();
     let mut events = Vec::new();
@@ -105,10 +106,38 @@ fn changed_issues(known: &mut BTreeMap<(IssueKind, String), Issue>, issues: &[Is
         stays
     });
     for (key, issue) in now {
-        known.entry(key).or_insert_with(|| {
-            events.push(Event::IssueRaised { issue: issue.clone() });
-            issue.clone()
-        });
+        if known.get(&key).is_some_and(|before| before.severity == issue.severity) {
+            continue;
+        }
+        events.push(Event::IssueRaised { issue: issue.clone() });
+        known.insert(key, issue.clone());
     }
     events
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_overlay::issue::Severity;
+
+    use super::*;
+
+    #[test]
+    fn an_issue_that_becomes_more_severe_is_told_again_and_cleared_as_what_it_was_last() {
+        let issue = |severity, message: &str| Issue {
+            severity,
+            kind: IssueKind::PathMtu,
+            subject: "node-1".into(),
+            message: message.into(),
+            remedy: String::new(),
+        };
+        let mut known = BTreeMap::new();
+        let warning = issue(Severity::Warning, "1300 bytes");
+        let raised = |issue: &Issue| vec![Event::IssueRaised { issue: issue.clone() }];
+        assert_eq!(changed_issues(&mut known, std::slice::from_ref(&warning)), raised(&warning));
+        assert_eq!(changed_issues(&mut known, &[issue(Severity::Warning, "1200 bytes")]), []);
+        let error = issue(Severity::Error, "none");
+        assert_eq!(changed_issues(&mut known, std::slice::from_ref(&error)), raised(&error));
+        assert_eq!(changed_issues(&mut known, std::slice::from_ref(&error)), []);
+        assert_eq!(changed_issues(&mut known, &[]), [Event::IssueCleared { issue: error }]);
+    }
 }

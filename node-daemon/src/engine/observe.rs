@@ -57,7 +57,9 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 
     fn pool_samples(&self) -> Vec<PoolSample> {
-        let pools = blocks::pools(&self.parts.config, &self.snapshot.pools).into_iter().map(|pool| {
+        // No block is taken from one that is disabled: how full it is troubles nobody.
+        let usable = blocks::pools(&self.parts.config, &self.snapshot.pools).into_iter().filter(|pool| !pool.disabled);
+        let pools = usable.map(|pool| {
             let used = self.snapshot.blocks.keys().filter(|block| pool.cidr.covers(block)).count() as u64;
             let total = pool.cidr.subnet_count(pool.block_length);
             PoolSample { name: pool.name, blocks: u64::try_from(total).unwrap_or(u64::MAX), used }

@@ -5,8 +5,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::Kinds;
 use super::record::{Flow, FlowVerdict};
+use super::{CONNECTIONS, DENIED, FlowKind, Kinds};
 use crate::line_log::Logs;
 
 /// Flows that are kept, of what was denied and of connections each.
@@ -26,6 +26,10 @@ pub(super) struct Ring {
     /// With the time of their first packet, oldest first.
     waiting: VecDeque<(Instant, Flow)>,
     newest: u64,
+    /// Flows kept, of what was denied and of connections.
+    pub(super) recorded: [u64; 2],
+    /// Of those lost, how many the log was told of, and when last.
+    logged: ([u64; 2], Option<Instant>),
     /// Records lost, of what was denied and of connections.
     pub(super) lost: [u64; 2],
     /// Why nothing is recorded of either, where that is so.
@@ -59,6 +63,21 @@ impl Ring {
         }
     }
 
+    /// Has the log say how many were lost; at most once in a second, since what is lost is lost in great number.
+    pub(super) fn log_lost(&mut self, now: Instant) {
+        let (told, last) = &mut self.logged;
+        if *told == self.lost || last.is_some_and(|last| now.saturating_duration_since(last) < MERGED) {
+            return;
+        }
+        *last = Some(now);
+        for (kind, (told, lost)) in FlowKind::ALL.into_iter().zip(told.iter_mut().zip(self.lost)) {
+            let count = lost.saturating_sub(std::mem::replace(told, lost));
+            if count > 0 {
+                self.logs.flows_lost(kind, count);
+            }
+        }
+    }
+
     pub(super) fn keep(&mut self, flow: Flow) {
         self.newest += 1;
         let flow = Flow { sequence: self.newest, ..flow };
@@ -73,8 +92,10 @@ impl Ring {
                 flow.source,
                 flow.destination
             );
+            self.recorded[DENIED] += 1;
             &mut self.denied
         } else {
+            self.recorded[CONNECTIONS] += 1;
             &mut self.connections
         };
         if kept.len() >= KEPT {
@@ -144,6 +165,31 @@ mod tests {
         assert_eq!(numbers(ring.after(Some(9_000), 2, Kinds::ALL)), [9_001, 9_002]);
         assert_eq!(numbers(ring.after(None, 2, Kinds::ALL)), [10_000, 10_001]);
         assert!(ring.after(Some(10_001), 2, Kinds::ALL).is_empty());
+    }
+
+    #[test]
+    fn the_log_says_where_flows_were_lost_and_how_many() {
+        use husk_overlay::config::DecisionLogs;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("flows.jsonl");
+        let config = DecisionLogs { flows: Some(path.clone()), ..DecisionLogs::default() };
+        let logs = Logs::start(&config, &"node-a".parse().unwrap()).unwrap();
+        let (mut ring, start) = (Ring { logs: logs.clone(), ..Ring::default() }, Instant::now());
+        // Losses of one second are one line, and what is lost after the last line is told a second later.
+        for (milliseconds, lost) in
+            [(0, [0, 0]), (100, [7, 0]), (600, [9, 0]), (1000, [10, 3]), (1100, [12, 3]), (3000, [12, 3])]
+        {
+            ring.lost = lost;
+            ring.log_lost(start + Duration::from_millis(milliseconds));
+        }
+        logs.flush();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let lines: Vec<serde_json::Value> = lines.collect();
+        let told = |it: &serde_json::Value| (it["flows"].as_str().unwrap().to_owned(), it["count"].as_u64().unwrap());
+        assert!(lines.iter().all(|line| line["kind"] == "audit" && line["event"] == "flowsLost"), "{text}");
+        let told: Vec<(String, u64)> = lines.iter().map(told).collect();
+        assert_eq!(told, [("denied".into(), 7), ("denied".into(), 5), ("connection".into(), 3)]);
     }
 
     #[test]

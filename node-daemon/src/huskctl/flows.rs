@@ -1,7 +1,6 @@
 //! `huskctl flows`: asks again and again for what is new, and prints it as it comes.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +11,8 @@ use husk_overlay::ipc::Request;
 use husk_overlay::prefix::Prefix;
 use husk_policy::cluster::DEFAULT_NAMESPACE;
 
+use super::following::{Answered, ask_on};
+use super::style::tell;
 use super::{Output, Show, ask, style, tables};
 use crate::report::{Flow, FlowEnd, FlowVerdict, FlowsReport, PeerReport};
 
@@ -98,13 +99,13 @@ fn is(end: &FlowEnd, pod: &str) -> bool {
 
 pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
     let filter = Filter::new(socket, options)?;
-    let mut reader = Reader { socket, options, after: 0, lost: 0 };
-    let (recorded, report) = reader.read()?;
-    tell(report.unavailable.iter().map(|reason| format!("huskctl: flows are not recorded: {reason}")));
+    let mut reader = Reader { socket, options, after: 0, lost: 0, has_begun: false };
+    let Read { flows: recorded, report, lost: so_far, .. } = reader.read()?;
+    tell(report.unavailable.iter().map(|reason| unavailable(reason)));
     let mut flows: Vec<Flow> = recorded.into_iter().filter(|flow| filter.wants(flow)).collect();
     flows.drain(..flows.len().saturating_sub(options.last));
     if !options.follow {
-        tell(lost(report.lost));
+        tell(lost(so_far));
         if options.wants_connections() && !report.listening && report.unavailable.is_none() {
             let hint =
                 "connections are recorded only while somebody follows them (--follow), or they are logged (logs.flows)";
@@ -117,7 +118,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         return Ok((text, report.unavailable.is_some()));
     }
     let mut first = true;
-    let mut listening = false;
+    let (mut listening, mut reason) = (false, report.unavailable);
     loop {
         let text = text(show, &flows, first)?;
         if !text.is_empty() && !style::print(&text) {
@@ -125,10 +126,14 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         }
         first = false;
         std::thread::sleep(POLL);
-        let before = reader.lost;
-        let (new, report) = reader.read()?;
-        tell(lost(report.lost.saturating_sub(before)));
-        if report.listening && !listening && options.wants_connections() {
+        let Read { flows: new, report, lost: since, by_another } = reader.read()?;
+        tell(lost(since));
+        // The daemon finds out only when somebody follows, and goes on trying.
+        if report.unavailable != reason {
+            tell(report.unavailable.iter().map(|reason| unavailable(reason)));
+            reason = report.unavailable;
+        }
+        if report.listening && (by_another || !listening) && options.wants_connections() {
             tell(["huskctl: connections are recorded from here on".to_owned()]);
         }
         listening = report.listening;
@@ -151,15 +156,12 @@ fn text(show: &Show, flows: &[Flow], with_header: bool) -> anyhow::Result<String
     }
 }
 
-fn lost(count: u64) -> Option<String> {
-    (count > 0).then(|| format!("huskctl: {count} flows were lost: they came faster than they could be recorded"))
+fn unavailable(reason: &str) -> String {
+    format!("huskctl: flows are not recorded: {reason}")
 }
 
-fn tell(lines: impl IntoIterator<Item = String>) {
-    for line in lines {
-        // Who does not read this has the counters.
-        let _ = writeln!(std::io::stderr(), "{line}");
-    }
+fn lost(count: u64) -> Option<String> {
+    (count > 0).then(|| format!("huskctl: {count} flows were lost: they came faster than they could be recorded"))
 }
 
 /// Reads on where it was.
@@ -168,12 +170,25 @@ struct Reader<'a> {
     options: &'a Options,
     after: u64,
     lost: u64,
+    /// The daemon has answered before: if it is away now, it is waited for.
+    has_begun: bool,
+}
+
+/// What is new.
+struct Read {
+    flows: Vec<Flow>,
+    /// The last answer.
+    report: FlowsReport,
+    /// Flows lost since the reading before.
+    lost: u64,
+    /// The daemon is another one than that of the reading before.
+    by_another: bool,
 }
 
 impl Reader<'_> {
-    /// All that is new, and the last answer.
-    fn read(&mut self) -> anyhow::Result<(Vec<Flow>, FlowsReport)> {
+    fn read(&mut self) -> anyhow::Result<Read> {
         let mut all = Vec::new();
+        let (mut before, mut by_another) = (self.lost, false);
         loop {
             let request = Request::Flows {
                 after: Some(self.after),
@@ -181,10 +196,16 @@ impl Reader<'_> {
                 connections: self.options.wants_connections(),
                 follow: self.options.follow,
             };
-            let mut report: FlowsReport = ask(self.socket, &request)?;
-            if report.newest < self.after {
+            let Answered { answer: mut report, restarted } = if self.has_begun {
+                ask_on::<FlowsReport>(self.socket, &request)?
+            } else {
+                Answered { answer: ask(self.socket, &request)?, restarted: false }
+            };
+            self.has_begun = true;
+            by_another |= restarted;
+            if restarted && (self.after, self.lost) != (0, 0) || report.newest < self.after {
                 // The daemon is another one, and counts anew.
-                (self.after, self.lost) = (0, 0);
+                (self.after, self.lost, before, by_another) = (0, 0, 0, true);
                 continue;
             }
             let last = report.flows.last().map(|flow| flow.sequence);
@@ -194,7 +215,7 @@ impl Reader<'_> {
                 Some(last) => self.after = last,
                 None => {
                     self.after = report.newest;
-                    return Ok((all, report));
+                    return Ok(Read { flows: all, lost: report.lost.saturating_sub(before), report, by_another });
                 }
             }
         }

@@ -120,6 +120,13 @@ pub(super) fn print(text: &str) -> bool {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
 }
 
+/// Writes lines to standard error, beside what is asked for: who does not read them misses nothing of that.
+pub(super) fn tell(lines: impl IntoIterator<Item = String>) {
+    for line in lines {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

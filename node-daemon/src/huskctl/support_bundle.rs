@@ -11,6 +11,7 @@ mod archive;
 mod gather;
 mod items;
 mod redact;
+mod scrape;
 mod secrets;
 
 use std::fmt::Write as _;
@@ -123,6 +124,7 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> Resul
         config: read_config(&options.config).unwrap_or_default(),
         run_directory: std::path::absolute(run_directory).unwrap_or_else(|_| run_directory.to_owned()),
         state_directory: options.state_directory.clone(),
+        log_bytes: options.log_size << 20,
         huskctl: std::env::current_exe().context("cannot tell where huskctl is")?,
     };
     let now = Timestamp::now();

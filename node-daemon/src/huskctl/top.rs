@@ -17,6 +17,7 @@ use husk_overlay::ipc::Request;
 
 use self::rates::top;
 use self::screen::Size;
+use super::following::{Answered, ask_on};
 use super::{Output, Show, ask, style};
 use crate::report::{Counted, Top};
 
@@ -85,7 +86,12 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
     let mut first = true;
     loop {
         thread::sleep(options.interval);
-        let now: Counted = ask(socket, &Request::Top)?;
+        let Answered { answer: now, restarted } = ask_on::<Counted>(socket, &Request::Top)?;
+        if restarted {
+            // Between what two daemons have counted there is no rate.
+            before = now;
+            continue;
+        }
         let top = shown(&before, &now, options);
         let text = match (lines, live) {
             (true, _) => serde_json::to_string(&top)? + "\n",

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::flows::{Flow, FlowVerdict};
+use crate::flows::{Flow, FlowKind, FlowVerdict};
 use crate::keys::Technology;
 
 /// A line of a log.
@@ -150,6 +150,13 @@ pub enum Event {
     IssueCleared {
         /// What was.
         issue: Issue,
+    },
+    /// Flows that are missing at this place of this log, because more came than the kernel had room to tell of.
+    FlowsLost {
+        /// Which ones.
+        flows: FlowKind,
+        /// Their number.
+        count: u64,
     },
     /// Lines that are missing at this place of this log, because they came too fast or the disk had no room.
     LinesLost {

@@ -96,6 +96,25 @@ fn a_full_disk_holds_up_nobody_is_told_and_what_is_missing_is_counted() {
 }
 
 #[test]
+fn a_disk_with_room_again_is_found_without_another_line() {
+    on_small_disk(|disk| {
+        let logs = Logs::start(&config(disk), &node()).unwrap();
+        fs::write(disk.join("filler"), vec![0; 64 << 10]).unwrap();
+        logs.decision(|| left(1));
+        logs.flush();
+        assert_eq!(logs.issues().len(), 1);
+        fs::remove_file(disk.join("filler")).unwrap();
+        let begun = Instant::now();
+        while !logs.issues().is_empty() {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", logs.issues());
+            thread::yield_now();
+        }
+        let entries: Vec<Entry> = lines(&disk.join("audit.jsonl")).into_iter().map(|line| line.entry).collect();
+        assert_eq!(entries, [Entry::Audit(Event::LinesLost { count: 1 })]);
+    });
+}
+
+#[test]
 fn a_queue_that_is_full_drops_and_counts() {
     let directory = tempfile::tempdir().unwrap();
     // A writer that does not write yet.

@@ -53,8 +53,8 @@ macro_rules! catalogue {
 
 catalogue! {
     BUILD Info "husk_build_info" ["version"] "Version of the daemon";
-    NODE Info "husk_node_info" ["node", "mode", "encrypted", "source", "device"]
-        "The node's name, its mode, whether that encrypts, where the cluster's state comes from (kubernetes or directory), and which WireGuard device serves (kernel, userspace or none)";
+    NODE Info "husk_node_info" ["node", "mode", "encrypted", "source", "blocks", "device"]
+        "The node's name, its mode, whether that encrypts, where the cluster's state comes from (kubernetes or directory) and where address blocks do (pools or node-cidrs), and which WireGuard device serves (kernel, userspace or none)";
     READY Gauge "husk_ready" [] "1 if pods can be added to the node";
     ISSUES Gauge "husk_issues" ["kind", "severity"] "Issues there are, by kind and severity (warning, error or blocking); kinds without any are absent";
 
@@ -90,11 +90,11 @@ catalogue! {
     GUARD_PACKETS Counter "husk_guard_dropped_packets_total" ["reason"] "Packets dropped by the node's own rules: plaintext_out and plaintext_in are leaks that were stopped, spoofed are pods that used foreign addresses";
     GUARD_BYTES Counter "husk_guard_dropped_bytes_total" ["reason"] "Bytes of those packets";
     POLICY_PACKETS Counter "husk_policy_packets_total" ["verdict", "direction", "reason"] "Packets that network policy denied (by rule or default deny, from or to a pod that is not known, or of no connection), and packets of pods that it let pass";
-    FLOWS Counter "husk_flows_recorded_total" [] "Flows that were recorded: denied ones and, while somebody asks for them, connections that began or ended";
-    FLOWS_LOST Counter "husk_flows_lost_total" [] "Records of denied packets that the kernel had no room for, or that were not understood";
+    FLOWS Counter "husk_flows_recorded_total" ["kind"] "Flows that were recorded, by kind: denied and, while somebody asks for them, connection, for those that began or ended";
+    FLOWS_LOST Counter "husk_flows_lost_total" ["kind"] "Flows that were not recorded, because the kernel had no room to tell of them or they were not understood, by kind (denied or connection)";
     XFRM_ERRORS Counter "husk_xfrm_errors_total" ["reason"] "Packets that IPsec did not let through, by the kernel's name of the reason (Documentation/networking/xfrm_proc.rst)";
 
-    POOL_BLOCKS Gauge "husk_ipam_pool_blocks" ["pool"] "Blocks that an address pool has in all; of more than 100 pools the rest is (others)";
+    POOL_BLOCKS Gauge "husk_ipam_pool_blocks" ["pool"] "Blocks that an address pool has in all, unless it is disabled; of more than 100 pools the rest is (others)";
     POOL_USED Gauge "husk_ipam_pool_blocks_used" ["pool"] "Blocks of an address pool that belong to a node";
     BLOCKS Gauge "husk_ipam_blocks" ["family"] "Blocks of this node";
     ADDRESSES Gauge "husk_ipam_addresses" ["family"] "Addresses for pods in this node's blocks";

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_overlay::config::{Config, SourceConfig};
+use husk_overlay::config::{BlockOrigin, Config, SourceConfig};
 use husk_overlay::issue::{Issue, Severity};
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
@@ -17,6 +17,7 @@ use super::distribution::Distribution;
 use super::live::{Labels, Live};
 use super::process::Process;
 use super::sample::{PathSample, STANDINGS, STATES, Sample, standing_name, state_name};
+use crate::flows::{FlowKind, Totals};
 use crate::report::Counter;
 
 /// Pools that have series of their own; the rest is one.
@@ -31,6 +32,8 @@ pub struct Fixed {
     pub mode: Mode,
     /// `kubernetes` or `directory`.
     pub source: &'static str,
+    /// `pools` or `node-cidrs`.
+    pub blocks: &'static str,
     /// Age at which a key is replaced at the latest; none where that is done on demand only, and in modes without keys.
     pub key_interval: Option<Duration>,
     /// Policy is enforced.
@@ -50,6 +53,10 @@ impl Fixed {
             source: match &config.source {
                 SourceConfig::Directory { .. } => "directory",
                 SourceConfig::Kubernetes { .. } => "kubernetes",
+            },
+            blocks: match config.ipam.blocks {
+                BlockOrigin::Pools => "pools",
+                BlockOrigin::NodeCidrs => "node-cidrs",
             },
             key_interval: interval.map(|seconds| Duration::from_secs(seconds.into())),
             policy: config.policy.enabled,
@@ -73,10 +80,8 @@ pub struct Inputs {
     pub sample: Arc<Sample>,
     /// Since then.
     pub sample_age: Duration,
-    /// Denied flows that were recorded.
-    pub flows_recorded: u64,
-    /// Records that were lost.
-    pub flows_lost: u64,
+    /// Flows that were recorded and lost.
+    pub flows: Totals,
     /// Packets dropped by the node's own rules.
     pub guard: BTreeMap<String, Counter>,
     /// Packets that policy denied or passed.
@@ -100,7 +105,7 @@ pub(super) fn series(metric: &Metric, inputs: &Inputs) -> Series {
         names::NODE => {
             let encrypted = if fixed.mode.encrypted() { "true" } else { "false" };
             let device = if sample.device.is_empty() { "none" } else { sample.device };
-            info(metric, &[fixed.node.as_str(), fixed.mode.as_str(), encrypted, fixed.source, device])
+            info(metric, &[fixed.node.as_str(), fixed.mode.as_str(), encrypted, fixed.source, fixed.blocks, device])
         }
         names::READY => one(Some(flag(inputs.ready))),
         names::ISSUES => issues(metric, &inputs.issues),
@@ -117,8 +122,8 @@ pub(super) fn series(metric: &Metric, inputs: &Inputs) -> Series {
         names::GUARD_PACKETS => by_label(metric, inputs.guard.iter().map(|(name, counter)| (name, counter.packets))),
         names::GUARD_BYTES => by_label(metric, inputs.guard.iter().map(|(name, counter)| (name, counter.bytes))),
         names::POLICY_PACKETS => verdicts(metric, &inputs.policy),
-        names::FLOWS => one(Some(number(inputs.flows_recorded))),
-        names::FLOWS_LOST => one(Some(number(inputs.flows_lost))),
+        names::FLOWS => flows(metric, inputs.flows.recorded),
+        names::FLOWS_LOST => flows(metric, inputs.flows.lost),
         names::XFRM_ERRORS => by_label(metric, inputs.xfrm.iter().map(|(name, packets)| (name, *packets))),
         _ => peers(metric, inputs)
             .or_else(|| addresses(metric, sample))
@@ -211,6 +216,14 @@ fn one(value: Option<f64>) -> Series {
 
 fn by_label<'a>(metric: &Metric, values: impl Iterator<Item = (&'a String, u64)>) -> Series {
     values.map(|(name, value)| (labels(metric, &[name]), number(value))).collect()
+}
+
+fn flows(metric: &Metric, counts: [u64; 2]) -> Series {
+    FlowKind::ALL
+        .into_iter()
+        .zip(counts)
+        .map(|(kind, count)| (labels(metric, &[kind.as_str()]), number(count)))
+        .collect()
 }
 
 fn flag(value: bool) -> f64 {

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::families::{Fixed, Inputs};
 use super::{Live, Process};
 use crate::engine::State;
-use crate::flows::{Flows, Kinds};
+use crate::flows::Flows;
 use crate::report::Counter;
 
 /// Where everything is to be had.
@@ -26,7 +26,7 @@ pub struct Gathering {
     pub states: watch::Receiver<State>,
     /// What is wrong with the configuration.
     pub configuration: watch::Receiver<Option<Issue>>,
-    /// Denied flows.
+    /// What is recorded of flows.
     pub flows: Flows,
 }
 
@@ -43,9 +43,6 @@ impl Gathering {
     #[must_use]
     pub fn gather(&self) -> Inputs {
         let (sample, sample_age) = self.live.sample();
-        // Nothing newer than every number: that costs nothing, and says how many were recorded and lost.
-        let denied = Kinds { denied: true, connections: false };
-        let flows = self.flows.report(Some(u64::MAX), denied, false);
         let fixed = Arc::clone(&self.fixed);
         let esp = fixed.mode.uses_esp();
         Inputs {
@@ -54,8 +51,7 @@ impl Gathering {
             issues: self.issues(),
             sample,
             sample_age,
-            flows_recorded: flows.newest,
-            flows_lost: flows.lost,
+            flows: self.flows.totals(),
             guard: counters(nft::read_counters(), "counters of drops"),
             policy: if fixed.policy {
                 counters(policy::read_counters(), "counters of policy")

@@ -13,6 +13,7 @@ use husk_overlay::probe::Standing;
 
 use super::catalogue::{ALL, Kind};
 use super::*;
+use crate::flows::Totals;
 use crate::report::{Counter, PeerState};
 
 fn fixed(extra: &str) -> Fixed {
@@ -85,8 +86,7 @@ fn inputs(peers: u32, extra: &str) -> Inputs {
             peers: (0..peers).map(peer).collect(),
         }),
         sample_age: Duration::from_secs(10),
-        flows_recorded: 4,
-        flows_lost: 1,
+        flows: Totals { recorded: [4, 9], lost: [1, 2] },
         guard: [counter("plaintext_out", 5), counter("spoofed", 0)].into(),
         policy: [
             counter("denied_ingress", 7),
@@ -144,7 +144,7 @@ fn values_are_those_that_were_gathered() {
     let all = series(&written(8, ""));
     for (name, value) in [
         (
-            "husk_node_info{node=\"host1\",mode=\"wireguard\",encrypted=\"true\",source=\"directory\",device=\"kernel\"}",
+            "husk_node_info{node=\"host1\",mode=\"wireguard\",encrypted=\"true\",source=\"directory\",blocks=\"pools\",device=\"kernel\"}",
             1.0,
         ),
         ("husk_ready", 1.0),
@@ -185,7 +185,10 @@ fn values_are_those_that_were_gathered() {
         ("husk_policy_packets_total{verdict=\"denied\",direction=\"ingress\",reason=\"policy\"}", 7.0),
         ("husk_policy_packets_total{verdict=\"denied\",direction=\"any\",reason=\"unknown_pod\"}", 9.0),
         ("husk_policy_packets_total{verdict=\"accepted\",direction=\"any\",reason=\"policy\"}", 11.0),
-        ("husk_flows_lost_total", 1.0),
+        ("husk_flows_recorded_total{kind=\"denied\"}", 4.0),
+        ("husk_flows_recorded_total{kind=\"connection\"}", 9.0),
+        ("husk_flows_lost_total{kind=\"denied\"}", 1.0),
+        ("husk_flows_lost_total{kind=\"connection\"}", 2.0),
         ("husk_xfrm_errors_total{reason=\"XfrmInNoPols\"}", 3.0),
         ("husk_ipam_pool_blocks{pool=\"a \\\"pool\\\"\\\\\\n\"}", 1024.0),
         ("husk_ipam_addresses_leased{family=\"ipv4\"}", 12.0),

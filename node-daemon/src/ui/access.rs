@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use husk_overlay::digest;
 use husk_overlay::name::NodeName;
 use hyper::header::{COOKIE, HOST, HeaderValue};
 use hyper::http::request::Parts;
@@ -56,11 +57,17 @@ impl Key {
         &self.0
     }
 
-    /// In a time that says nothing about how much of it is right.
-    fn is(&self, given: &str) -> bool {
-        let (own, given) = (self.0.as_bytes(), given.as_bytes());
-        own.len() == given.len() && own.iter().zip(given).fold(0, |differ, (own, given)| differ | (own ^ given)) == 0
+    /// What a browser keeps in place of the key, which cannot be had from it. A browser sends cookies to every port of a host
+    /// (RFC 6265, section 8.5), so that another server there gets to see it.
+    pub(super) fn cookie(&self) -> String {
+        digest::hex(&["cookie of the page", &self.0])
     }
+}
+
+/// Whether both are the same, in a time that says nothing about how much of it is.
+fn same(own: &str, given: &str) -> bool {
+    let (own, given) = (own.as_bytes(), given.as_bytes());
+    own.len() == given.len() && own.iter().zip(given).fold(0, |differ, (own, given)| differ | (own ^ given)) == 0
 }
 
 /// Judges requests.
@@ -69,6 +76,17 @@ pub(super) struct Access {
     key: Arc<Key>,
     /// Browsers keep one cookie jar for all ports of a host: nodes that were forwarded to the same one have their own each.
     cookie: String,
+    /// What it says.
+    value: Secret,
+}
+
+/// Lets whoever has it see the page.
+struct Secret(String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
 }
 
 /// Who asks.
@@ -78,7 +96,7 @@ pub(super) enum Visit {
     Foreign,
     /// Somebody without the key.
     Unknown,
-    /// Somebody who brings the key in the address: gets it as a cookie, which stays out of histories.
+    /// Somebody who brings the key in the address: gets a cookie for it, which stays out of histories.
     WithKey(HeaderValue),
     /// Somebody who may see everything.
     Known,
@@ -86,7 +104,7 @@ pub(super) enum Visit {
 
 impl Access {
     pub(super) fn new(key: Arc<Key>, node: &NodeName) -> Self {
-        Self { key, cookie: format!("husk-{node}") }
+        Self { value: Secret(key.cookie()), key, cookie: format!("husk-{node}") }
     }
 
     pub(super) fn judge(&self, request: &Parts) -> Visit {
@@ -97,12 +115,12 @@ impl Access {
         let cookies = request.headers.get_all(COOKIE).iter().filter_map(|cookies| cookies.to_str().ok());
         let mut cookies =
             cookies.flat_map(|cookies| cookies.split(';')).filter_map(|cookie| cookie.trim().split_once('='));
-        if cookies.any(|(name, value)| name == self.cookie && self.key.is(value)) {
+        if cookies.any(|(name, value)| name == self.cookie && same(&self.value.0, value)) {
             return Visit::Known;
         }
         let given = request.uri.query().and_then(|query| query.strip_prefix("key="));
-        let with_key = request.uri.path() == "/" && given.is_some_and(|given| self.key.is(given));
-        let cookie = format!("{}={}; Path=/; HttpOnly; SameSite=Strict", self.cookie, self.key.expose());
+        let with_key = request.uri.path() == "/" && given.is_some_and(|given| same(self.key.expose(), given));
+        let cookie = format!("{}={}; Path=/; HttpOnly; SameSite=Strict", self.cookie, self.value.0);
         match HeaderValue::from_str(&cookie) {
             Ok(cookie) if with_key => Visit::WithKey(cookie),
             _ => Visit::Unknown,
@@ -126,9 +144,10 @@ mod tests {
 
     use super::*;
 
+    const KEY: &str = "0123456789abcdef0123456789abcdef";
+
     fn access() -> Access {
-        let key = Key("0123456789abcdef0123456789abcdef".into());
-        Access::new(Arc::new(key), &NodeName::new("host1").unwrap())
+        Access::new(Arc::new(Key(KEY.into())), &NodeName::new("host1").unwrap())
     }
 
     fn judged(host: &str, uri: &str, cookie: &str) -> Visit {
@@ -138,10 +157,11 @@ mod tests {
 
     #[test]
     fn only_who_has_the_key_is_let_in_and_only_by_our_names() {
-        let cookie = "other=1; husk-host1=0123456789abcdef0123456789abcdef";
+        let value = Key(KEY.into()).cookie();
+        let cookie = format!("other=1; husk-host1={value}");
         for host in ["localhost", "localhost:1", "LocalHost:9473", "127.0.0.1:9473", "127.9.9.9", "[::1]:8080", "[::1]"]
         {
-            assert_eq!(judged(host, "/api/state", cookie), Visit::Known, "{host}");
+            assert_eq!(judged(host, "/api/state", &cookie), Visit::Known, "{host}");
         }
         for host in [
             "",
@@ -152,13 +172,15 @@ mod tests {
             "192.0.2.1",
             "[::2]:1",
         ] {
-            assert_eq!(judged(host, "/", cookie), Visit::Foreign, "{host}");
+            assert_eq!(judged(host, "/", &cookie), Visit::Foreign, "{host}");
         }
         for cookie in [
             "",
             "husk-host1=",
-            "husk-host1=1123456789abcdef0123456789abcdef",
-            "husk-host2=0123456789abcdef0123456789abcdef",
+            &format!("husk-host1={}", "0".repeat(value.len())),
+            &format!("husk-host2={value}"),
+            // The key opens addresses, and is no cookie.
+            &format!("husk-host1={KEY}"),
         ] {
             assert_eq!(judged("localhost", "/", cookie), Visit::Unknown, "{cookie}");
         }
@@ -166,7 +188,9 @@ mod tests {
             panic!("the key is not taken");
         };
         let set = set.to_str().unwrap();
-        assert!(set.starts_with("husk-host1=0123") && set.contains("HttpOnly") && set.contains("SameSite=Strict"));
+        assert!(set.starts_with(&format!("husk-host1={value};")) && !set.contains(KEY), "{set}");
+        assert!(set.contains("HttpOnly") && set.contains("SameSite=Strict"), "{set}");
+        assert_eq!(judged("localhost", &format!("/?key={value}"), ""), Visit::Unknown, "a cookie opens no address");
         for uri in ["/?key=0123", "/api/state?key=0123456789abcdef0123456789abcdef", "/?key="] {
             assert_eq!(judged("localhost", uri, ""), Visit::Unknown, "{uri}");
         }
@@ -179,6 +203,7 @@ mod tests {
         assert_eq!(Key::of(directory.path()).unwrap(), key);
         assert_eq!(key.expose().len(), 32);
         assert_eq!(format!("{key:?} {:?}", access()).matches("0123").count(), 0);
+        assert!(!format!("{:?}", access()).contains(&Key(KEY.into()).cookie()));
         let file = directory.path().join(KEY_FILE);
         let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file).unwrap().permissions());
         assert_eq!(mode & 0o777, 0o600);

@@ -6,6 +6,7 @@
   const TYPING = 200;
   const part = document.getElementById("part");
   const lost = document.getElementById("lost");
+  const shut = document.getElementById("shut");
   let timer;
   let asked = 0;
 
@@ -17,16 +18,23 @@
     const wanted = field ? field.value : "";
     try {
       const answer = await fetch("/part?q=" + encodeURIComponent(wanted), { cache: "no-store" });
+      // It answers, and wants another key than ours by now: asking on is in vain.
+      if (answer.status === 401) return tell(shut);
       if (!answer.ok) throw new Error(String(answer.status));
       const text = await answer.text();
       // A later question was asked meanwhile.
       if (now !== asked) return;
       replace(text);
-      lost.hidden = true;
+      tell(null);
     } catch {
-      if (now === asked) lost.hidden = false;
+      if (now === asked) tell(lost);
     }
     later(INTERVAL);
+  }
+
+  // Says what is wrong: at most one thing.
+  function tell(what) {
+    for (const banner of [lost, shut]) banner.hidden = banner !== what;
   }
 
   // What stands there was escaped by the daemon. The field keeps its cursor and what was typed since.

@@ -25,6 +25,9 @@ pub(super) fn whole(view: &View) -> Markup {
                 header {
                     h1 { "Husk " span class="node" { (view.node) } }
                     p id="lost" class="lost" hidden { "The daemon does not answer. What you see is old." }
+                    p id="shut" class="lost" hidden {
+                        "The key has changed, as it does when the node reboots: run huskctl ui again for the address. What you see is old."
+                    }
                 }
                 main id="part" { (part(view)) }
             }

@@ -168,7 +168,7 @@ async fn everything_is_served_with_its_rules() {
         let request = Request::get(path).header("host", "localhost:9473").header("cookie", cookie).body(()).unwrap();
         site.get(&request.into_parts().0).await
     };
-    let cookie = format!("husk-host1={}", key.expose());
+    let cookie = format!("husk-host1={}", key.cookie());
     for (path, media_type) in [
         ("/", "text/html"),
         ("/part?q=node-1", "text/html"),

@@ -8,6 +8,7 @@ use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
 use husk_overlay::probe::{Path, Report, Standing};
+use husk_overlay::record::Pool;
 
 use super::bed::{Bed, address, interface, name, public_key, record};
 use crate::metrics::{Live, Sample};
@@ -88,6 +89,20 @@ fn paths_addresses_and_the_source_are_in_it() {
     assert_eq!((v4.blocks, v4.total, v4.leased), (1, 63, 1));
     assert!(sample.pools.iter().all(|pool| pool.used == 2 && pool.blocks > 2), "{:?}", sample.pools);
     assert!(sample.source.up && sample.source.age.is_some());
+}
+
+#[test]
+fn pools_that_are_disabled_are_not_measured() {
+    let mut bed = Bed::new(Mode::Vxlan, 2);
+    let pool = |name: &str, cidr: &str, disabled| {
+        let pool = Pool { name: name.into(), cidr: cidr.parse().unwrap(), block_length: 26, disabled };
+        (name.to_owned(), pool)
+    };
+    bed.source.state().snapshot.pools =
+        [pool("full", "10.42.0.0/25", true), pool("next", "10.42.128.0/17", false)].into();
+    let sample = sample(&mut bed);
+    let pools: Vec<&str> = sample.pools.iter().map(|pool| pool.name.as_str()).collect();
+    assert_eq!(pools, ["next"]);
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek as _, SeekFrom};
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::redact;
+use super::{redact, scrape};
 use crate::files;
 use crate::programs::{self, Keep, Kept, Limits, Ran};
 
@@ -34,6 +35,8 @@ pub(super) enum Source {
     Listing { paths: Vec<PathBuf> },
     /// Kernel parameters below a folder of /proc/sys.
     Parameters { path: PathBuf },
+    /// The metrics that are served there.
+    Metrics { address: SocketAddr },
 }
 
 impl Source {
@@ -48,6 +51,7 @@ impl Source {
             Self::Structured { path } => structured(path, limits.bytes).map(|text| bounded(text.into_bytes(), limits)),
             Self::Folders { paths } => Ok(bounded(folders(paths, limits.bytes)?.into_bytes(), limits)),
             Self::Listing { paths } => Ok(bounded(listing(paths).into_bytes(), limits)),
+            Self::Metrics { address } => scrape::scrape(*address, limits),
             Self::Parameters { path } => Ok(bounded(parameters(path)?.into_bytes(), limits)),
         }
     }

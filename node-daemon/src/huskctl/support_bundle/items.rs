@@ -8,6 +8,7 @@ use husk_overlay::ipc::{LEASE_DIRECTORY, NODE_FILE};
 use serde_json::Value;
 
 use super::gather::Source;
+use super::scrape;
 use crate::daemon::SNAPSHOT_FILE;
 use crate::follow::LAST_GOOD_FILE;
 use crate::programs::Keep;
@@ -24,6 +25,8 @@ pub(super) struct Places {
     pub(super) config: Value,
     pub(super) run_directory: PathBuf,
     pub(super) state_directory: PathBuf,
+    /// Bytes of each log that go in.
+    pub(super) log_bytes: u64,
     /// This program.
     pub(super) huskctl: PathBuf,
 }
@@ -70,6 +73,7 @@ const REPORTS: &[(&str, &str)] = &[
     ("policy", "policy list"),
     ("quarantined", "quarantine --list"),
     ("flows", "flows --last 1000"),
+    ("top", "top --once --limit 1000"),
     ("doctor", "doctor"),
 ];
 
@@ -180,7 +184,9 @@ fn reports(places: &Places) -> Vec<Item> {
         let ending = if *name == "flows" { "jsonl" } else { "json" };
         [item(name, line, "json", ending), item(name, line, "table", "txt")]
     };
-    REPORTS.iter().flat_map(both).collect()
+    let metrics = scrape::address(places)
+        .map(|address| Item { asks: true, ..Item::new("reports/metrics.txt", Source::Metrics { address }) });
+    REPORTS.iter().flat_map(both).chain(metrics).collect()
 }
 
 fn husk(places: &Places) -> Vec<Item> {
@@ -241,8 +247,12 @@ fn logs(places: &Places) -> Vec<Item> {
         journal("logs/kernel.txt", "dmesg --ctime"),
     ];
     for name in ["flows", "audit"] {
-        if let Some(path) = places.text(&["logs", name]) {
-            items.push(Item { log: true, ..Item::file(format!("logs/{name}.jsonl"), path) });
+        let Some(path) = places.text(&["logs", name]) else { continue };
+        items.push(Item { log: true, ..Item::file(format!("logs/{name}.jsonl"), path) });
+        // What happened before the file was rotated: a new one may have a few lines only.
+        let before = format!("{path}.1");
+        if fs::metadata(path).map_or(0, |file| file.len()) < places.log_bytes && Path::new(&before).exists() {
+            items.push(Item { log: true, ..Item::file(format!("logs/{name}.jsonl.1"), before) });
         }
     }
     let folders = ["wireguard", "ipsec"].map(|name| places.run_directory.join(name));
@@ -280,6 +290,7 @@ mod tests {
             }),
             run_directory: directory.to_owned(),
             state_directory: "/var/lib/husk".into(),
+            log_bytes: 10,
             huskctl: "/usr/local/bin/huskctl".into(),
         }
     }
@@ -293,9 +304,14 @@ mod tests {
         for name in &names {
             assert!(!name.contains("..") && !name.contains("//") && !name.starts_with('/'), "{name}");
         }
-        for expected in
-            ["reports/status.json", "reports/flows.jsonl", "husk/cluster.yaml", "network/offload-underlay.txt"]
-        {
+        for expected in [
+            "reports/status.json",
+            "reports/top.txt",
+            "reports/metrics.txt",
+            "reports/flows.jsonl",
+            "husk/cluster.yaml",
+            "network/offload-underlay.txt",
+        ] {
             assert!(names.contains(expected), "{expected}");
         }
     }
@@ -332,10 +348,39 @@ mod tests {
             let paths = match item.source {
                 Source::File { path } | Source::Structured { path } => vec![path],
                 Source::Folders { paths } => paths,
-                Source::Program { .. } | Source::Listing { .. } | Source::Parameters { .. } => vec![],
+                Source::Program { .. }
+                | Source::Listing { .. }
+                | Source::Parameters { .. }
+                | Source::Metrics { .. } => vec![],
             };
             assert!(paths.iter().all(|path| !path.starts_with(&keys)), "{}", item.name);
         }
+    }
+
+    #[test]
+    fn of_a_log_that_was_rotated_lately_the_file_before_goes_in_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("flows.jsonl");
+        let mut places = places(directory.path());
+        places.config["logs"] = serde_json::json!({"flows": path});
+        let logs = |places: &Places| {
+            let names = items(places).into_iter().map(|item| item.name).filter(|name| name.starts_with("logs/flows"));
+            names.collect::<Vec<_>>()
+        };
+        fs::write(&path, "short").unwrap();
+        assert_eq!(logs(&places), ["logs/flows.jsonl"]);
+        fs::write(directory.path().join("flows.jsonl.1"), "older").unwrap();
+        assert_eq!(logs(&places), ["logs/flows.jsonl", "logs/flows.jsonl.1"]);
+        fs::write(&path, "long enough").unwrap();
+        assert_eq!(logs(&places), ["logs/flows.jsonl"]);
+    }
+
+    #[test]
+    fn metrics_are_not_asked_for_where_they_are_not_served() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut places = places(directory.path());
+        places.config["metrics"] = serde_json::json!({"listen": "off"});
+        assert!(items(&places).iter().all(|item| item.name != "reports/metrics.txt"));
     }
 
     #[test]
