@@ -56,6 +56,7 @@ use husk_overlay::record::{NodeRecord, Snapshot};
 pub use handle::{Ask, Handle, Message, Waker, channel};
 pub use node::Node;
 pub use policy::Programming;
+pub(crate) use policy_reports::answer;
 pub use state::State;
 
 use self::pace::{Cause, Pace};

@@ -250,9 +250,10 @@ impl Node for Host {
         way::neighbour(&mut self.socket, interface, address).ok()
     }
 
-    fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
+    fn deviations(&mut self, endpoint: &Endpoint, mtu: Option<u32>) -> Result<Vec<String>> {
         // A plugin chained behind may have given the pod less.
-        Ok(pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))?)
+        let allowed = mtu.map_or(PodMtu::Any, PodMtu::AtMost);
+        Ok(pod::check(&PodSpec::of(endpoint, mtu.unwrap_or_default()), &netns_of(endpoint)?, &allowed)?)
     }
 
     fn foreign_chains(&mut self) -> Vec<ForeignChain> {
