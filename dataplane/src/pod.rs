@@ -321,7 +321,7 @@ fn wire_host(socket: &mut Socket, index: u32, spec: &PodSpec) -> Result<(), Erro
         None => Ok(()),
         // The daemon knows the lease since before the interface was there, and may have been faster: then what exists is
         // what we wanted. A route of somebody else's is not replaced. The daemon's word on the MTU may be newer than ours.
-        Some(error) => match inspect::host(spec, &PodMtu::AtMost(u32::MAX))?.as_slice() {
+        Some(error) => match inspect::host(spec, &PodMtu::Any)?.as_slice() {
             [] => Ok(()),
             _ => Err(error),
         },

@@ -57,6 +57,7 @@ use husk_overlay::record::{NodeRecord, Snapshot};
 pub use handle::{Handle, channel};
 pub use node::Node;
 pub use policy::Programming;
+pub(crate) use policy_reports::answer;
 pub use state::State;
 pub use waker::{Ask, Message, Waker};
 

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use self::connections::{Interest, Known, REMEMBERED, ends};
+pub(crate) use self::record::protocol;
 pub use self::record::{Flow, FlowCount, FlowEnd, FlowVerdict, Icmp};
 use self::ring::Ring;
 use crate::engine::State;

@@ -251,7 +251,7 @@ impl Node for Host {
         way::neighbour(&mut self.socket, interface, address).ok()
     }
 
-    fn deviations(&mut self, endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>> {
+    fn deviations(&mut self, endpoint: &Endpoint, mtu: Option<u32>) -> Result<Vec<String>> {
         Ok(deviations(endpoint, mtu)?)
     }
 
@@ -416,9 +416,10 @@ impl Node for Host {
 ///
 /// # Errors
 /// When its network namespace is not to be had, or is another by now; those of netlink.
-pub(crate) fn deviations(endpoint: &Endpoint, mtu: u32) -> Result<Vec<String>, Error> {
+pub(crate) fn deviations(endpoint: &Endpoint, mtu: Option<u32>) -> Result<Vec<String>, Error> {
     // A plugin chained behind may have given the pod less.
-    pod::check(&PodSpec::of(endpoint, mtu), &netns_of(endpoint)?, &PodMtu::AtMost(mtu))
+    let allowed = mtu.map_or(PodMtu::Any, PodMtu::AtMost);
+    pod::check(&PodSpec::of(endpoint, mtu.unwrap_or_default()), &netns_of(endpoint)?, &allowed)
 }
 
 /// The network namespace of a pod, if it is still the one that the pod was connected in.

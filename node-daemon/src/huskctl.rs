@@ -12,6 +12,7 @@ mod policy;
 mod reference;
 mod rotate;
 mod schemas;
+mod standpoint;
 mod style;
 mod support_bundle;
 mod tables;
@@ -19,6 +20,7 @@ mod top;
 mod trace;
 mod ui;
 
+pub(crate) use self::standpoint::daemon_process;
 pub(crate) use self::tables::bytes;
 
 use std::io::{ErrorKind, Write as _};
@@ -246,6 +248,7 @@ fn answer(arguments: &Arguments) -> anyhow::Result<(String, bool)> {
             Ok((format!("{written} pages are in {}.\n", directory.display()), false))
         }
         Command::Ipam(IpamCommand::Release { address }) => {
+            standpoint::ensure_here(&socket)?;
             let released = leases::release(&arguments.run_directory, *address)?;
             Ok((show.text(&ReleaseReport { released }, tables::released)?, false))
         }

@@ -16,6 +16,7 @@ mod ui;
 pub use crate::flows::{Flow, FlowCount, FlowEnd, FlowVerdict, FlowsReport, Icmp};
 pub use crate::line_log::LogLine;
 pub use capture::{CaptureReport, Tap, TunnelPorts, VerifyPath};
+pub(crate) use doctor::quoted;
 pub use doctor::{Action, CheckListing, CheckReport, DoctorReport, Finding, Fix, Outcome, RepairReport, RepairResult};
 pub use ipam::{BlockReport, IpamReport, PoolReport, ReleaseReport};
 pub use keys::{AssociationReport, Direction, EpochReport, KeysReport, PeerKeysReport, RotationDue, RotationReport};
@@ -28,6 +29,7 @@ pub use policy::{
 pub use status::{Counter, KeysSummary, LastPass, Status};
 pub use top::{Counted, CountedLink, CountedPeer, CountedPod, Rates, Top, TopLink, TopPeer, TopPod, Totals};
 pub use trace::{
-    Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide, Translation,
+    Carrier, Crossing, Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TracePeer, TraceReport, TraceSide,
+    Translation,
 };
 pub use ui::UiReport;

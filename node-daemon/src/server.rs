@@ -6,13 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_dataplane::netns::Netns;
 use husk_overlay::ipc::{Request, Response, write_message};
 use nix::sys::socket;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use crate::engine::Handle;
+use crate::engine::{Handle, answer};
 use crate::line_log::Client;
 
 /// How long a client may take to say what it wants. The plugin connects before it wires a pod and speaks after.
@@ -73,6 +74,7 @@ pub async fn serve(listener: UnixListener, handle: Handle) {
 async fn converse(mut stream: UnixStream, handle: &Handle) -> io::Result<()> {
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, "the client sent no request");
     let response = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await.map_err(silent)? {
+        Ok(Request::NetworkNamespace) => network_namespace(),
         Ok(request) => {
             let credentials = stream.peer_cred().ok();
             let client = || credentials.map(|it| Client::of(it.uid(), it.pid())).unwrap_or_default();
@@ -87,6 +89,14 @@ async fn converse(mut stream: UnixStream, handle: &Handle) -> io::Result<()> {
     };
     let deaf = |_| io::Error::new(io::ErrorKind::TimedOut, "the client does not take its answer");
     tokio::time::timeout(ANSWER_TIMEOUT, send).await.map_err(deaf)?
+}
+
+/// The network namespace of the calling thread, which is that of every thread of the daemon.
+fn network_namespace() -> Response {
+    match Netns::current().and_then(|netns| netns.identity()) {
+        Ok(identity) => answer(&identity),
+        Err(error) => Response::Refused { reason: error.to_string() },
+    }
 }
 
 /// The bytes of an answer; of one that is too large, those of a refusal that says so.

@@ -5,12 +5,13 @@
 //! this node to judge, which the answer says.
 //!
 //! ```text
-//!  here:   source  antispoofing  egress policy  route  MTU  tunnel  underlay  firewall  NAT  live probe
-//!  there:                                                                     ingress policy  destination
+//!  here:   source  antispoofing  egress policy  route  MTU  firewall  other firewalls  tunnel  underlay  NAT  live probe
+//!  there:                                                                                      ingress policy  destination
 //! ```
 //! Where the source is on another node, the hops of this node are those of the answers and of the last ones.
 
 mod evidence;
+mod filters;
 mod local;
 mod path;
 mod remote;
@@ -24,6 +25,7 @@ pub use evidence::{
     Device, EndpointEvidence, Entries, Evidence, Guard, PeerEvidence, RouteEvidence, Tunnel, TunnelKind,
     UnderlayEvidence,
 };
+pub(crate) use filters::{Filters, filtered};
 pub use remote::{Knock, Knocks, knocked};
 pub use translation::{may_be_translated, translated, translated_to, translation, untranslated};
 
@@ -36,9 +38,10 @@ pub fn hops(evidence: &Evidence) -> Vec<Hop> {
         local::policy(evidence, HopName::EgressPolicy),
         path::route(evidence),
         path::mtu(evidence),
+        path::firewall(evidence),
+        filters::other_firewalls(evidence),
         remote::tunnel(evidence),
         remote::underlay(evidence),
-        path::firewall(evidence),
         path::nat(evidence),
         remote::probe(evidence),
         local::policy(evidence, HopName::IngressPolicy),
@@ -96,5 +99,5 @@ fn unknown(name: HopName, why: impl Into<String>, evidence: Vec<String>) -> Hop 
 }
 
 fn broken(name: HopName, cause: impl Into<String>, remedy: impl Into<String>, evidence: Vec<String>) -> Hop {
-    hop(name, HopStanding::Broken { cause: cause.into(), remedy: remedy.into() }, evidence)
+    hop(name, HopStanding::Broken { cause: cause.into(), remedy: remedy.into(), commands: Vec::new() }, evidence)
 }

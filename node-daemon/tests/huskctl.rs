@@ -26,6 +26,7 @@ use husk_overlay::prefix::{Family, Prefix};
 use husk_overlay::probe::{Path, Report, Standing};
 use husk_overlay::record::{DualStack, Pool};
 use serde::Serialize;
+use serde_json::json;
 
 use canned::{huskctl, run, run_against, run_along, words};
 
@@ -624,7 +625,7 @@ fn a_daemon_that_refuses_or_is_not_understood_is_status_3() {
     assert_eq!((refused.status, refused.errors.as_str()), (3, "huskctl: the daemon is stopping\n"));
     let early = Response::NotReady { reason: "no pass yet".into(), issues: vec![] };
     assert_eq!(run_against(early, &["peers"]).status, 3);
-    for strange in [Response::Done, Response::Report { report: serde_json::json!({ "node": 7 }) }] {
+    for strange in [Response::Done, Response::Report { report: json!({ "node": 7 }) }] {
         let ran = run_against(strange, &["status"]);
         assert_eq!(ran.status, 3);
         assert!(ran.errors.contains("of one version"), "{}", ran.errors);
@@ -648,4 +649,21 @@ fn wrong_usage_is_status_2() {
         assert!(!output.stderr.is_empty());
     }
     assert_eq!(huskctl(directory.path(), &["--help"]).status.code(), Some(0));
+}
+
+#[test]
+fn what_looks_at_the_host_refuses_to_take_another_network_namespace_for_it() {
+    let elsewhere = json!({ "path": "/proc/thread-self/ns/net", "device": 4, "inode": 1 });
+    for arguments in
+        [&["doctor"][..], &["doctor", "--fix", "--yes"], &["support-bundle"], &["ipam", "release", "10.42.0.2"]]
+    {
+        let ran = run_along(vec![elsewhere.clone()], arguments);
+        assert_eq!((ran.status, ran.text.as_str()), (3, ""), "{arguments:?}");
+        let told = ran.errors;
+        assert!(
+            told.contains("runs in another network namespace (net:[") && told.contains("than the daemon (net:[1])"),
+            "{told}"
+        );
+        assert_eq!(told.lines().count(), 1, "{told}");
+    }
 }

@@ -137,6 +137,7 @@ fn traced(verdict: Verdict, live: Live) -> TraceReport {
         broken: None,
         peer: None,
         translated: None,
+        crossing: None,
         sides: vec![
             TraceSide {
                 direction: Direction::Egress,

@@ -87,6 +87,8 @@ pub enum Request {
     },
     /// Can ADD work?
     Ready,
+    /// Which network namespace the daemon is in: a [`crate::endpoint::NetnsIdentity`].
+    NetworkNamespace,
     /// Everything `huskctl status` prints.
     Status,
     /// Everything `huskctl peers` prints.

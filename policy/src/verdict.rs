@@ -249,12 +249,20 @@ impl Question<'_> {
     }
 }
 
+/// ICMP or ICMPv6, by IANA protocol number.
+fn is_icmp(protocol: u8) -> bool {
+    matches!(protocol, 1 | 58)
+}
+
 impl std::fmt::Display for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { originator, responder, protocol, port } = self;
         match (Protocol::of(*protocol), Family::of(*responder)) {
             (Some(protocol), Family::Ipv4) => write!(f, "{protocol} {originator} -> {responder}:{port}"),
             (Some(protocol), Family::Ipv6) => write!(f, "{protocol} {originator} -> [{responder}]:{port}"),
+            // Policy knows no difference between the two, as neither has ports.
+            (None, Family::Ipv4) if is_icmp(*protocol) => write!(f, "ICMP {originator} -> {responder}"),
+            (None, Family::Ipv6) if is_icmp(*protocol) => write!(f, "ICMPv6 {originator} -> {responder}"),
             (None, _) => write!(f, "protocol {protocol} {originator} -> {responder}"),
         }
     }

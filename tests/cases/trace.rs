@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use husk_tests::firewall::{self, At};
 use husk_tests::policy::scene::{Scene, Service, answers};
+use husk_tests::process::binary;
 use husk_tests::{Cluster, Family, Host, Mode, Signal, eventually};
 use serde_json::{Value, json};
 
@@ -104,7 +105,11 @@ fn block(cluster: &Cluster, on: bool) -> Result<()> {
 fn a_vxlan_connection_is_traced() -> Result<()> {
     let scene = Scene::start(Mode::Vxlan)?;
     whole(&scene)?;
+    of_icmp(&scene)?;
     through_a_service(&scene)?;
+    through_a_node_port(&scene)?;
+    other_firewalls(&scene)?;
+    from_elsewhere(&scene)?;
     of_this_node(&scene)?;
     filtered(&scene)?;
     cut_off(&scene)?;
@@ -125,16 +130,21 @@ fn a_wireguard_connection_is_traced() -> Result<()> {
 fn whole(scene: &Scene) -> Result<()> {
     let (cluster, one) = (&scene.cluster, scene.cluster.host(1));
     await_whole(one)?;
-    let local = ["source", "antispoofing", "egressPolicy", "route", "mtu", "firewall"];
-    let remote = ["tunnel", "underlay", "probe", "ingressPolicy"];
+    let local = ["source", "antispoofing", "egressPolicy", "route", "mtu", "firewall", "otherFirewalls"];
+    let remote = ["tunnel", "underlay", "probe"];
     let traced = Traced::ask(one, "default/web", "default/far", &[])?;
     traced.ensure_passes(&[&local[..], &remote].concat())?;
+    // What the other node decides is its word.
+    ensure!(traced.hop("ingressPolicy")["standing"] == "unknown", "{traced:#?}");
+    let why = traced.hop("ingressPolicy")["why"].to_string();
+    ensure!(why.contains("node host2 decides, and should allow it"), "{why}");
     ensure!(traced.hop("nat")["standing"] == "notHere", "{traced:#?}");
     let why = traced.hop("destination")["why"].to_string();
     ensure!(why.contains("node host2 knows; run there: huskctl trace default/web default/far"), "{why}");
     await_whole(cluster.host(2))?;
     let there = Traced::ask(cluster.host(2), "default/web", "default/far", &[])?;
-    there.ensure_passes(&[&remote[..], &["route", "destination", "firewall"]].concat())?;
+    let decided = ["route", "ingressPolicy", "destination", "firewall", "otherFirewalls"];
+    there.ensure_passes(&[&remote[..], &decided].concat())?;
 
     Traced::ask(one, "default/web", "default/near", &[])?.ensure_passes(&[&local[..], &["destination"]].concat())?;
     Traced::ask(one, "host", "default/web", &[])?.ensure_passes(&[
@@ -161,7 +171,28 @@ fn whole(scene: &Scene) -> Result<()> {
     ensure!(traced.hop("tunnel")["standing"] == "notHere", "{traced:#?}");
     let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout;
     eprintln!("{text}");
-    ensure!(text.starts_with("PASSES  TCP") && text.contains("ok  tunnel"), "{text}");
+    let lead = "PASSES as far as this node knows  TCP";
+    ensure!(text.starts_with(lead) && text.contains("ok  tunnel"), "{text}");
+    let open = "Nothing that this node can see is broken; it cannot tell: ingress policy, destination.";
+    ensure!(text.contains(open), "{text}");
+    let text = one.huskctl(["trace", "default/web", "default/near", "--port", "80"])?.stdout;
+    ensure!(text.starts_with("PASSES  TCP") && text.ends_with("Every hop passes it.\n"), "{text}");
+    Ok(())
+}
+
+/// What has no ports has its name, and who is not known here is not said not to exist.
+fn of_icmp(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    for (family, name) in [(Family::Ipv4, "ICMP"), (Family::Ipv6, "ICMPv6")] {
+        let [web, far] =
+            [scene.pod("web").address(family)?, scene.pod("far").address(family)?].map(|it| it.to_string());
+        let text = one.huskctl(["trace", &web, &far, "--protocol", "icmp"])?.stdout;
+        ensure!(text.contains(&format!("{name} {web} -> {far}\n")), "{text}");
+    }
+    let refused = one.huskctl(["trace", "default/web", "cart", "--port", "80"])?;
+    let told =
+        ["no pod default/cart is known on this node", "ask on that node", "nor is it a node's name", "of a Service"];
+    ensure!(refused.status.code() == Some(3) && told.iter().all(|it| refused.stderr.contains(it)), "{refused:?}");
     Ok(())
 }
 
@@ -188,6 +219,133 @@ fn through_a_service(scene: &Scene) -> Result<()> {
     eprintln!("{text}");
     ensure!(text.contains("via  10.96.0.10:80, translated"), "{text}");
     one.netns().command("nft", ["delete", "table", "ip", "services"])?;
+    Ok(())
+}
+
+/// A NodePort, by rules as kube-proxy makes them in mode nftables (pkg/proxy/nftables), is followed alike.
+fn through_a_node_port(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let (node, far) = (one.address(Family::Ipv4)?, scene.pod("far").address(Family::Ipv4)?);
+    let rules = format!(
+        "table ip kube-proxy {{
+            set nodeport-ips {{ type ipv4_addr; elements = {{ {node} }}; }}
+            chain mark-for-masquerade {{ mark set mark or 0x4000; }}
+            chain endpoint-1 {{ ip saddr {far} jump mark-for-masquerade; meta l4proto tcp dnat to {far}:8080; }}
+            chain service-1 {{ numgen random mod 1 vmap {{ 0 : goto endpoint-1 }}; }}
+            chain external-1 {{ jump mark-for-masquerade; goto service-1; }}
+            map service-nodeports {{
+                type inet_proto . inet_service : verdict; elements = {{ tcp . 30080 : goto external-1 }};
+            }}
+            chain services {{ ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports; }}
+            chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
+            chain masquerading {{ mark and 0x4000 == 0 return; mark set mark xor 0x4000; masquerade fully-random; }}
+            chain nat-postrouting {{ type nat hook postrouting priority srcnat; jump masquerading; }}
+            chain reject-chain {{ reject; }}
+            map no-endpoint-services {{
+                type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ 10.96.0.77 . tcp . 80 : goto reject-chain }};
+            }}
+            chain service-endpoints-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}
+            chain filter-forward {{ type filter hook forward priority filter; ct state new jump service-endpoints-check; }}
+        }}"
+    );
+    one.netns().command("nft", [rules.as_str()])?;
+    let to = node.to_string();
+    let trace = || one.huskctl_json(["trace", "default/web", &to, "--port", "30080"]);
+    ensure!(trace()?["translated"].is_null(), "nobody has connected yet");
+    ensure!(answers(scene.pod("web").netns(), Service::Tcp(30080), node)?, "the NodePort does not answer");
+    let report = trace()?;
+    let translated = &report["translated"];
+    ensure!(translated["to"] == format!("{far}:8080") && report["destination"]["pod"]["name"] == "far", "{report:#}");
+    ensure!(report["broken"].is_null(), "{report:#}");
+    // Whom the other end sees is not the pod.
+    let router = one.router(Family::Ipv4)?.to_string();
+    ensure!(translated["masqueraded"] == router.as_str(), "{report:#}");
+    let text = one.huskctl(["trace", "default/web", &to, "--port", "30080"])?.stdout;
+    ensure!(text.contains(&format!("the source became {router}, which the other end and its policy see")), "{text}");
+    eprintln!("{text}");
+    // A Service without endpoints is refused by kube-proxy, and that is what is told.
+    let traced = Traced::ask(one, "default/web", "10.96.0.77", &[])?;
+    traced.ensure_broken(
+        "otherFirewalls",
+        "chain reject-chain (nftables table ip kube-proxy, hook forward) drops",
+        "",
+    )?;
+    one.netns().command("nft", ["delete", "table", "ip", "kube-proxy"])?;
+    Ok(())
+}
+
+/// What another table drops no rule of ours can save, and that is what is told, with commands that mend it.
+fn other_firewalls(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let (web, far) = (scene.pod("web"), scene.pod("far").address(Family::Ipv4)?);
+    let arrives = || answers(web.netns(), Service::Tcp(80), far);
+    let drops_pods = "table ip company { chain FORWARD { type filter hook forward priority 0; policy drop; oifname docker0 accept; }; }";
+    let drops_one = format!(
+        "table inet company {{ chain services {{ ip daddr {far} tcp dport 80 drop; }}; chain forward {{ type filter hook forward priority 0; \
+         jump services; }}; }}"
+    );
+    for (rules, cause) in [
+        (drops_pods, "the policy of chain FORWARD (nftables table ip company"),
+        (&drops_one, "of chain services (nftables"),
+    ] {
+        one.netns().command("nft", [rules])?;
+        ensure!(!arrives()?, "{rules} should drop it");
+        let traced = Traced::ask(one, "default/web", "default/far", &[])?;
+        traced.ensure_broken("otherFirewalls", cause, "accept them in")?;
+        let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?;
+        let lead = "The first hop that is broken is the other firewalls: ";
+        ensure!(text.status.code() == Some(1) && text.stdout.starts_with("BROKEN  TCP"), "{text:?}");
+        ensure!(text.stdout.contains(lead), "{text:?}");
+        eprintln!("{}", text.stdout);
+        // As somebody who pastes them.
+        let commands = traced.hop("otherFirewalls")["commands"].as_array().context("a remedy has commands")?.clone();
+        for command in commands.iter().filter_map(Value::as_str) {
+            one.program("/bin/sh").args(["-ec", command]).check().with_context(|| command.to_owned())?;
+        }
+        ensure!(!commands.is_empty() && arrives()?, "{commands:?} should let it pass");
+        Traced::ask(one, "default/web", "default/far", &[])?.ensure_passes(&["otherFirewalls"])?;
+        let table: Vec<&str> = rules.split_whitespace().skip(1).take(2).collect();
+        one.netns().command("nft", [format!("delete table {}", table.join(" ")).as_str()])?;
+    }
+    // The tunnel's own packets, of which neither pod nor host is the sender.
+    firewall::raise(one.netns(), At::Input, &["udp dport 4789 drop"])?;
+    let traced = Traced::ask(one, "default/web", "default/far", &[])?;
+    traced.ensure_broken("otherFirewalls", "drops the tunnels' packets (UDP port 4789)", "accept them in c")?;
+    firewall::lift(one.netns())?;
+    await_whole(one)
+}
+
+/// In another network namespace than the daemon's nothing is taken for the host, whose is told how to be entered.
+fn from_elsewhere(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let huskctl = binary("huskctl")?;
+    let huskctl = huskctl.to_str().context("a path of letters")?;
+    let away =
+        |unshare: &[&str], command: &[&str]| one.program("unshare").args(unshare).args([huskctl]).args(command).run();
+    let doctor = ["doctor", "--only", "daemon", "--only", "leases", "-o", "json"];
+    for command in [&doctor[..], &["support-bundle"], &["capture", "host"], &["ipam", "release", "10.42.0.2"]] {
+        let refused = away(&["--net"], command)?;
+        let told = refused.stderr.contains("runs in another network namespace (net:[");
+        ensure!(refused.status.code() == Some(3) && refused.stdout.is_empty() && told, "{command:?}: {refused:?}");
+    }
+    let refused = away(&["--net"], &doctor)?;
+    eprintln!("{}", refused.stderr);
+    let (_, instead) = refused.stderr.trim().split_once("Run: ").context("it says what to run")?;
+    let obeyed = one.program("unshare").args(["--net", "sh", "-ec", instead]).run()?;
+    let report: Value = serde_json::from_str(&obeyed.stdout).with_context(|| format!("{obeyed:?}"))?;
+    ensure!(report["checks"].as_array().is_some_and(|it| it.iter().all(|it| it["outcome"] == "well")), "{report:#}");
+    // Where the daemon's process cannot be seen there is no such command.
+    let refused = away(&["--net", "--pid", "--fork", "--mount-proc"], &doctor)?;
+    ensure!(refused.status.code() == Some(3) && refused.stderr.contains("kubectl -n husk-system exec"), "{refused:?}");
+    // The same namespace seen from another pid namespace is the same.
+    let seen = away(&["--pid", "--fork", "--mount-proc"], &doctor)?;
+    ensure!(seen.status.code() == Some(0), "{seen:?}");
+    // The daemon is asked from anywhere; what huskctl would look at itself is left open.
+    let traced = away(&["--net"], &["trace", "default/web", "default/near", "--port", "80", "-o", "json"])?;
+    let traced = Traced { report: serde_json::from_str(&traced.stdout)?, status: traced.status.code() };
+    traced.ensure_passes(&["source", "firewall", "destination"])?;
+    let why = traced.hop("otherFirewalls")["why"].to_string();
+    ensure!(why.contains("could not be looked at: this command looks at the host itself"), "{why}");
     Ok(())
 }
 

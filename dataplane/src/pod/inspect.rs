@@ -27,6 +27,8 @@ pub enum PodMtu {
     OneOf(Vec<u32>),
     /// This one or any smaller.
     AtMost(u32),
+    /// Whichever it is: what it should be is not known.
+    Any,
 }
 
 impl PodMtu {
@@ -34,6 +36,7 @@ impl PodMtu {
         match self {
             Self::OneOf(all) => all.contains(&mtu),
             Self::AtMost(largest) => mtu <= *largest,
+            Self::Any => true,
         }
     }
 }
@@ -46,6 +49,7 @@ impl fmt::Display for PodMtu {
                 f.write_str(&all.join(" or "))
             }
             Self::AtMost(largest) => write!(f, "at most {largest}"),
+            Self::Any => f.write_str("any"),
         }
     }
 }

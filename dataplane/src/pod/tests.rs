@@ -133,6 +133,7 @@ fn the_pods_end_may_have_another_mtu_where_that_is_allowed() {
     let found = |mtu: PodMtu| host.0.run_in(|| check(&spec, &pod, &mtu)).unwrap().unwrap();
     assert_eq!(found(PodMtu::OneOf(vec![MTU, 1300])), [""; 0]);
     assert_eq!(found(PodMtu::AtMost(MTU)), [""; 0]);
+    assert_eq!(found(PodMtu::Any), [""; 0]);
     for (mtu, expected) in [(PodMtu::OneOf(vec![MTU, 1301]), "1301"), (PodMtu::AtMost(1299), "at most 1299")] {
         let [deviation] = found(mtu).try_into().unwrap();
         assert!(deviation.contains("eth0 has the MTU 1300") && deviation.contains(expected), "{deviation}");

@@ -10,9 +10,9 @@ use husk_overlay::ipc::{Request, Response, SOCKET_FILE};
 use husk_overlay::marks;
 use serde::de::DeserializeOwned;
 
-use super::firewall::Ruleset;
 use super::host::HostFiles;
 use super::{Action, Unknown};
+use crate::firewall::Ruleset;
 use crate::huskctl::exchange;
 use crate::report::{IpamReport, KeysReport, MtuReport, PeerReport, Status};
 

@@ -1,10 +1,6 @@
 //! Firewalls of others: the rule that drops our packets, and two kinds of iptables in one kernel.
 
-mod remedy;
-mod ruleset;
-
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::net::IpAddr;
 
 use husk_overlay::config::Config;
@@ -12,10 +8,8 @@ use husk_overlay::marks;
 use husk_overlay::mode::Mode;
 use husk_overlay::prefix::Family;
 
-use self::remedy::remedy;
-pub(super) use self::ruleset::Ruleset;
-use self::ruleset::{Packet, Place};
 use super::{Check, Evidence, Finding, Fix, Looked, Outcome};
+use crate::firewall::{ESP, Kind, Packet, Place, Ruleset, TCP, UDP, legacy_tables, remedy};
 use crate::report::{PeerReport, Status};
 
 /// Rules that drop what the overlay needs.
@@ -32,40 +26,8 @@ const MOST_PEERS: usize = 64;
 /// Findings that are told; a firewall that closes everything has one per chain.
 const MOST_FINDINGS: usize = 12;
 
-/// IANA protocol numbers.
-const UDP: u8 = 17;
-const TCP: u8 = 6;
-const ESP: u8 = 50;
-
 /// A pod's interface, where the node has none yet: the rules are the same for all.
 const SOME_POD: &str = "husk00000000000";
-
-/// What a packet of ours is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    /// UDP that carries a tunnel, at this port.
-    Udp(u16),
-    /// ESP.
-    Esp,
-    /// Packets of pods that the host forwards.
-    Pods,
-    /// The host and its pods.
-    HostToPod,
-    /// Probes and transfers of the nodes through the tunnel.
-    Probe,
-}
-
-impl Kind {
-    fn words(self) -> String {
-        match self {
-            Self::Udp(port) => format!("the tunnels' packets (UDP port {port})"),
-            Self::Esp => "the tunnels' packets (ESP)".into(),
-            Self::Pods => "packets from or to pods".into(),
-            Self::HostToPod => "packets of the host to its pods, such as the kubelet's probes".into(),
-            Self::Probe => format!("the nodes' probes of each other (UDP port {})", marks::PROBE_PORT),
-        }
-    }
-}
 
 fn rules(evidence: &Evidence) -> Looked {
     let config = evidence.config()?;
@@ -90,30 +52,17 @@ fn rules(evidence: &Evidence) -> Looked {
 }
 
 fn finding(place: &Place, kinds: &BTreeMap<Kind, BTreeSet<String>>, ruleset: &Ruleset, cidrs: &[String]) -> Finding {
-    let Place { family, table, chain, hook, rule, perhaps } = place;
-    let what = match rule {
-        Some((handle, _)) => format!("rule {handle} of chain {chain} (nftables table {family} {table}, hook {hook})"),
-        None => format!("the policy of chain {chain} (nftables table {family} {table}, hook {hook})"),
-    };
-    let perhaps_words = if *perhaps { "may drop" } else { "drops" };
     let all: Vec<String> = kinds.keys().map(|kind| kind.words()).collect();
-    let mut evidence = vec![match rule {
-        Some((handle, text)) => format!("handle {handle}: {text}"),
-        None => format!("chain {chain}: policy drop, and no rule before its end accepts them"),
-    }];
-    for (kind, ends) in kinds.iter().filter(|(_, ends)| !ends.is_empty()) {
+    let ends = kinds.iter().filter(|(_, ends)| !ends.is_empty()).map(|(kind, ends)| {
         let few: Vec<&str> = ends.iter().take(4).map(String::as_str).collect();
         let more = if ends.len() > few.len() { format!(" and {} more", ends.len() - few.len()) } else { String::new() };
-        evidence.push(format!("{}: of {}{more}", kind.words(), few.join(", ")));
-    }
-    if *perhaps {
-        evidence.push("rules before it have matches that cannot be judged from outside, and may accept them".into());
-    }
-    evidence.push(format!("seen with: nft --handle list chain {family} {table} {chain}"));
+        format!("{}: of {}{more}", kind.words(), few.join(", "))
+    });
+    let evidence = place.evidence(ends);
     let kinds: Vec<Kind> = kinds.keys().copied().collect();
-    let cause = format!("{what} {perhaps_words} {}", all.join(", and "));
+    let cause = place.cause(&all.join(", and "));
     let fix = remedy(place, &kinds, ruleset, cidrs);
-    if *perhaps { Finding::warning(cause, evidence, fix) } else { Finding::error(cause, evidence, fix) }
+    if place.perhaps { Finding::warning(cause, evidence, fix) } else { Finding::error(cause, evidence, fix) }
 }
 
 /// Packets that have to pass, one of each kind and of each peer's.
@@ -235,7 +184,7 @@ pub(super) fn address_of(endpoint: &str) -> Option<IpAddr> {
 
 /// Tables that iptables has made, by both of its kinds.
 fn backends(evidence: &Evidence) -> Looked {
-    let legacy = legacy_tables()?;
+    let legacy: Vec<String> = legacy_tables()?.iter().map(|(family, table)| format!("{family} {table}")).collect();
     let ruleset = evidence.ruleset()?;
     let translated: BTreeSet<(&str, &str)> = ruleset
         .tables()
@@ -266,20 +215,6 @@ fn backends(evidence: &Evidence) -> Looked {
 
 /// Names that iptables gives to its tables.
 const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
-
-/// Tables of iptables-legacy, in words. Those of a network namespace exist from when a program first asked for them.
-fn legacy_tables() -> Result<Vec<String>, super::Unknown> {
-    let mut found = Vec::new();
-    for (family, file) in [("IPv4", "ip_tables_names"), ("IPv6", "ip6_tables_names")] {
-        // The calling thread's network namespace; `/proc/net` would be that of the first thread.
-        match fs::read_to_string(format!("/proc/thread-self/net/{file}")) {
-            Ok(names) => found.extend(names.lines().map(|name| format!("{family} {}", name.trim()))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(found)
-}
 
 #[cfg(test)]
 mod tests {

@@ -97,7 +97,7 @@ fn survey(store: &LeaseStore, mtu: Option<u32>) -> Result<(Vec<Wrong>, usize), U
     }
     for endpoint in leases.endpoints.values().filter(|it| interfaces.contains(&it.host_interface)) {
         // A namespace that cannot be entered from here is left to the daemon, which `huskctl trace` asks.
-        let deviations = mtu.and_then(|mtu| deviations(endpoint, mtu).ok()).unwrap_or_default();
+        let deviations = deviations(endpoint, mtu).ok().unwrap_or_default();
         if !deviations.is_empty() && !store.is_being_wired(&endpoint.id).map_err(problem)? {
             wrong.push(Wrong::Changed { pod: pod_of(endpoint), deviations });
         }

@@ -1,16 +1,13 @@
 //! Room: on the disks that Husk writes to, and in memory.
 
 use std::fs;
-use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use husk_overlay::ipc::SOCKET_FILE;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
-use crate::huskctl::bytes;
+use crate::huskctl::{bytes, daemon_process};
 
 /// Disks.
 pub(super) const DISK: Check =
@@ -124,7 +121,7 @@ fn memory(evidence: &Evidence) -> Looked {
         findings.push(Finding::warning("the host has little memory left", told, fix()));
     }
     let mut seen = format!("{} of {} available", bytes(available), bytes(total));
-    if let Some(limits) = daemon_process(&evidence.places.run_directory).and_then(limits) {
+    if let Some(limits) = daemon_process(&evidence.places.run_directory.join(SOCKET_FILE)).and_then(limits) {
         seen = format!("{seen}; the daemon uses {} of its limit of {}", bytes(limits.used), bytes(limits.limit));
         findings.extend(judge_daemon(&limits));
     }
@@ -135,12 +132,6 @@ fn memory(evidence: &Evidence) -> Looked {
 fn meminfo(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
-}
-
-/// Process id of who answers at the daemon's socket.
-fn daemon_process(run_directory: &Path) -> Option<i32> {
-    let stream = UnixStream::connect(run_directory.join(SOCKET_FILE)).ok()?;
-    getsockopt(&stream.as_fd(), PeerCredentials).ok().map(|it| it.pid()).filter(|pid| *pid > 0)
 }
 
 /// Memory of the daemon's control group.

@@ -31,7 +31,8 @@ fn remedy(family: &str, table: &str, chain: &str) -> String {
             rule("-o")
         );
     }
-    let rule = |key| format!("nft insert rule {family} {table} {chain} {key} \"{INTERFACE_PREFIX}*\" accept");
+    // The quotes are nft's, which a shell would keep for itself.
+    let rule = |key| format!("nft insert rule {family} {table} {chain} {key} '\"{INTERFACE_PREFIX}*\"' accept");
     format!("if pods are not reached, let their packets pass: `{}` and `{}`", rule("iifname"), rule("oifname"))
 }
 
@@ -52,7 +53,7 @@ mod tests {
         let six = issue(&drops("ip6", "filter", "FORWARD")).unwrap();
         assert!(six.remedy.contains("`ip6tables -I FORWARD -o husk+ -j ACCEPT`"), "{}", six.remedy);
         let other = issue(&drops("inet", "firewall", "forward")).unwrap();
-        let command = "`nft insert rule inet firewall forward oifname \"husk*\" accept`";
+        let command = "`nft insert rule inet firewall forward oifname '\"husk*\"' accept`";
         assert!(other.remedy.contains(command), "{}", other.remedy);
         assert!(other.subject.contains("forward") && other.subject.contains("inet firewall"));
     }

@@ -206,11 +206,12 @@ pub trait Node {
         None
     }
 
-    /// How a pod deviates from what was wired, on the host and inside; see [`husk_dataplane::pod::check`].
+    /// How a pod deviates from what was wired, on the host and inside; see [`husk_dataplane::pod::check`]. Without an MTU
+    /// in bytes that it should have, any is well.
     ///
     /// # Errors
     /// When its network namespace is not to be had.
-    fn deviations(&mut self, _endpoint: &Endpoint, _mtu: u32) -> anyhow::Result<Vec<String>> {
+    fn deviations(&mut self, _endpoint: &Endpoint, _mtu: Option<u32>) -> anyhow::Result<Vec<String>> {
         anyhow::bail!("this daemon does not look into pods")
     }
 }

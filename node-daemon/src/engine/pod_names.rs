@@ -16,7 +16,7 @@ pub(super) enum Named {
 /// Finds what a text names.
 ///
 /// # Errors
-/// When there is no such pod.
+/// When no such pod is known.
 pub(super) fn find(cluster: &Cluster, text: &str) -> Result<Named, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(match cluster.owner(address) {
@@ -39,10 +39,12 @@ pub(super) fn find(cluster: &Cluster, text: &str) -> Result<Named, String> {
     others.sort();
     others.dedup();
     let hint = match others.as_slice() {
-        [] => "name it as NAMESPACE/NAME, or give its address; huskctl policy list and huskctl ipam show name the pods of \
-               this node"
-            .to_owned(),
+        [] => format!(
+            "huskctl policy list and huskctl ipam show name its own. If it is another node's, give its address (kubectl get pod -n {} {} -o wide), or \
+             ask on that node",
+            name.namespace, name.name
+        ),
         others => format!("do you mean {}?", others.join(" or ")),
     };
-    Err(format!("there is no pod {name}; {hint}"))
+    Err(format!("no pod {name} is known on this node; {hint}"))
 }

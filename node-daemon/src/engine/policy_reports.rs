@@ -136,7 +136,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 }
 
-pub(super) fn answer<T: Serialize>(report: &T) -> Response {
+pub(crate) fn answer<T: Serialize>(report: &T) -> Response {
     match serde_json::to_value(report) {
         Ok(report) => Response::Report { report },
         Err(error) => Response::Refused { reason: error.to_string() },

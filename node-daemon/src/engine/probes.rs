@@ -52,7 +52,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
                 .into(),
             remedy: format!(
                 "let UDP and TCP to port {PROBE_PORT} in from the interfaces husk-*, for example: \
-                 nft insert rule inet filter input iifname \"husk-*\" meta l4proto {{ tcp, udp }} th dport {PROBE_PORT} accept"
+                 `nft 'insert rule inet filter input iifname \"husk-*\" meta l4proto {{ tcp, udp }} th dport {PROBE_PORT} accept'`"
             ),
         });
         ended.chain(deaf).collect()

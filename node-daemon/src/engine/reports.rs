@@ -54,6 +54,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             | Request::Released
             | Request::Ended { .. }
             | Request::Ready
+            | Request::NetworkNamespace
             | Request::Ui
             | Request::Flows { .. } => Response::Refused { reason: "this question is not for the loop".into() },
         };

@@ -77,10 +77,12 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             broken: None,
             peer: None,
             translated: None,
+            crossing: None,
         };
         let evidence = self.gather(&report, question.size, last);
         report.hops = trace::hops(&evidence);
         report.broken = trace::first_broken(&report.hops);
+        report.crossing.clone_from(&evidence.crossing);
         report.peer = evidence.peer.as_ref().map(|peer| trace_peer(peer, &report, last));
         Ok(report)
     }
@@ -244,8 +246,10 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             }
             Err(reason) => match self.snapshot.nodes.values().find(|record| record.name.as_str() == text) {
                 Some(record) => all(record.router, record.addresses),
-                None if text.contains('/') => Err(reason),
-                None => Err(format!("{reason}; nor is there a node {text} (huskctl peers)")),
+                None => {
+                    let node = if text.contains('/') { "" } else { "nor is it a node's name (huskctl peers); " };
+                    Err(format!("{reason}; {node}of a Service give the address (kubectl get service -A)"))
+                }
             },
         }
     }

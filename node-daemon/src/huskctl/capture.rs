@@ -23,7 +23,7 @@ pub(super) use self::decode::Packet;
 use self::pcap::PcapWriter;
 use self::session::{End, Limits, Session};
 pub(super) use self::verify::Verified;
-use super::{Output, Show, ask};
+use super::{Output, Show, ask, standpoint};
 use crate::report::{CaptureReport, Tap};
 
 /// Whose packets, and what to do with them.
@@ -62,6 +62,7 @@ pub(super) struct Options {
 /// The text to print in the end, and whether something was found.
 pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Result<(String, bool)> {
     let report: CaptureReport = ask(socket, &Request::Capture { target: options.target.clone() })?;
+    standpoint::ensure_here(socket)?;
     if options.verify_encrypted {
         return verify::run(&report, show);
     }

@@ -7,9 +7,10 @@ use anyhow::bail;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use husk_dataplane::sysctl;
+use husk_overlay::ipc::SOCKET_FILE;
 use husk_overlay::marks;
 
-use super::{Output, Show, style, tables};
+use super::{Output, Show, standpoint, style, tables};
 use crate::daemon::CONFIG_FILE;
 use crate::doctor::{Answer, CHECKS, CheckListing, DoctorReport, Evidence, Finding, Places, chosen, repair};
 use crate::programs;
@@ -54,6 +55,7 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
     if options.fix && !options.yes && !can_ask {
         bail!("--fix asks before each fix, and nobody can answer here; --yes applies every safe fix without asking");
     }
+    standpoint::ensure_here(&run_directory.join(SOCKET_FILE))?;
     sysctl::set_through(&options.proc_sys);
     let places = Places {
         run_directory: run_directory.to_owned(),

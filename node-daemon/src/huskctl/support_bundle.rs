@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::ValueHint;
+use husk_overlay::ipc::SOCKET_FILE;
 use husk_overlay::marks;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -30,8 +31,8 @@ use serde_json::Value;
 use self::archive::Archive;
 use self::items::{Item, Places, items};
 use self::secrets::Net;
-use super::Show;
 use super::style::{Tone, paint};
+use super::{Show, standpoint};
 use crate::daemon::CONFIG_FILE;
 use crate::files;
 use crate::follow::LAST_GOOD_FILE;
@@ -119,6 +120,7 @@ struct Missing {
 
 /// The text to print, and whether something was withheld.
 pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> Result<(String, bool)> {
+    standpoint::ensure_here(&run_directory.join(SOCKET_FILE))?;
     let places = Places {
         config_file: options.config.clone(),
         config: read_config(&options.config).unwrap_or_default(),

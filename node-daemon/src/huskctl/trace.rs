@@ -1,6 +1,8 @@
-//! `huskctl trace`: asks the daemon for the way of a connection, and knocks at the other node itself where probes are not
-//! answered.
+//! `huskctl trace`: asks the daemon for the way of a connection, and looks itself at what may be much or take long: where tracked
+//! connections lead, what rules of others drop, whether the other node answers a knock where it answers no probes. From another
+//! network namespace than the daemon's it looks at none of these, and says so.
 
+use std::cell::LazyCell;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -9,17 +11,20 @@ use std::time::{Duration, Instant};
 
 use clap::error::ErrorKind as Wrong;
 use clap::{Args, ValueEnum};
-use husk_dataplane::connections;
+use husk_dataplane::{connections, nft};
 use husk_overlay::ipc::Request;
 use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::prefix::Family;
 use husk_policy::object::Protocol;
 use husk_policy::verdict::Verdict;
 
-use super::{Show, ask, tables};
+use super::{Show, ask, standpoint, tables};
+use crate::firewall::{Ruleset, legacy_tables};
 use crate::knock::knock;
 use crate::report::{HopName, HopStanding, Live, PathReport, ProbeStarted, TracePeer, TraceReport};
-use crate::trace::{Knock, Knocks, knocked, may_be_translated, translated, translated_to, translation, untranslated};
+use crate::trace::{
+    Filters, Knock, Knocks, filtered, knocked, may_be_translated, translated, translated_to, translation, untranslated,
+};
 
 /// How long a probe that was asked for may take. A path that is whole is verified within two seconds, one that is cut is given
 /// up within ten or so; the search for a size, which takes longer, is not waited for.
@@ -99,7 +104,9 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         port: options.port,
         size: options.size,
     };
-    let (request, mut report) = beyond_translation(socket, request)?;
+    let elsewhere = LazyCell::new(|| standpoint::elsewhere(socket).map(|it| it.to_string()));
+    let elsewhere = || elsewhere.as_deref();
+    let (request, mut report) = beyond_translation(socket, request, elsewhere)?;
     if options.probe
         && let Some(peer) = &report.peer
         && await_probe(socket, peer, Family::of(report.connection.responder))
@@ -110,7 +117,10 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
             translated(&mut report, translation);
         }
     }
-    if let Some(peer) = report.peer.clone().filter(|_| is_unanswered(&report)) {
+    if report.crossing.is_some() {
+        look_at_filters(&mut report, elsewhere());
+    }
+    if let Some(peer) = report.peer.clone().filter(|_| is_unanswered(&report) && elsewhere().is_none()) {
         knocked(&mut report, &peer, knock_at_node(&peer));
     }
     let wrong = report.broken.is_some()
@@ -121,9 +131,17 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
 
 /// Asks, and asks again for where the destination leads, if connections that there are tell that it is translated. They are
 /// looked at here and not by the daemon, as a host may have a million of them.
-fn beyond_translation(socket: &Path, request: Request) -> anyhow::Result<(Request, TraceReport)> {
+fn beyond_translation<'a>(
+    socket: &Path,
+    request: Request,
+    elsewhere: impl Fn() -> Option<&'a str>,
+) -> anyhow::Result<(Request, TraceReport)> {
     let mut report: TraceReport = ask(socket, &request)?;
     if !may_be_translated(&report) {
+        return Ok((request, report));
+    }
+    if let Some(why) = elsewhere() {
+        untranslated(&mut report, Some(why));
         return Ok((request, report));
     }
     let wanted = report.connection;
@@ -141,6 +159,17 @@ fn beyond_translation(socket: &Path, request: Request) -> anyhow::Result<(Reques
         Err(error) => untranslated(&mut report, Some(&error.to_string())),
     }
     Ok((request, report))
+}
+
+/// Looks at the rules of others on this host.
+fn look_at_filters(report: &mut TraceReport, elsewhere: Option<&str>) {
+    let ruleset = match elsewhere {
+        Some(why) => Err(why.to_owned()),
+        None => nft::ruleset().map(|it| Ruleset::parse(&it)).map_err(|error| error.to_string()),
+    };
+    // Without /proc nothing of this would have come so far.
+    let legacy = legacy_tables().unwrap_or_default();
+    filtered(report, &Filters { ruleset: ruleset.as_ref().map_err(String::as_str), legacy: &legacy });
 }
 
 /// Has the path probed. False if it is not: the report tells why.

@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use husk_overlay::name::NodeName;
+use husk_overlay::name::{InterfaceName, NodeName};
+use husk_overlay::prefix::Prefix;
 use husk_policy::compile::path::Path;
 use husk_policy::object::{Direction, ObjectName};
 use husk_policy::verdict::{Connection, Side, Verdict};
@@ -35,6 +36,41 @@ pub struct TraceReport {
     /// What was asked for, where that is an address that the kernel makes another; all else is about that other one.
     #[serde(default)]
     pub translated: Option<Translation>,
+    /// Where its packets cross this node; none if they do not, or do not get that far.
+    #[serde(default)]
+    pub crossing: Option<Crossing>,
+}
+
+/// Where packets of a connection cross this node, as packet filters of the host see them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Crossing {
+    /// Interface that they come by; none if this node sends them itself.
+    pub input: Option<InterfaceName>,
+    /// Interface that they leave by; none if they are for this node itself.
+    pub output: Option<InterfaceName>,
+    /// Packets of the tunnel that carry them between the nodes; none where they go as they are.
+    pub carrier: Option<Carrier>,
+    /// Address ranges of pods and nodes in the overlay.
+    pub cluster_cidrs: Vec<Prefix>,
+}
+
+/// Packets of a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Carrier {
+    /// Underlay interface that they leave by.
+    pub interface: InterfaceName,
+    /// This node's underlay address.
+    pub own: Option<IpAddr>,
+    /// The other node's.
+    pub peer: IpAddr,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// UDP port at which this node receives them; none for a protocol without ports.
+    pub own_port: Option<u16>,
+    /// The other node's.
+    pub peer_port: Option<u16>,
 }
 
 /// A destination that is translated, as a Service's address is.
@@ -49,6 +85,9 @@ pub struct Translation {
     pub connections: u64,
     /// Tracked connections to what was asked for, wherever they went.
     pub of: u64,
+    /// The source that they have behind it, where that is another by then: what the other end and its policy see.
+    #[serde(default)]
+    pub masqueraded: Option<IpAddr>,
 }
 
 /// The other node of a connection between two.
@@ -92,12 +131,14 @@ pub enum HopName {
     Route,
     /// Whether packets of that size pass.
     Mtu,
+    /// Husk's own rules against leaks on this node.
+    Firewall,
+    /// Packet filters of others on this node.
+    OtherFirewalls,
     /// The tunnel to the other node: device, peer, keys.
     Tunnel,
     /// The way of the tunnel's own packets.
     Underlay,
-    /// This node's rules against leaks, and the firewalls of others.
-    Firewall,
     /// Address translation.
     Nat,
     /// What probing found of the path between the nodes.
@@ -116,9 +157,10 @@ impl std::fmt::Display for HopName {
             Self::EgressPolicy => "egress policy",
             Self::Route => "route",
             Self::Mtu => "MTU",
+            Self::Firewall => "firewall",
+            Self::OtherFirewalls => "other firewalls",
             Self::Tunnel => "tunnel",
             Self::Underlay => "underlay",
-            Self::Firewall => "firewall",
             Self::Nat => "NAT",
             Self::Probe => "live probe",
             Self::IngressPolicy => "ingress policy",
@@ -139,6 +181,9 @@ pub enum HopStanding {
         cause: String,
         /// What to do about it, one sentence.
         remedy: String,
+        /// The same as commands for a shell, in order; none where it takes more than commands.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        commands: Vec<String>,
     },
     /// This node cannot tell.
     Unknown {

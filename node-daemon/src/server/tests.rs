@@ -200,3 +200,10 @@ proptest! {
         let _ = serde_json::from_str::<Response>(&text);
     }
 }
+
+#[test]
+fn the_network_namespace_is_told_without_the_loop() {
+    let served = Served::start(serde_json::json!("not what was asked for"));
+    let own = Netns::current().unwrap().identity().unwrap();
+    assert_eq!(served.ask(&Request::NetworkNamespace), answer(&own));
+}

@@ -13,7 +13,7 @@ use husk_overlay::probe::Report;
 use husk_policy::verdict::Connection;
 
 use super::Course;
-use crate::report::{TraceEnd, TraceSide};
+use crate::report::{Crossing, TraceEnd, TraceSide};
 
 /// All that [`super::hops`] needs to know. What could not be looked at is an error in words.
 #[derive(Debug, Clone)]
@@ -40,8 +40,10 @@ pub struct Evidence {
     pub back: Option<Result<Way, String>>,
     /// The route that the packet meets on this node; none if it meets none.
     pub route: Option<RouteEvidence>,
-    /// The own rules, and those of others.
+    /// The own rules.
     pub guard: Guard,
+    /// Where its packets cross this node; none if they do not, or do not get that far.
+    pub crossing: Option<Crossing>,
     /// The other node, if another one of the cluster has a part in it and the overlay leads there.
     pub peer: Option<PeerEvidence>,
     /// What pods exchange with addresses outside the cluster leaves under the node's address.
@@ -90,13 +92,11 @@ pub struct RouteEvidence {
     pub planned: Option<(Prefix, Route)>,
 }
 
-/// Rules of packet filters.
+/// Rules of Husk's own packet filter.
 #[derive(Debug, Clone)]
 pub struct Guard {
     /// What the table `inet husk` lacks, or has too much.
     pub deviations: Result<Vec<String>, String>,
-    /// Chains of others that may drop forwarded packets, with what would let them pass.
-    pub foreign: Vec<(String, String)>,
 }
 
 /// The other node.

@@ -153,7 +153,7 @@ pub(super) fn policy(evidence: &Evidence, name: HopName) -> Hop {
         }
         (Decider::OtherNode { node }, Verdict::Allow) => {
             let node = node.as_deref().map_or_else(|| "the pod's node".to_owned(), |node| format!("node {node}"));
-            passes(name, vec![format!("allowed {rule}"), format!("{node} decides; this is what it should say")])
+            unknown(name, format!("{node} decides, and should allow it {rule}"), Vec::new())
         }
         (Decider::ThisNode, Verdict::Allow) => match &side.live {
             Live::Differs { .. } => broken(

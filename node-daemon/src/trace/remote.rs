@@ -316,7 +316,7 @@ pub struct Knocks {
 pub fn knocked(report: &mut TraceReport, peer: &TracePeer, knocks: Knocks) {
     let node = &peer.node;
     let Some(hop) = report.hops.iter_mut().find(|hop| hop.name == HopName::Probe) else { return };
-    let HopStanding::Broken { cause, remedy } = &mut hop.standing else { return };
+    let HopStanding::Broken { cause, remedy, .. } = &mut hop.standing else { return };
     match (knocks.inside, knocks.underlay) {
         (Some(Knock::Answered), _) => {
             hop.standing = HopStanding::Passes;

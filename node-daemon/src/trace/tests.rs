@@ -16,7 +16,7 @@ use husk_policy::verdict::{Connection, Scope, Side, Verdict};
 use nix::errno::Errno;
 
 use super::*;
-use crate::report::{Decider, Live, TraceEnd, TracePeer, TraceReport, TraceSide, Translation};
+use crate::report::{Carrier, Crossing, Decider, Live, TraceEnd, TracePeer, TraceReport, TraceSide, Translation};
 
 const OWN: &str = "10.42.0.2";
 const THEIRS: &str = "10.42.1.2";
@@ -56,6 +56,20 @@ fn endpoint(deviations: Vec<String>) -> EndpointEvidence {
     }
 }
 
+/// By these interfaces, and in VXLAN to the other node.
+pub(super) fn crossing(input: Option<&str>, output: Option<&str>) -> Crossing {
+    let [own, peer] = ["172.16.0.1", "172.16.0.2"].map(|it| it.parse().unwrap());
+    let (own_port, peer_port) = (Some(4789), Some(4789));
+    let carrier = Carrier { interface: interface("eth0"), own: Some(own), peer, protocol: 17, own_port, peer_port };
+    let cluster_cidrs = vec!["10.42.0.0/16".parse().unwrap()];
+    Crossing {
+        input: input.map(interface),
+        output: output.map(interface),
+        carrier: (output == Some("husk-vx")).then_some(carrier),
+        cluster_cidrs,
+    }
+}
+
 fn probed(standing: Standing) -> Report {
     Report {
         standing,
@@ -72,7 +86,7 @@ fn probed(standing: Standing) -> Report {
 }
 
 /// From a pod of this node to one of another, by VXLAN; all is well.
-fn healthy() -> Evidence {
+pub(super) fn healthy() -> Evidence {
     let route = Route {
         target: RouteTarget::Interface { interface: interface("husk-vx"), via: None, onlink: true },
         source: None,
@@ -101,7 +115,8 @@ fn healthy() -> Evidence {
             way: Ok(leaves("husk-vx", 1450, 72)),
             planned: Some(("10.42.1.0/24".parse().unwrap(), route)),
         }),
-        guard: Guard { deviations: Ok(Vec::new()), foreign: Vec::new() },
+        guard: Guard { deviations: Ok(Vec::new()) },
+        crossing: Some(crossing(Some("husk0123456789a"), Some("husk-vx"))),
         peer: Some(PeerEvidence {
             name: NodeName::new("host2").unwrap(),
             refused: None,
@@ -131,7 +146,7 @@ fn verdict(evidence: &Evidence) -> Option<(HopName, String, String)> {
     let hops = hops(evidence);
     assert!(hops.is_sorted_by_key(|hop| hop.name));
     let first = first_broken(&hops)?;
-    let HopStanding::Broken { cause, remedy } = hops.into_iter().find(|hop| hop.name == first)?.standing else {
+    let HopStanding::Broken { cause, remedy, .. } = hops.into_iter().find(|hop| hop.name == first)?.standing else {
         panic!("it is broken")
     };
     Some((first, cause, remedy))
@@ -225,8 +240,12 @@ fn what_is_well_passes_every_hop_of_this_node() {
     let hops = hops(&healthy());
     assert_eq!(first_broken(&hops), None, "{hops:#?}");
     let unknown: Vec<_> = hops.iter().filter(|hop| matches!(hop.standing, HopStanding::Unknown { .. })).collect();
-    assert_eq!(unknown.len(), 1, "{unknown:#?}");
-    let HopStanding::Unknown { why } = &unknown[0].standing else { panic!("{unknown:?}") };
+    let names: Vec<HopName> = unknown.iter().map(|hop| hop.name).collect();
+    // The daemon looks at no rules of others, and what another node decides is its word.
+    assert_eq!(names, [HopName::OtherFirewalls, HopName::IngressPolicy, HopName::Destination]);
+    let HopStanding::Unknown { why } = &unknown[1].standing else { panic!("{unknown:?}") };
+    assert!(why.contains("node host2 decides, and should allow it"), "{why}");
+    let HopStanding::Unknown { why } = &unknown[2].standing else { panic!("{unknown:?}") };
     assert!(why.contains("node host2 knows; run there: huskctl trace default/a default/b"), "{why}");
 }
 
@@ -319,10 +338,10 @@ fn between_two_other_nodes_this_one_knows_little_and_says_so() {
     let hops = hops(&evidence);
     assert_eq!(first_broken(&hops), None);
     let passing = hops.iter().filter(|hop| hop.standing == HopStanding::Passes).map(|hop| hop.name);
-    assert!(passing.into_iter().all(|name| matches!(name, HopName::EgressPolicy | HopName::IngressPolicy)));
+    assert!(passing.into_iter().all(|name| name == HopName::EgressPolicy));
 }
 
-fn report(evidence: &Evidence) -> TraceReport {
+pub(super) fn report(evidence: &Evidence) -> TraceReport {
     let hops = hops(evidence);
     TraceReport {
         connection: evidence.connection,
@@ -334,6 +353,7 @@ fn report(evidence: &Evidence) -> TraceReport {
         hops,
         peer: None,
         translated: None,
+        crossing: evidence.crossing.clone(),
     }
 }
 
@@ -343,9 +363,11 @@ fn a_translated_destination_is_told_and_what_is_not_translated_has_a_remedy() {
     let mut behind = report(&healthy());
     assert!(!may_be_translated(&behind), "a pod's own address is what it is");
     let [from, to] = ["10.96.0.10:443", "10.42.1.2:80"].map(|it| it.parse().unwrap());
-    translated(&mut behind, Translation { from, to, connections: 3, of: 4 });
+    let masqueraded = Some("10.42.0.1".parse().unwrap());
+    translated(&mut behind, Translation { from, to, connections: 3, of: 4, masqueraded });
     let nat = hop(&behind, HopName::Nat);
-    assert_eq!((&nat.standing, nat.evidence.len()), (&HopStanding::Passes, 1));
+    assert_eq!((&nat.standing, nat.evidence.len()), (&HopStanding::Passes, 2));
+    assert!(nat.evidence[1].starts_with("the source became 10.42.0.1, which the other end"), "{nat:?}");
     assert!(nat.evidence[0].starts_with("10.96.0.10:443 became 10.42.1.2:80 for 3 of 4 connections"), "{nat:?}");
 
     let mut evidence = healthy();

@@ -5,7 +5,7 @@
 //! with, and says so.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use husk_dataplane::connections::Tracked;
 use husk_policy::object::Protocol;
@@ -43,20 +43,29 @@ pub fn translated_to(tracked: &Tracked, wanted: &Connection) -> Option<SocketAdd
 #[must_use]
 pub fn translation(tracked: &[Tracked], wanted: &Connection) -> Option<Translation> {
     let mut counts: BTreeMap<SocketAddr, (u64, u64)> = BTreeMap::new();
+    let mut sources: BTreeMap<SocketAddr, IpAddr> = BTreeMap::new();
     for connection in tracked {
         let Some(to) = translated_to(connection, wanted) else { continue };
         let (own, all) = counts.entry(to).or_default();
-        *own += u64::from(connection.original.source == wanted.originator);
+        let is_own = connection.original.source == wanted.originator;
+        *own += u64::from(is_own);
         *all += 1;
+        if is_own && connection.answer.destination != wanted.originator {
+            sources.insert(to, connection.answer.destination);
+        }
     }
     let of = counts.values().map(|(_, all)| all).sum();
     let (to, (_, connections)) = counts.into_iter().max_by_key(|(_, counts)| *counts)?;
-    Some(Translation { from: SocketAddr::new(wanted.responder, wanted.port), to, connections, of })
+    let from = SocketAddr::new(wanted.responder, wanted.port);
+    Some(Translation { from, to, connections, of, masqueraded: sources.remove(&to) })
 }
 
 /// Adds to the report of the way to where a destination leads that it was another that was asked for.
 pub fn translated(report: &mut TraceReport, translation: Translation) {
-    let Translation { from, to, connections, of } = &translation;
+    let Translation { from, to, connections, of, masqueraded } = &translation;
+    let behind = masqueraded.map(|source| {
+        format!("the source became {source}, which the other end and its policy see: trace from there, too")
+    });
     let told = format!(
         "{from} became {to} for {connections} of {of} connections that this node tracks, as a Service's address does; others may be led elsewhere"
     );
@@ -65,7 +74,7 @@ pub fn translated(report: &mut TraceReport, translation: Translation) {
             hop.evidence.clear();
             hop.standing = HopStanding::Passes;
         }
-        hop.evidence.insert(0, told);
+        hop.evidence.splice(0..0, std::iter::once(told).chain(behind));
     }
     report.translated = Some(translation);
 }
@@ -134,5 +143,10 @@ mod tests {
         let found = translation(&all, &wanted()).unwrap();
         assert_eq!((found.to.to_string(), found.connections, found.of), ("10.42.1.3:8443".into(), 2, 5));
         assert_eq!(translation(&all[3..6], &wanted()), None);
+        assert_eq!(found.masqueraded, None);
+        let mut masqueraded = tracked("10.42.0.2", service, ("10.42.1.3", 8443));
+        masqueraded.answer.destination = "10.42.0.1".parse().unwrap();
+        let found = translation(&[masqueraded], &wanted()).unwrap();
+        assert_eq!(found.masqueraded, Some("10.42.0.1".parse().unwrap()));
     }
 }

@@ -164,7 +164,7 @@ fn the_rules_of_a_pod_are_told_in_words() {
     assert_eq!(far.state, PodPolicyState::Elsewhere { node: Some("host1".into()) });
     assert_eq!(far.ingress.len(), 1);
     let reason = refusal(&mut bed, policy_of("cart"));
-    assert_eq!(reason, "there is no pod default/cart; do you mean shop/cart?");
+    assert_eq!(reason, "no pod default/cart is known on this node; do you mean shop/cart?");
     assert!(refusal(&mut bed, policy_of("nobody")).contains("huskctl policy list"));
     assert!(refusal(&mut bed, policy_of("192.0.2.9")).contains("no pod has the address 192.0.2.9"));
 }

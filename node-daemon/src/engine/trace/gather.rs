@@ -4,18 +4,20 @@ use std::net::IpAddr;
 
 use husk_dataplane::Sweep;
 use husk_dataplane::kernel::{Actual, Kernel, Table, diff_table};
-use husk_dataplane::way::Packet;
+use husk_dataplane::way::{Packet, Way};
 use husk_overlay::endpoint::{Endpoint, owner_of};
 use husk_overlay::kernel::{Route, RouteTarget};
 use husk_overlay::marks;
+use husk_overlay::mode::Mode;
 use husk_overlay::name::InterfaceName;
 use husk_overlay::port_mapping::PortMapping;
-use husk_overlay::prefix::Prefix;
+use husk_overlay::prefix::{Family, Prefix};
 
-use crate::engine::{Engine, Node, Pass, forwarding};
-use crate::report::{Place, TraceEnd, TraceReport};
+use crate::engine::{Engine, Node, Pass};
+use crate::firewall::{ESP, UDP};
+use crate::report::{Carrier, Crossing, Place, TraceEnd, TraceReport};
 use crate::source::ClusterSource;
-use crate::trace::{Course, EndpointEvidence, Evidence, Guard, PeerEvidence, RouteEvidence};
+use crate::trace::{Course, EndpointEvidence, Evidence, Guard, PeerEvidence, RouteEvidence, UnderlayEvidence};
 
 impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     pub(super) fn gather(&mut self, report: &TraceReport, size: Option<u32>, last: &Pass) -> Evidence {
@@ -52,10 +54,17 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             self.parts.node.way(&packet).map_err(in_words)
         });
         let route = (course != Course::Elsewhere).then(|| {
-            let packet = Packet { source: Some(source.address), destination: destination.address, input };
+            let packet =
+                Packet { source: Some(source.address), destination: destination.address, input: input.clone() };
             let way = self.parts.node.way(&packet).map_err(in_words);
             RouteEvidence { way, planned: planned(destination.address, last) }
         });
+        // A pod that has no interface sends nothing, and where a port of the host leads is another connection.
+        let is_sent = source.place == Place::ThisNode || input.is_some();
+        let crossing = route
+            .as_ref()
+            .filter(|_| is_sent && mapped_to.is_none())
+            .and_then(|route| self.crossing(input.clone(), route, peer.as_ref(), last));
         Evidence {
             mode: self.parts.config.mode,
             cluster_cidrs: self.parts.config.cluster_cidrs.clone(),
@@ -69,6 +78,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             back,
             route,
             guard: self.guard(last),
+            crossing,
             peer,
             masquerade: self.parts.config.masquerade,
             host_ports,
@@ -85,14 +95,14 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     }
 
     fn endpoint(&mut self, lease: &Endpoint, last: &Pass) -> EndpointEvidence {
+        // While pods cannot be served no MTU is wrong.
         let mtu = last.plan.pod_mtu;
         EndpointEvidence {
             name: lease.display_name(),
             interface: lease.host_interface.clone(),
             inside: lease.id.ifname.clone(),
             mtu,
-            // While pods cannot be served no MTU is wrong.
-            deviations: self.parts.node.deviations(lease, mtu.unwrap_or(u32::MAX)).map_err(in_words),
+            deviations: self.parts.node.deviations(lease, mtu).map_err(in_words),
         }
     }
 
@@ -103,9 +113,48 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         let deviations = read.map_err(|error| error.to_string()).map(|()| {
             diff_table(Table::Nft, desired, &actual, Sweep::Allowed).iter().map(ToString::to_string).collect()
         });
-        let foreign = self.parts.node.foreign_chains();
-        let foreign = foreign.iter().filter_map(forwarding::issue).map(|issue| (issue.subject, issue.remedy));
-        Guard { deviations, foreign: foreign.collect() }
+        Guard { deviations }
+    }
+
+    /// Where packets cross this node; none if the kernel has no way for them.
+    fn crossing(
+        &self,
+        input: Option<InterfaceName>,
+        route: &RouteEvidence,
+        peer: Option<&PeerEvidence>,
+        last: &Pass,
+    ) -> Option<Crossing> {
+        let output = match &route.way {
+            Ok(Way::Leaves { interface, .. }) => Some(interface.clone()),
+            Ok(Way::Local) => None,
+            Ok(Way::Refused { .. }) | Err(_) => return None,
+        };
+        let carrier = peer.filter(|peer| peer.refused.is_none()).and_then(|peer| self.carrier(peer, last));
+        let cluster_cidrs = self.parts.config.cluster_cidrs.clone();
+        Some(Crossing { input, output, carrier, cluster_cidrs })
+    }
+
+    /// The packets of the tunnel to a peer.
+    fn carrier(&self, peer: &PeerEvidence, last: &Pass) -> Option<Carrier> {
+        let UnderlayEvidence { address, way: Ok(Way::Leaves { interface, .. }), .. } = peer.underlay.as_ref()? else {
+            return None;
+        };
+        let config = &self.parts.config;
+        let plan = last.plan.peers.get(&peer.name)?;
+        let (protocol, own_port, peer_port) = match config.mode {
+            Mode::Direct => return None,
+            Mode::Vxlan => (UDP, Some(config.vxlan.port), Some(config.vxlan.port)),
+            Mode::Wireguard => {
+                let generation = plan.keys.own?;
+                (UDP, Some(config.wireguard.port_of(marks::wireguard_slot(generation))), Some(plan.port?))
+            }
+            Mode::Ipsec | Mode::VxlanIpsec => match config.ipsec.udp_port {
+                Some(port) => (UDP, Some(port), Some(port)),
+                None => (ESP, None, None),
+            },
+        };
+        let own = last.facts.addresses.get(Family::of(*address));
+        Some(Carrier { interface: interface.clone(), own, peer: *address, protocol, own_port, peer_port })
     }
 }
 

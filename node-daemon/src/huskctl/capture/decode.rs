@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::flows::protocol;
 use crate::report::TunnelPorts;
 
 /// Bytes of a VXLAN header (RFC 7348, section 5).
@@ -132,7 +133,8 @@ impl Decoder<'_> {
             Some(TransportSlice::Icmpv4(icmp)) => (None, icmp_content("ICMP", icmp.slice())),
             Some(TransportSlice::Icmpv6(icmp)) => (None, icmp_content("ICMPv6", icmp.slice())),
             _ if number == IpNumber::ENCAPSULATING_SECURITY_PAYLOAD => (None, esp("ESP", payload)),
-            _ => (None, Content::unread(&format!("IP protocol {}", number.0))),
+            // Fragments but the first, and what is cut off, have the name of their protocol alone.
+            _ => (None, Content::unread(&named(number.0))),
         };
         (content.source, content.destination) = between(ports);
         content
@@ -196,6 +198,12 @@ fn wireguard(payload: &[u8]) -> Content {
 }
 
 /// ESP (RFC 4303, section 2).
+/// A protocol that is not looked into.
+fn named(number: u8) -> String {
+    let name = protocol(number);
+    if name.parse::<u8>().is_ok() { format!("IP protocol {name}") } else { name }
+}
+
 fn esp(protocol: &str, payload: &[u8]) -> Content {
     let number = |at: usize| payload.get(at..)?.first_chunk().map(|it| u32::from_be_bytes(*it));
     let details = number(0).zip(number(4)).map(|(spi, sequence)| format!("SPI {spi:#010x}, sequence {sequence}"));

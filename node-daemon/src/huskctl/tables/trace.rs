@@ -12,7 +12,7 @@ use super::table;
 use crate::report::{Decider, Hop, HopName, HopStanding, Live, Place, TraceEnd, TraceReport, TraceSide};
 
 /// Bytes of the longest name of a hop.
-const NAME_WIDTH: usize = 14;
+const NAME_WIDTH: usize = 15;
 
 pub(in crate::huskctl) fn trace(report: &TraceReport, verbose: bool) -> String {
     let via = report.translated.as_ref().map(|it| format!("  via  {}, translated\n", it.from)).unwrap_or_default();
@@ -55,6 +55,8 @@ fn verdict(report: &TraceReport) -> String {
         (None, Verdict::Allow) if report.hops.is_empty() => (Tone::Good, "ALLOWED"),
         // Of all hops this one alone tells what becomes of packets between the nodes; without its word nobody knows that they pass.
         (None, Verdict::Allow) if report.hops.iter().any(is_untold_probe) => (Tone::Warning, "NOT KNOWN"),
+        // What the other node decides, it tells itself.
+        (None, Verdict::Allow) if open(report).next().is_some() => (Tone::Good, "PASSES as far as this node knows"),
         (None, Verdict::Allow) => (Tone::Good, "PASSES"),
     };
     paint(tone, word)
@@ -80,24 +82,32 @@ fn line(hop: &Hop) -> String {
 /// The verdict, and what to do about it.
 fn ending(report: &TraceReport) -> String {
     let broken = report.hops.iter().find_map(|hop| match &hop.standing {
-        HopStanding::Broken { cause, remedy } => Some((hop, cause, remedy)),
+        HopStanding::Broken { cause, remedy, commands } => Some((hop, cause, remedy, commands)),
         _ => None,
     });
-    if let Some((hop, cause, remedy)) = broken {
+    if let Some((hop, cause, remedy, commands)) = broken {
         let mut text = format!("The first hop that is broken is the {}: {cause}\n", hop.name);
         for evidence in &hop.evidence {
             let _ = writeln!(text, "     {evidence}");
         }
-        let _ = writeln!(text, "  -> {remedy}");
+        let colon = if commands.is_empty() { "" } else { ":" };
+        let _ = writeln!(text, "  -> {remedy}{colon}");
+        for line in commands.iter().flat_map(|command| command.lines()) {
+            let _ = writeln!(text, "     {line}");
+        }
         return text;
     }
-    let open = report.hops.iter().filter(|hop| matches!(hop.standing, HopStanding::Unknown { .. }));
-    let open: Vec<String> = open.map(|hop| hop.name.to_string()).collect();
+    let open: Vec<String> = open(report).map(|hop| hop.name.to_string()).collect();
     if open.is_empty() {
         "Every hop passes it.\n".to_owned()
     } else {
         format!("Nothing that this node can see is broken; it cannot tell: {}.\n", open.join(", "))
     }
+}
+
+/// Hops that this node cannot judge.
+fn open(report: &TraceReport) -> impl Iterator<Item = &Hop> {
+    report.hops.iter().filter(|hop| matches!(hop.standing, HopStanding::Unknown { .. }))
 }
 
 fn end(end: &TraceEnd) -> String {

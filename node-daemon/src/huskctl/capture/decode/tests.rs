@@ -114,3 +114,14 @@ fn a_line_has_time_side_and_interface() {
     let json = serde_json::to_value(decoder.decode("husk-wg0", &captured, &bytes)).unwrap();
     assert_eq!(json["source"], serde_json::json!({"address": "10.42.0.2", "port": 4000}));
 }
+
+#[test]
+fn what_is_not_looked_into_has_the_name_of_its_protocol() {
+    let mut bytes = udp(false, PODS, (4000, 53), b"x");
+    // A fragment that is not the first has no header of its protocol (RFC 791, section 3.1).
+    bytes[7] = 1;
+    for (number, name) in [(1, "ICMP"), (132, "SCTP"), (47, "IP protocol 47")] {
+        bytes[9] = number;
+        assert_eq!(content(Link::None, &bytes).protocol, name);
+    }
+}

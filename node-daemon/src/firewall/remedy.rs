@@ -3,7 +3,7 @@
 
 use super::Kind;
 use super::ruleset::{Place, Ruleset};
-use crate::doctor::{Action, Fix};
+use crate::report::{Action, Fix};
 use husk_overlay::marks::{INTERFACE_PREFIX, PROBE_PORT};
 
 /// Who keeps a chain.
@@ -44,7 +44,7 @@ fn keeper(place: &Place, ruleset: &Ruleset) -> Keeper {
     }
 }
 
-pub(super) fn remedy(place: &Place, kinds: &[Kind], ruleset: &Ruleset, cidrs: &[String]) -> Fix {
+pub(crate) fn remedy(place: &Place, kinds: &[Kind], ruleset: &Ruleset, cidrs: &[String]) -> Fix {
     let keeper = keeper(place, ruleset);
     let because = "it opens a firewall that is somebody else's";
     let (words, actions): (String, Vec<Action>) = match keeper {
@@ -105,6 +105,7 @@ fn nftables(kind: Kind, hook: &str) -> Vec<String> {
         Kind::Pods if hook == "postrouting" => vec![interface("oifname", &pods)],
         Kind::Pods => vec![interface("iifname", &pods), interface("oifname", &pods)],
         Kind::HostToPod => vec![interface("oifname", &pods)],
+        Kind::PodToHost => vec![interface("iifname", &pods)],
         Kind::Probe => {
             let tunnel = interface(if leaves(hook) { "oifname" } else { "iifname" }, &tunnels);
             // UDP are probes, TCP are the transfers that test offload.
@@ -122,6 +123,7 @@ fn iptables(kind: Kind, hook: &str) -> Vec<String> {
         Kind::Pods if hook == "postrouting" => vec![format!("-o {INTERFACE_PREFIX}+")],
         Kind::Pods => vec![format!("-i {INTERFACE_PREFIX}+"), format!("-o {INTERFACE_PREFIX}+")],
         Kind::HostToPod => vec![format!("-o {INTERFACE_PREFIX}+")],
+        Kind::PodToHost => vec![format!("-i {INTERFACE_PREFIX}+")],
         Kind::Probe => ["udp", "tcp"]
             .map(|protocol| format!("{side} {INTERFACE_PREFIX}-+ -p {protocol} --dport {PROBE_PORT}"))
             .into(),
@@ -133,7 +135,7 @@ fn firewalld(kind: Kind, cidrs: &[String]) -> Vec<Action> {
     match kind {
         Kind::Udp(port) => vec![permanent(format!("--add-port={port}/udp"))],
         Kind::Esp => vec![permanent("--add-protocol=esp".into())],
-        Kind::Pods | Kind::HostToPod | Kind::Probe => cidrs
+        Kind::Pods | Kind::HostToPod | Kind::PodToHost | Kind::Probe => cidrs
             .iter()
             .map(|cidr| {
                 Action::run_on_host("firewall-cmd", ["--permanent", "--zone=trusted", &format!("--add-source={cidr}")])
@@ -153,6 +155,56 @@ fn ufw(kind: Kind, cidrs: &[String]) -> Vec<Action> {
             rules.map(run).collect()
         }
         Kind::HostToPod => cidrs.iter().map(|cidr| run(format!("allow out to {cidr}"))).collect(),
-        Kind::Probe => cidrs.iter().map(|cidr| run(format!("allow from {cidr}"))).collect(),
+        Kind::PodToHost | Kind::Probe => cidrs.iter().map(|cidr| run(format!("allow from {cidr}"))).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// The words that a shell makes of a command.
+    fn words(command: &str) -> Vec<String> {
+        let script = format!("set -- {command}\nfor word; do printf '%s\\n' \"$word\"; done");
+        let ran = Command::new("sh").args(["-c", &script]).output().unwrap();
+        assert!(ran.status.success() && ran.stderr.is_empty(), "{command}: {ran:?}");
+        String::from_utf8(ran.stdout).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn every_remedy_reaches_its_program_as_it_is_meant_when_somebody_pastes_it() {
+        let all = [Kind::Udp(4789), Kind::Esp, Kind::Pods, Kind::HostToPod, Kind::PodToHost, Kind::Probe];
+        let cidrs = ["10.42.0.0/16".to_owned(), "fd42::/48".to_owned()];
+        let keepers = [
+            ("inet", "firewalld", "filter_INPUT", "filter_INPUT"),
+            ("ip", "filter", "INPUT", "ufw-user-input"),
+            ("ip", "filter", "FORWARD", "DOCKER-USER"),
+            ("ip6", "filter", "INPUT", "FORWARD"),
+            ("inet", "company", "arriving", "arriving"),
+        ];
+        for (family, table, chain, beside) in keepers {
+            let listing = json!({"nftables": [
+                {"chain": {"family": family, "table": table, "name": chain}},
+                {"chain": {"family": family, "table": table, "name": beside}},
+            ]});
+            let ruleset = Ruleset::parse(&listing);
+            for hook in ["prerouting", "input", "forward", "output", "postrouting"] {
+                let [family, table, chain, hook] = [family, table, chain, hook].map(str::to_owned);
+                let place = Place { family, table, chain, hook, rule: None, perhaps: false };
+                let fix = remedy(&place, &all, &ruleset, &cidrs);
+                assert_eq!(fix.commands.len(), fix.actions.len());
+                for (action, command) in fix.actions.iter().zip(&fix.commands) {
+                    let (Action::Run { program, arguments } | Action::RunOnHost { program, arguments }) = action else {
+                        panic!("{action:?}")
+                    };
+                    let meant: Vec<&String> = std::iter::once(program).chain(arguments).collect();
+                    assert_eq!(words(command).iter().collect::<Vec<_>>(), meant, "{command}");
+                }
+            }
+        }
     }
 }

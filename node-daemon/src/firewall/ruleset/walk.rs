@@ -86,7 +86,7 @@ impl<'a> Walk<'a> {
                             verdict
                         }
                         None => {
-                            if matches!(self.datum(&body["key"]), Datum::Unknown) {
+                            if self.datum(&body["key"]).is_open() {
                                 self.perhaps.set(true);
                             }
                             break;
@@ -159,6 +159,9 @@ impl<'a> Walk<'a> {
     /// What an expression yields for the packet.
     fn datum(&self, expression: &Value) -> Datum {
         let packet = self.packet;
+        if let Some(parts) = expression["concat"].as_array() {
+            return Datum::Parts(parts.iter().map(|part| self.datum(part)).collect());
+        }
         let known = |value: Option<Datum>| value.unwrap_or(Datum::Any);
         let interface = |name: &Option<String>| known(name.clone().map(Datum::Text));
         if let Some(meta) = expression["meta"]["key"].as_str() {
@@ -228,6 +231,13 @@ impl<'a> Walk<'a> {
         if let Some(name) = value.as_str().filter(|name| name.starts_with('@')) {
             return self.named(key, name).map_or(Fit::Unknown, any);
         }
+        if let Datum::Parts(parts) = datum {
+            let Some(values) = value["concat"].as_array().filter(|it| it.len() == parts.len()) else {
+                return Fit::Unknown;
+            };
+            let fits = parts.iter().zip(values).map(|(part, value)| self.equals(key, part, value));
+            return fits.min().unwrap_or(Fit::Unknown);
+        }
         let is = match datum {
             Datum::Number(wanted) => in_numbers(*wanted, value),
             Datum::Text(wanted) => value.as_str().map(|text| match text.strip_suffix('*') {
@@ -235,7 +245,7 @@ impl<'a> Walk<'a> {
                 None => wanted == text,
             }),
             Datum::Address(address) => in_addresses(*address, value),
-            Datum::None | Datum::Any | Datum::Unknown => None,
+            Datum::None | Datum::Any | Datum::Unknown | Datum::Parts(_) => None,
         };
         match is {
             Some(true) => Fit::Yes,
@@ -256,6 +266,19 @@ enum Datum {
     Number(u64),
     Text(String),
     Address(IpAddr),
+    /// Several things at once, as sets of concatenations have them.
+    Parts(Vec<Self>),
+}
+
+impl Datum {
+    /// It, or a part of it, is not understood.
+    fn is_open(&self) -> bool {
+        match self {
+            Self::Unknown => true,
+            Self::Parts(parts) => parts.iter().any(Self::is_open),
+            _ => false,
+        }
+    }
 }
 
 fn in_numbers(wanted: u64, value: &Value) -> Option<bool> {

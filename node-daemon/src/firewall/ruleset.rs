@@ -17,45 +17,45 @@ use self::walk::{Fate, Walk};
 
 /// A packet of ours, as far as it is known; what is none may be anything.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Packet {
+pub(crate) struct Packet {
     /// Hooks that it passes, as nft names them.
-    pub(super) hooks: Vec<&'static str>,
+    pub(crate) hooks: Vec<&'static str>,
     /// True for IPv6.
-    pub(super) ipv6: bool,
+    pub(crate) ipv6: bool,
     /// Interface it came by. Empty for packets of the host's own.
-    pub(super) input: Option<String>,
+    pub(crate) input: Option<String>,
     /// Interface it leaves by. Empty for packets for the host itself.
-    pub(super) output: Option<String>,
+    pub(crate) output: Option<String>,
     /// Source.
-    pub(super) source: Option<IpAddr>,
+    pub(crate) source: Option<IpAddr>,
     /// Destination.
-    pub(super) destination: Option<IpAddr>,
+    pub(crate) destination: Option<IpAddr>,
     /// IANA protocol number.
-    pub(super) protocol: Option<u8>,
+    pub(crate) protocol: Option<u8>,
     /// Destination port.
-    pub(super) port: Option<u16>,
+    pub(crate) port: Option<u16>,
 }
 
 /// Where a packet is dropped.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Family as nft names it.
-    pub(super) family: String,
+    pub(crate) family: String,
     /// Table.
-    pub(super) table: String,
+    pub(crate) table: String,
     /// Chain.
-    pub(super) chain: String,
+    pub(crate) chain: String,
     /// Hook of the base chain that leads there.
-    pub(super) hook: String,
+    pub(crate) hook: String,
     /// Handle and text of the rule; none for the policy of the chain.
-    pub(super) rule: Option<(u64, String)>,
+    pub(crate) rule: Option<(u64, String)>,
     /// An acceptance that could not be understood stands before it.
-    pub(super) perhaps: bool,
+    pub(crate) perhaps: bool,
 }
 
 /// Tables of others.
 #[derive(Debug, Default)]
-pub(in crate::doctor) struct Ruleset {
+pub(crate) struct Ruleset {
     chains: BTreeMap<Key, Chain>,
     sets: BTreeMap<Key, Vec<Value>>,
 }
@@ -80,7 +80,7 @@ struct Rule {
 
 impl Ruleset {
     /// From a listing; what is not understood of it is left out.
-    pub(in crate::doctor) fn parse(listing: &Value) -> Self {
+    pub(crate) fn parse(listing: &Value) -> Self {
         let mut ruleset = Self::default();
         let objects = listing["nftables"].as_array().into_iter().flatten().filter_map(Value::as_object).flatten();
         for (kind, body) in objects {
@@ -116,22 +116,22 @@ impl Ruleset {
     }
 
     /// Tables by family and name.
-    pub(super) fn tables(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub(crate) fn tables(&self) -> impl Iterator<Item = (&str, &str)> {
         self.chains.keys().map(|(family, table, _)| (family.as_str(), table.as_str()))
     }
 
     /// Names of all chains with their table.
-    pub(in crate::doctor) fn chains(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+    pub(crate) fn chains(&self) -> impl Iterator<Item = (&str, &str, &str)> {
         self.chains.keys().map(|(family, table, chain)| (family.as_str(), table.as_str(), chain.as_str()))
     }
 
     /// Base chains.
-    pub(super) fn base_chains(&self) -> usize {
+    pub(crate) fn base_chains(&self) -> usize {
         self.chains.values().filter(|chain| chain.hook.is_some()).count()
     }
 
     /// Everywhere a packet is dropped.
-    pub(super) fn drops(&self, packet: &Packet) -> Vec<Place> {
+    pub(crate) fn drops(&self, packet: &Packet) -> Vec<Place> {
         let bases = self.chains.iter().filter(|(key, chain)| {
             let hook = chain.hook.as_deref().is_some_and(|hook| packet.hooks.contains(&hook));
             let family = match key.0.as_str() {

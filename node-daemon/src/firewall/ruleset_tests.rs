@@ -189,3 +189,31 @@ fn what_is_no_ruleset_drops_nothing() {
         assert_eq!(Ruleset::parse(&nonsense).drops(&vxlan_from("192.0.2.7")), []);
     }
 }
+
+#[test]
+fn sets_of_concatenations_are_looked_into() {
+    let key = json!({"concat": [payload("ip", "daddr"), meta("l4proto"), payload("th", "dport")]});
+    let refuses = |element: Value| {
+        ruleset(vec![
+            chain("ip", "kube-proxy", "filter-forward", Some("forward"), "accept"),
+            chain("ip", "kube-proxy", "reject-chain", None, ""),
+            json!({"map": {"family": "ip", "table": "kube-proxy", "name": "none", "elem": [[element, {"goto": {"target": "reject-chain"}}]]}}),
+            rule("ip", "kube-proxy", "filter-forward", 7, json!([{"vmap": {"key": key, "data": "@none"}}])),
+            rule("ip", "kube-proxy", "reject-chain", 8, json!([{"reject": null}])),
+        ])
+    };
+    let packet = Packet {
+        hooks: vec!["forward"],
+        destination: Some("10.96.0.7".parse().unwrap()),
+        protocol: Some(6),
+        port: Some(80),
+        ..Packet::default()
+    };
+    let element = |address: &str, port: u16| json!({"concat": [address, "tcp", port]});
+    let places = refuses(json!({"elem": {"val": element("10.96.0.7", 80), "comment": "shop/web"}})).drops(&packet);
+    assert_eq!(places.len(), 1);
+    assert_eq!((places[0].chain.as_str(), places[0].perhaps), ("reject-chain", false));
+    for other in [element("10.96.0.7", 81), element("10.96.0.8", 80), json!({"concat": ["10.96.0.7", "udp", 80]})] {
+        assert_eq!(refuses(other.clone()).drops(&packet), [], "{other}");
+    }
+}
