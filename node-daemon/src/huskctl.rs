@@ -186,7 +186,10 @@ impl Arguments {
         if let Command::Trace(options) = &arguments.command
             && let Err((kind, message)) = options.check()
         {
-            reference::command().error(kind, message).exit();
+            let mut command = reference::command();
+            command.build();
+            let trace = command.find_subcommand_mut("trace").expect("it was given");
+            trace.error(kind, message).exit();
         }
         arguments
     }
@@ -195,10 +198,13 @@ impl Arguments {
 /// Runs the command and says how the process should exit.
 #[must_use]
 pub fn run(arguments: &Arguments) -> ExitCode {
-    match answer(arguments) {
-        Ok((text, found)) => {
-            style::print(&text);
-            if found { ExitCode::from(1) } else { ExitCode::SUCCESS }
+    match answer(arguments).and_then(|(text, found)| style::print(&text).map(|_| found)) {
+        Ok(found) => {
+            if found {
+                ExitCode::from(1)
+            } else {
+                ExitCode::SUCCESS
+            }
         }
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "huskctl: {error:#}");
@@ -300,13 +306,15 @@ pub(crate) fn exchange(socket: &Path, request: &Request) -> anyhow::Result<Respo
 
 fn exchange_within(limit: Duration, socket: &Path, request: &Request) -> anyhow::Result<Response> {
     let connected = UnixStream::connect(socket);
-    let denied = connected.as_ref().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
-    let mut stream = connected.with_context(|| {
+    let mut stream = connected.map_err(|error| {
         let socket = socket.display();
-        if denied {
-            format!("huskctl may not open {socket}: it needs root; try sudo huskctl")
+        if error.kind() == ErrorKind::PermissionDenied {
+            anyhow::anyhow!("huskctl may not open {socket}: it needs root; try sudo huskctl")
         } else {
-            format!("no daemon answers on {socket}; is huskd running? Try: systemctl status huskd, or huskd run")
+            anyhow::anyhow!(
+                "no daemon answers on {socket} ({error}); is huskd running? Try: systemctl status huskd, or huskd run. huskctl doctor \
+                 and huskctl support-bundle work without it"
+            )
         }
     })?;
     stream.set_read_timeout(Some(limit))?;

@@ -633,6 +633,20 @@ fn a_daemon_that_refuses_or_is_not_understood_is_status_3() {
 }
 
 #[test]
+fn what_cannot_be_written_is_status_3_and_what_is_not_read_is_none() {
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let program = || std::process::Command::new(env!("CARGO_BIN_EXE_huskctl"));
+    let ran = program().args(["schema", "status"]).stdout(full()).output().unwrap();
+    let errors = String::from_utf8(ran.stderr).unwrap();
+    assert_eq!(ran.status.code(), Some(3), "{errors}");
+    assert!(errors.contains("cannot write to standard output") && errors.contains("No space left"), "{errors}");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ran = program().args(["schema", "status"]).stdout(writer).output().unwrap();
+    assert_eq!((ran.status.code(), ran.stderr), (Some(0), Vec::new()));
+}
+
+#[test]
 fn wrong_usage_is_status_2() {
     let directory = tempfile::tempdir().unwrap();
     for arguments in [
@@ -643,10 +657,17 @@ fn wrong_usage_is_status_2() {
         &["diff", "now"],
         &["keys"],
         &["keys", "rotate", "--timeout", "5"],
+        &["mtu", "probe", "beta", "--timeout", "0"],
+        &["trace", "a", "b"],
+        &["trace", "a", "127.0.0.1", "--port", "80"],
+        &["trace", "a", "10.42.0.2:80"],
+        &["doctor", "--only", "daemon,nothing"],
     ] {
         let output = huskctl(directory.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
-        assert!(!output.stderr.is_empty());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("--help") || errors.contains("Usage"), "{errors}");
+        assert!(arguments.first() != Some(&"trace") || errors.contains("Usage: huskctl trace"), "{errors}");
     }
     assert_eq!(huskctl(directory.path(), &["--help"]).status.code(), Some(0));
 }

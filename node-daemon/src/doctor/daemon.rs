@@ -1,5 +1,6 @@
 //! The daemon itself: its configuration, and whether it answers.
 
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 use crate::files;
 use crate::programs::{self, Keep, Limits};
 use husk_overlay::config::Config;
+use husk_overlay::ipc::SOCKET_FILE;
 use husk_overlay::issue::Severity;
 
 /// The configuration file can be used.
@@ -79,15 +81,29 @@ fn silent(evidence: &Evidence, why: String) -> Finding {
     let systemd = evidence.host.is_here() && evidence.host.exists(SYSTEMD).unwrap_or(false);
     let unit =
         systemd.then(|| systemctl(&["show", UNIT, "--property=LoadState,ActiveState,SubState,Result"])).flatten();
-    let cause = "no daemon answers: pods that run go on, but none can be added, and nothing follows what changes in the cluster";
+    // Something listens, though nothing came from it.
+    let hangs = UnixStream::connect(evidence.places.run_directory.join(SOCKET_FILE)).is_ok();
+    let (cause, start) = if hangs {
+        (
+            "the daemon hangs: pods that run go on, but none can be added, and nothing follows what changes in the cluster",
+            "restart it",
+        )
+    } else {
+        (
+            "no daemon answers: pods that run go on, but none can be added, and nothing follows what changes in the cluster",
+            "start it",
+        )
+    };
     let fix = match unit {
         Some(unit) if !unit.contains("LoadState=not-found") => {
             told.push(format!("{UNIT}: {}", unit.split_whitespace().collect::<Vec<_>>().join(" ")));
             told.extend(last_lines());
-            Fix::safe("start it", [Action::run_on_host("systemctl", ["restart", UNIT])])
+            Fix::safe(start, [Action::run_on_host("systemctl", ["restart", UNIT])])
         }
         _ => Fix::by_hand(
-            "start it: on a host `huskd run`, better as the unit manifests/systemd/huskd.service; in Kubernetes look at its pod",
+            format!(
+                "{start}: on a host `huskd run`, better as the unit manifests/systemd/huskd.service; in Kubernetes look at its pod"
+            ),
             [Action::run_on_host(
                 "kubectl",
                 "-n husk-system get pods -l app.kubernetes.io/name=husk -o wide".split(' '),

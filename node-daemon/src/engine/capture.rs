@@ -46,7 +46,11 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if target == THIS_HOST || target == self.parts.node_name.as_str() {
             return self.of_host(last);
         }
-        let found = last.plan.peers.iter().find(|(name, _)| name.as_str() == target);
+        let address: Option<IpAddr> = target.parse().ok();
+        let is_meant = |(name, peer): &(&NodeName, &PeerPlan)| {
+            name.as_str() == target || address.is_some_and(|it| peer.has_address(it))
+        };
+        let found = last.plan.peers.iter().find(is_meant);
         if let Some((name, peer)) = found {
             return self.of_peer(&name.clone(), &peer.clone(), last);
         }

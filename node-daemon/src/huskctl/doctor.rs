@@ -19,8 +19,8 @@ use crate::report::RepairReport;
 /// What to look at, and what may be done.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Options {
-    /// Only this check; may be given several times (see --list)
-    #[arg(long, value_name = "CHECK", value_parser = PossibleValuesParser::new(CHECKS.iter().map(|check| check.id)), hide_possible_values = true)]
+    /// Only these checks, with commas between them (see --list)
+    #[arg(long, value_name = "CHECK", value_delimiter = ',', value_parser = PossibleValuesParser::new(CHECKS.iter().map(|check| check.id)), hide_possible_values = true)]
     only: Vec<String>,
     /// Names the checks and what they look at, and does nothing else
     #[arg(long, conflicts_with_all = ["only", "fix", "yes"])]
@@ -77,15 +77,15 @@ pub(super) fn run(run_directory: &Path, options: &Options, show: &Show) -> anyho
         return Ok((show.text(&report, tables::doctor)?, hurts));
     }
     if show.output == Output::Table {
-        style::print(&show.finish(&tables::to_repair(&report)));
+        style::print(&show.finish(&tables::to_repair(&report)))?;
     }
     let width = tables::repair_width(&report);
     let mut ask = |finding: &Finding| if options.yes { Ok(Answer::Yes) } else { ask(finding) };
     for (check, found) in checks.iter().zip(&mut report.checks) {
         let repairs = repair(check, found, &places, &mut ask)?;
         if show.output == Output::Table {
-            let tell = |repair: &RepairReport| _ = style::print(&show.finish(&tables::repair(repair, width)));
-            repairs.iter().for_each(tell);
+            let tell = |repair: &RepairReport| style::print(&show.finish(&tables::repair(repair, width))).map(drop);
+            repairs.iter().try_for_each(tell)?;
         }
         report.repairs.extend(repairs);
     }
@@ -104,7 +104,7 @@ fn say_where(title: &str) {
 }
 
 fn ask(finding: &Finding) -> anyhow::Result<Answer> {
-    style::print(&tables::question(finding));
+    style::print(&tables::question(finding))?;
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
     let yes = matches!(line.trim().to_lowercase().as_str(), "y" | "yes");

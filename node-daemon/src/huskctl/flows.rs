@@ -112,7 +112,13 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
             tell([format!("huskctl: {hint}")]);
         }
         let text = match show.output {
-            Output::Table if flows.is_empty() => "No flows were recorded.\n".to_owned(),
+            Output::Table if flows.is_empty() => match &options.pod {
+                // Of a name that is mistyped there are none, either.
+                Some(pod) => {
+                    format!("No flows of {pod} were recorded; huskctl ipam show has the names of this node's pods.\n")
+                }
+                None => "No flows were recorded.\n".to_owned(),
+            },
             _ => text(show, &flows, true)?,
         };
         return Ok((text, report.unavailable.is_some()));
@@ -121,7 +127,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
     let (mut listening, mut reason) = (false, report.unavailable);
     loop {
         let text = text(show, &flows, first)?;
-        if !text.is_empty() && !style::print(&text) {
+        if !text.is_empty() && !style::print(&text)? {
             return Ok((String::new(), false));
         }
         first = false;

@@ -115,9 +115,16 @@ pub(super) fn finish(text: &str, coloured: bool) -> String {
 }
 
 /// Writes to standard output. A reader that closed the pipe has read enough: then false.
-pub(super) fn print(text: &str) -> bool {
+///
+/// # Errors
+/// When it cannot be written for another reason, as on a full disk: what was asked for would be missing, or be half of it.
+pub(super) fn print(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(anyhow::Error::new(error).context("cannot write to standard output")),
+    }
 }
 
 /// Writes lines to standard error, beside what is asked for: who does not read them misses nothing of that.

@@ -107,7 +107,7 @@ pub(super) fn run(socket: &Path, options: &Options, show: &Show) -> anyhow::Resu
         if once {
             return Ok((text, false));
         }
-        if !style::print(&text) {
+        if !style::print(&text)? {
             return Ok((String::new(), false));
         }
         first = false;

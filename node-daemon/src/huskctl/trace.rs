@@ -82,8 +82,23 @@ impl TraceProtocol {
 }
 
 impl Options {
-    /// What of it does not go together: ports, and protocols that have none.
+    /// What of it does not go together: ports, and protocols that have none; addresses that lead to no other host.
     pub(super) fn check(&self) -> Result<(), (Wrong, &'static str)> {
+        for end in [&self.source, &self.destination] {
+            if end.parse::<SocketAddr>().is_ok() {
+                return Err((
+                    Wrong::ValueValidation,
+                    "an address goes without its port: name that of the destination with --port",
+                ));
+            }
+            let address = end.parse::<IpAddr>();
+            if address.is_ok_and(|it| it.is_loopback() || it.is_unspecified() || it.is_multicast()) {
+                return Err((
+                    Wrong::ValueValidation,
+                    "loopback, multicast and unspecified addresses lead to no one pod or host: nothing of Husk is on the way",
+                ));
+            }
+        }
         match (Protocol::of(self.protocol.number()), self.port) {
             (None, Some(_)) => Err((Wrong::ArgumentConflict, "ICMP has no ports: leave --port away")),
             (Some(_), None) => Err((

@@ -61,6 +61,14 @@ impl PeerPlan {
     }
 }
 
+impl PeerPlan {
+    /// True for its underlay address, and for its own addresses inside the overlay.
+    #[must_use]
+    pub fn has_address(&self, address: IpAddr) -> bool {
+        self.address == Some(address) || self.router.iter().any(|own| own == address)
+    }
+}
+
 /// A believed peer: its record, cut down to what it may claim, and what became of it.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {

@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(250);
 /// Whom to probe.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Options {
-    /// Name of the node, as in huskctl peers
+    /// The node: its name, as in huskctl peers, or an address of it
     peer: String,
     /// Seconds to wait at most; a search takes up to 30
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
