@@ -95,11 +95,11 @@ enum Command {
     /// Network policy: what is enforced on this node, and the rules of a pod
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
-    /// What becomes of a connection, hop by hop: pod, antispoofing, policy, route, MTU, tunnel and keys, underlay, firewall, address
+    /// What becomes of a connection, hop by hop: pod, antispoofing, policy, route, MTU, firewalls, tunnel and keys, underlay, address
     /// translation, live probe; the first that is broken or denies it is told with cause and remedy
     ///
     /// Nothing is sent but a knock at the other node where its daemon answers no probes, and probes with --probe. What another node
-    /// decides is told as that node should see it; what is on its side it tells itself.
+    /// decides this one cannot know: it is left open ("??"), which is no finding. Run it there, too.
     Trace(trace::Options),
     /// The packets of a pod, of another node or of this one, as pods see them or as the network between the nodes does: one line
     /// each, or a pcap file

@@ -169,6 +169,7 @@ fn whole(scene: &Scene) -> Result<()> {
     traced.ensure_passes(&[&local[..], &["nat"]].concat())?;
     ensure!(traced.hop("nat")["evidence"].to_string().contains("the address of eth0 (masquerade)"), "{traced:#?}");
     ensure!(traced.hop("tunnel")["standing"] == "notHere", "{traced:#?}");
+    eprintln!("{}", one.huskctl(["trace", "default/web", &outside, "--port", "80"])?.stdout);
     let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout;
     eprintln!("{text}");
     let lead = "PASSES as far as this node knows  TCP";
@@ -372,6 +373,7 @@ fn of_this_node(scene: &Scene) -> Result<()> {
     })?;
     let traced = traced.context("it was asked")?;
     traced.ensure_broken("egressPolicy", "default deny by: default/closed", "huskctl policy show default/web")?;
+    eprintln!("{}", one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout);
     scene.clear()?;
     await_whole(one)
 }
@@ -432,6 +434,7 @@ fn without_daemon(scene: &Scene) -> Result<()> {
         Ok(told.contains("host2 answers through the tunnel (TCP), its daemon does not"))
     })
     .context(told)?;
+    eprintln!("{}", one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?.stdout);
     cluster.host(2).start_daemon()?;
     cluster.host(2).wait_ready()?;
     await_whole(one)
@@ -468,6 +471,8 @@ fn unplugged(scene: &Scene) -> Result<()> {
         text.stdout.starts_with("BROKEN  TCP") && text.stdout.contains("The first hop that is broken is the source"),
         "{text:?}"
     );
+    // The end tells it all, and the line of the hop the cause alone.
+    ensure!(text.stdout.matches("lacks the address").count() == 1, "{text:?}");
     eprintln!("{}", text.stdout);
     Ok(())
 }

@@ -27,6 +27,9 @@ const MORE: usize = 4;
 pub(super) fn other_firewalls(evidence: &Evidence) -> Hop {
     match (evidence.course(), &evidence.crossing) {
         (Course::Elsewhere, _) => not_here(NAME, "no packet of this connection crosses this node"),
+        (_, None) if evidence.mapped_to.is_some() => {
+            not_here(NAME, "its address becomes a pod's before they see it: trace that pod's port")
+        }
         (_, None) => not_here(NAME, "it does not get that far"),
         (_, Some(_)) => unknown(NAME, "rules of others are not looked at by the daemon", Vec::new()),
     }

@@ -74,7 +74,8 @@ fn line(hop: &Hop) -> String {
         HopStanding::NotHere => (paint(Tone::Faint, "--"), None),
     };
     // Of what is broken the end tells the rest.
-    let rest = hop.evidence.iter().filter(|_| mark != "!!");
+    let is_broken = matches!(hop.standing, HopStanding::Broken { .. });
+    let rest = hop.evidence.iter().filter(|_| !is_broken);
     let said: Vec<&str> = first.into_iter().chain(rest).map(String::as_str).collect();
     format!("  {mark}  {:<NAME_WIDTH$}  {}\n", hop.name, said.join("; "))
 }
