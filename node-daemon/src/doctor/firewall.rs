@@ -68,10 +68,12 @@ impl Kind {
 }
 
 fn rules(evidence: &Evidence) -> Looked {
-    let config = evidence.config()?;
-    let ruleset = evidence.ruleset()?;
-    let status = evidence.status().ok();
-    let packets = packets(config, status, evidence.peers().unwrap_or_default());
+    let (config, ruleset) = (evidence.config()?, evidence.ruleset()?);
+    Ok(judge(config, ruleset, evidence.status().ok(), evidence.peers().unwrap_or_default()))
+}
+
+fn judge(config: &Config, ruleset: &Ruleset, status: Option<&Status>, peers: &[PeerReport]) -> Outcome {
+    let packets = packets(config, status, peers);
     let mut dropped: BTreeMap<Place, BTreeMap<Kind, BTreeSet<String>>> = BTreeMap::new();
     for (kind, packet) in &packets {
         for place in ruleset.drops(packet) {
@@ -86,7 +88,7 @@ fn rules(evidence: &Evidence) -> Looked {
         0 => "no chains of others".to_owned(),
         chains => format!("{chains} chains of others let our packets pass"),
     };
-    Ok(Outcome::of(findings.collect(), seen))
+    Outcome::of(findings.collect(), seen)
 }
 
 fn finding(place: &Place, kinds: &BTreeMap<Kind, BTreeSet<String>>, ruleset: &Ruleset, cidrs: &[String]) -> Finding {
@@ -107,7 +109,11 @@ fn finding(place: &Place, kinds: &BTreeMap<Kind, BTreeSet<String>>, ruleset: &Ru
         evidence.push(format!("{}: of {}{more}", kind.words(), few.join(", ")));
     }
     if *perhaps {
-        evidence.push("rules before it have matches that cannot be judged from outside, and may accept them".into());
+        evidence.push(
+            "rules before it have matches that cannot be judged (extensions of iptables; addresses and interfaces that only \
+             the daemon tells), and may accept them"
+                .into(),
+        );
     }
     evidence.push(format!("seen with: nft --handle list chain {family} {table} {chain}"));
     let kinds: Vec<Kind> = kinds.keys().copied().collect();
@@ -128,6 +134,9 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
         let peer = peers.iter().flat_map(|peer| &peer.blocks).find(|block| block.family() == cidr.family());
         // Of an address inside the block: rules that name a cluster CIDR see it there.
         let (own, peer) = (own.and_then(|block| block.nth(1)), peer.and_then(|block| block.nth(1)));
+        let host = status.and_then(|status| status.addresses.get(cidr.family()));
+        let router = status.and_then(|status| status.router.get(cidr.family()));
+        let peer_router = peers.iter().find_map(|peer| peer.router.get(cidr.family()));
         let forward = |input, output, source, destination| Packet {
             hooks: vec!["prerouting", "forward", "postrouting"],
             ipv6,
@@ -149,23 +158,34 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
             ipv6,
             input: Some(String::new()),
             output: pod(),
+            source: host,
             destination: own,
             ..Packet::default()
         };
         packets.push((Kind::HostToPod, to_pod));
         if let Some(tunnel) = tunnel {
-            let probe = |protocol, hooks, input: &str, output: &str| Packet {
-                hooks,
-                ipv6,
-                input: Some(input.to_owned()),
-                output: Some(output.to_owned()),
-                protocol: Some(protocol),
-                port: Some(marks::PROBE_PORT),
-                ..Packet::default()
-            };
             for protocol in [UDP, TCP] {
-                packets.push((Kind::Probe, probe(protocol, vec!["prerouting", "input"], tunnel, "")));
-                packets.push((Kind::Probe, probe(protocol, vec!["output", "postrouting"], "", tunnel)));
+                let arriving = Packet {
+                    hooks: vec!["prerouting", "input"],
+                    ipv6,
+                    input: Some(tunnel.to_owned()),
+                    output: Some(String::new()),
+                    source: peer_router,
+                    destination: router,
+                    protocol: Some(protocol),
+                    port: Some(marks::PROBE_PORT),
+                    ..Packet::default()
+                };
+                let leaving = Packet {
+                    hooks: vec!["output", "postrouting"],
+                    input: Some(String::new()),
+                    output: Some(tunnel.to_owned()),
+                    // A packet of known source goes anywhere if its destination is not known, and this one does not.
+                    source: router.filter(|_| peer_router.is_some()),
+                    destination: peer_router,
+                    ..arriving.clone()
+                };
+                packets.extend([(Kind::Probe, arriving), (Kind::Probe, leaving)]);
             }
         }
     }
@@ -209,7 +229,7 @@ fn outer(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Vec<
             hooks: vec!["output", "postrouting"],
             input: Some(String::new()),
             output: interface.clone(),
-            source: own,
+            source: own.filter(|_| peer.is_some()),
             destination: peer,
             ..template
         };
@@ -280,6 +300,10 @@ fn legacy_tables() -> Result<Vec<String>, super::Unknown> {
     }
     Ok(found)
 }
+
+#[cfg(test)]
+#[path = "firewall/recorded_tests.rs"]
+mod recorded_tests;
 
 #[cfg(test)]
 mod tests {
