@@ -20,10 +20,12 @@ pub struct DoctorReport {
 }
 
 impl DoctorReport {
-    /// Something was found, and is still there.
+    /// Something was found, and is still there or not known to be over.
     #[must_use]
     pub fn has_findings(&self) -> bool {
+        let pending = |repair: &RepairReport| matches!(repair.result, RepairResult::Pending { .. });
         self.checks.iter().any(|check| matches!(check.outcome, Outcome::Found { .. }))
+            || self.repairs.iter().any(pending)
     }
 }
 
@@ -186,6 +188,15 @@ pub enum Action {
         /// Arguments.
         arguments: Vec<String>,
     },
+    /// Runs a program of the host's that makes a service take up the files before it, of which nothing is in force until then.
+    TakeUp {
+        /// Name.
+        program: String,
+        /// Arguments.
+        arguments: Vec<String>,
+        /// It may disturb traffic: `--fix` leaves the time for it to a person.
+        disturbs: bool,
+    },
 }
 
 impl Action {
@@ -193,6 +204,19 @@ impl Action {
     #[must_use]
     pub fn run<S: Into<String>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Self {
         Self::Run { program: program.to_owned(), arguments: arguments.into_iter().map(Into::into).collect() }
+    }
+
+    /// A program of the host's that makes a service read its files again, and disturbs nothing.
+    #[must_use]
+    pub fn reload<S: Into<String>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Self {
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        Self::TakeUp { program: program.to_owned(), arguments, disturbs: false }
+    }
+
+    /// A start of a unit of the host's anew, at a time that a person chooses.
+    #[must_use]
+    pub fn restart_later(unit: &str) -> Self {
+        Self::TakeUp { program: "systemctl".into(), arguments: vec!["restart".into(), unit.into()], disturbs: true }
     }
 
     /// A program of the host's.
@@ -220,7 +244,9 @@ impl fmt::Display for Action {
                     .iter()
                     .try_for_each(|it| write!(f, " --run-directory {}", quoted(&it.display().to_string())))
             }
-            Self::Run { program, arguments } | Self::RunOnHost { program, arguments } => {
+            Self::Run { program, arguments }
+            | Self::RunOnHost { program, arguments }
+            | Self::TakeUp { program, arguments, .. } => {
                 f.write_str(&quoted(program))?;
                 arguments.iter().try_for_each(|argument| write!(f, " {}", quoted(argument)))
             }
@@ -257,7 +283,12 @@ pub struct RepairReport {
 pub enum RepairResult {
     /// Applied, and the check does not find it any more.
     Gone {
-        /// What is left to do on the host for it to take effect, as commands.
+        /// What is left to do on the host so that it lasts, as commands.
+        left: Vec<String>,
+    },
+    /// Its files are written, and in force when this was done; until then it is as it was, though the files are in order.
+    Pending {
+        /// What is left to do on the host, as commands.
         left: Vec<String>,
     },
     /// Applied, and the check finds it still.
