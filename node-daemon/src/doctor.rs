@@ -29,6 +29,7 @@ mod paths;
 mod peers;
 mod pools;
 mod repair;
+mod restart;
 mod room;
 mod systemd;
 mod versions;

@@ -74,8 +74,11 @@ impl Place {
         }];
         evidence.extend(ends);
         if *perhaps {
-            evidence
-                .push("rules before it have matches that cannot be judged from outside, and may accept them".into());
+            evidence.push(
+                "rules before it have matches that cannot be judged (extensions of iptables; addresses and interfaces that only \
+                 the daemon tells), and may accept them"
+                    .into(),
+            );
         }
         evidence.push(format!("seen with: nft --handle list chain {family} {table} {chain}"));
         evidence

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::kernel::{self, Part};
 use husk_tests::process::Program;
 use husk_tests::{Cluster, ESP_MODES, Host, Leak, eventually};
+use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
 #[path = "esp_missing/refusal.rs"]
@@ -64,6 +65,31 @@ impl Drop for Without {
     }
 }
 
+/// What a machine loads by itself, and what it must not. The host gets directories of its own.
+const PRIVATE: [&str; 2] = ["/etc/modprobe.d", "/etc/modules-load.d"];
+
+/// Somebody has forbidden a module: the doctor names the line, and leaves it. When it is allowed again, `--fix` loads what is missing, and
+/// sees to it that it is loaded at every boot.
+fn doctored(host: &Host) -> Result<()> {
+    for directory in PRIVATE {
+        let mounted = host.run(|| mount(Some("tmpfs"), directory, Some("tmpfs"), MsFlags::empty(), None::<&str>))?;
+        mounted.with_context(|| format!("mounting over {directory}"))?;
+    }
+    let (line, file) = ("install esp4 /bin/false", "/etc/modprobe.d/hardening.conf");
+    host.run(|| fs::write(file, format!("{line}\n")))??;
+    let fixed = || host.huskctl_json(["doctor", "--only", "kernel-features", "--fix", "--yes"]);
+    let report = fixed()?;
+    let named = report["checks"][0]["findings"][0]["evidence"].to_string();
+    ensure!(named.contains(&format!("{file}:1: {line}")), "{report:#}");
+    ensure!(report["repairs"][0]["result"] == "byHand" && !kernel::has(Part::Esp)?, "{report:#}");
+    host.run(|| fs::remove_file(file))??;
+    let report = fixed()?;
+    ensure!(report["repairs"][0]["result"] == "gone" && kernel::has(Part::Esp)?, "{report:#}");
+    let kept = host.run(|| fs::read_to_string("/etc/modules-load.d/husk.conf"))??;
+    ensure!(kept.lines().any(|name| name == "esp4"), "{kept}");
+    Ok(())
+}
+
 #[test]
 fn esp_that_goes_is_told_of_and_esp_that_comes_is_used() -> Result<()> {
     kernel::require(&[Part::Esp])?;
@@ -73,6 +99,7 @@ fn esp_that_goes_is_told_of_and_esp_that_comes_is_used() -> Result<()> {
         let machine = Without::esp()?;
         cluster.hosts().iter().try_for_each(Host::start)?;
         refusal::tell(&cluster)?;
+        doctored(cluster.host(1)).context(mode)?;
         drop(machine);
         for host in cluster.hosts() {
             eventually("a daemon to find that there is ESP now", ASKED_AGAIN, || {

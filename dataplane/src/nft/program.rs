@@ -15,11 +15,15 @@ use crate::error::Error;
 /// nftables lock for longer than this is stuck.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
+/// Most bytes that are taken of what `nft` prints about a ruleset: some hundred bytes a rule, which take several times as many in memory
+/// once they are parsed, of the 512 MiB that the daemon's container has with all that runs in it (manifests/base/daemonset.yaml).
+const MOST_BYTES: u64 = 48 << 20;
+
 const PROGRAM: &str = "nft";
 
 /// Runs `nft -j` with arguments about an object and returns the JSON it prints.
 pub(super) fn query(operation: &'static str, object: &str, arguments: &[&str]) -> Result<Value, Error> {
-    let output = execute(&Task { operation, object, arguments, input: None }, PROGRAM, TIME_LIMIT)?;
+    let output = execute(&Task { operation, object, arguments, input: None }, PROGRAM, TIME_LIMIT, MOST_BYTES)?;
     serde_json::from_slice(&output).map_err(|error| Error::Malformed {
         operation,
         object: object.to_owned(),
@@ -30,7 +34,8 @@ pub(super) fn query(operation: &'static str, object: &str, arguments: &[&str]) -
 /// Runs one transaction on the table.
 pub(super) fn run(operation: &'static str, transaction: &Value) -> Result<(), Error> {
     let input = Some(transaction.to_string());
-    execute(&Task { operation, object: &table(), arguments: &["-f", "-"], input }, PROGRAM, TIME_LIMIT).map(drop)
+    execute(&Task { operation, object: &table(), arguments: &["-f", "-"], input }, PROGRAM, TIME_LIMIT, MOST_BYTES)
+        .map(drop)
 }
 
 /// The table in words.
@@ -46,7 +51,7 @@ struct Task<'a> {
     input: Option<String>,
 }
 
-fn execute(task: &Task<'_>, program: &str, limit: Duration) -> Result<Vec<u8>, Error> {
+fn execute(task: &Task<'_>, program: &str, limit: Duration, most: u64) -> Result<Vec<u8>, Error> {
     let (operation, object) = (task.operation, task.object.to_owned());
     let failed = |reason: String| Error::Program { operation, object: object.clone(), program: PROGRAM, reason };
     let deadline = Instant::now() + limit;
@@ -62,13 +67,18 @@ fn execute(task: &Task<'_>, program: &str, limit: Duration) -> Result<Vec<u8>, E
         // A child that ends early closes the pipe; why is then in what it printed.
         thread::spawn(move || drop(stdin.write_all(input.as_bytes())))
     });
-    let output = collect(child.stdout.take());
-    let errors = collect(child.stderr.take());
+    // One more tells whether there was more.
+    let output = collect(child.stdout.take(), most + 1);
+    let errors = collect(child.stderr.take(), most);
     let collected = receive(&output, deadline).and_then(|out| receive(&errors, deadline).map(|err| (out, err)));
     let Some((output, errors)) = collected else {
         stop(&mut child);
         return Err(failed(format!("it did not end within {} s and was stopped", limit.as_secs_f64())));
     };
+    if output.len() as u64 > most {
+        stop(&mut child);
+        return Err(failed(format!("it printed more than {most} bytes, which nobody has the memory to look through")));
+    }
     // Both pipes are closed: it has ended, or is about to.
     let status = wait(&mut child, deadline).map_err(&failed)?;
     if let Some(writer) = writer {
@@ -92,14 +102,15 @@ fn spawn(program: &str, arguments: &[&str], input: bool) -> std::io::Result<Chil
         .spawn()
 }
 
-/// Reads a pipe to its end on a thread of its own, so that no pipe can fill up and block the child.
-fn collect<R: Read + Send + 'static>(pipe: Option<R>) -> Receiver<Vec<u8>> {
+/// Reads a pipe on a thread of its own, so that no pipe can fill up and block the child: to its end, or until it has read so much and
+/// closes it.
+fn collect<R: Read + Send + 'static>(pipe: Option<R>, most: u64) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
+        if let Some(pipe) = pipe {
             // What was read before an error is all there is to say.
-            drop(pipe.read_to_end(&mut bytes));
+            drop(pipe.take(most).read_to_end(&mut bytes));
         }
         drop(sender.send(bytes));
     });
@@ -149,6 +160,10 @@ mod tests {
     use super::*;
 
     fn shell(script: &str, limit: Duration) -> Result<Vec<u8>, Error> {
+        shell_up_to(script, limit, MOST_BYTES)
+    }
+
+    fn shell_up_to(script: &str, limit: Duration, most: u64) -> Result<Vec<u8>, Error> {
         let directory = tempdir();
         let path = directory.join("program");
         // Written by a process of its own: what another test forks meanwhile would inherit a descriptor of ours, and no
@@ -157,7 +172,7 @@ mod tests {
         assert!(Command::new("sh").args(["-c", write, path.to_str().unwrap(), script]).status().unwrap().success());
         let input = Some("x".repeat(1 << 20));
         let task = Task { operation: "change", object: "it", arguments: &["-f", "-"], input };
-        let result = execute(&task, path.to_str().unwrap(), limit);
+        let result = execute(&task, path.to_str().unwrap(), limit, most);
         std::fs::remove_dir_all(directory).unwrap();
         result
     }
@@ -174,7 +189,7 @@ mod tests {
     #[test]
     fn a_missing_program_names_the_package() {
         let task = Task { operation: "read", object: "it", arguments: &[], input: None };
-        let error = execute(&task, "husk-no-such-program", TIME_LIMIT).unwrap_err();
+        let error = execute(&task, "husk-no-such-program", TIME_LIMIT, MOST_BYTES).unwrap_err();
         assert_eq!(error.to_string(), "cannot read it: the program nft is not installed");
         assert_eq!(error.remedy(), "install the package nftables");
     }
@@ -191,6 +206,13 @@ mod tests {
     fn neither_unread_input_nor_long_output_blocks() {
         let output = shell("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2", TIME_LIMIT).unwrap();
         assert_eq!(output.len(), 1_000_000);
+    }
+
+    #[test]
+    fn a_program_that_prints_more_than_there_is_memory_for_is_stopped() {
+        let error = shell_up_to("exec cat /dev/zero", TIME_LIMIT, 1 << 20).unwrap_err().to_string();
+        assert!(error.contains("it printed more than 1048576 bytes"), "{error}");
+        assert_eq!(shell_up_to("head -c 1048576 /dev/zero", TIME_LIMIT, 1 << 20).unwrap().len(), 1 << 20);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::io;
 use husk_overlay::marks::{CNI_CONFLIST, CNI_TYPE};
 use serde_json::Value;
 
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown, restart};
 use crate::files;
 
 /// Order of the files.
@@ -20,7 +20,8 @@ pub(super) const CHECK: Check = Check {
 const SUFFIXES: [&str; 3] = [".conf", ".conflist", ".json"];
 
 fn look(evidence: &Evidence) -> Looked {
-    let directory = evidence.config()?.cni.config_directory.clone();
+    let config = evidence.config()?;
+    let directory = config.cni.config_directory.clone();
     let here = evidence.host.shared(&directory);
     let mut names = Vec::new();
     match std::fs::read_dir(&here) {
@@ -41,9 +42,9 @@ fn look(evidence: &Evidence) -> Looked {
     if at.is_none() && evidence.status().is_ok_and(|status| status.ready) {
         let cause = format!("{CNI_CONFLIST} is missing, so that the container runtime does not use Husk for new pods");
         let words = "start the daemon anew, which writes it; and look who removes it";
-        let restart = Action::run_on_host("systemctl", ["restart", "huskd"]);
-        let because = "how the daemon is started here is not known";
-        return Ok(Outcome::of(vec![Finding::error(cause, vec![order], Fix::by_hand(words, [restart], because))], ""));
+        let because = "who removes it may do so again";
+        let fix = Fix::by_hand(words, [restart::own(evidence, config)], because);
+        return Ok(Outcome::of(vec![Finding::error(cause, vec![order], fix)], ""));
     }
     let mut told = vec![order.clone()];
     let mut actions = Vec::new();

@@ -30,10 +30,12 @@ const MOST_FINDINGS: usize = 12;
 const SOME_POD: &str = "husk00000000000";
 
 fn rules(evidence: &Evidence) -> Looked {
-    let config = evidence.config()?;
-    let ruleset = evidence.ruleset()?;
-    let status = evidence.status().ok();
-    let packets = packets(config, status, evidence.peers().unwrap_or_default());
+    let (config, ruleset) = (evidence.config()?, evidence.ruleset()?);
+    Ok(judge(config, ruleset, evidence.status().ok(), evidence.peers().unwrap_or_default()))
+}
+
+fn judge(config: &Config, ruleset: &Ruleset, status: Option<&Status>, peers: &[PeerReport]) -> Outcome {
+    let packets = packets(config, status, peers);
     let mut dropped: BTreeMap<Place, BTreeMap<Kind, BTreeSet<String>>> = BTreeMap::new();
     for (kind, packet) in &packets {
         for place in ruleset.drops(packet) {
@@ -48,7 +50,7 @@ fn rules(evidence: &Evidence) -> Looked {
         0 => "no chains of others".to_owned(),
         chains => format!("{chains} chains of others let our packets pass"),
     };
-    Ok(Outcome::of(findings.collect(), seen))
+    Outcome::of(findings.collect(), seen)
 }
 
 fn finding(place: &Place, kinds: &BTreeMap<Kind, BTreeSet<String>>, ruleset: &Ruleset, cidrs: &[String]) -> Finding {
@@ -77,6 +79,9 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
         let peer = peers.iter().flat_map(|peer| &peer.blocks).find(|block| block.family() == cidr.family());
         // Of an address inside the block: rules that name a cluster CIDR see it there.
         let (own, peer) = (own.and_then(|block| block.nth(1)), peer.and_then(|block| block.nth(1)));
+        let host = status.and_then(|status| status.addresses.get(cidr.family()));
+        let router = status.and_then(|status| status.router.get(cidr.family()));
+        let peer_router = peers.iter().find_map(|peer| peer.router.get(cidr.family()));
         let forward = |input, output, source, destination| Packet {
             hooks: vec!["prerouting", "forward", "postrouting"],
             ipv6,
@@ -98,23 +103,34 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
             ipv6,
             input: Some(String::new()),
             output: pod(),
+            source: host,
             destination: own,
             ..Packet::default()
         };
         packets.push((Kind::HostToPod, to_pod));
         if let Some(tunnel) = tunnel {
-            let probe = |protocol, hooks, input: &str, output: &str| Packet {
-                hooks,
-                ipv6,
-                input: Some(input.to_owned()),
-                output: Some(output.to_owned()),
-                protocol: Some(protocol),
-                port: Some(marks::PROBE_PORT),
-                ..Packet::default()
-            };
             for protocol in [UDP, TCP] {
-                packets.push((Kind::Probe, probe(protocol, vec!["prerouting", "input"], tunnel, "")));
-                packets.push((Kind::Probe, probe(protocol, vec!["output", "postrouting"], "", tunnel)));
+                let arriving = Packet {
+                    hooks: vec!["prerouting", "input"],
+                    ipv6,
+                    input: Some(tunnel.to_owned()),
+                    output: Some(String::new()),
+                    source: peer_router,
+                    destination: router,
+                    protocol: Some(protocol),
+                    port: Some(marks::PROBE_PORT),
+                    ..Packet::default()
+                };
+                let leaving = Packet {
+                    hooks: vec!["output", "postrouting"],
+                    input: Some(String::new()),
+                    output: Some(tunnel.to_owned()),
+                    // A packet of known source goes anywhere if its destination is not known, and this one does not.
+                    source: router.filter(|_| peer_router.is_some()),
+                    destination: peer_router,
+                    ..arriving.clone()
+                };
+                packets.extend([(Kind::Probe, arriving), (Kind::Probe, leaving)]);
             }
         }
     }
@@ -158,7 +174,7 @@ fn outer(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Vec<
             hooks: vec!["output", "postrouting"],
             input: Some(String::new()),
             output: interface.clone(),
-            source: own,
+            source: own.filter(|_| peer.is_some()),
             destination: peer,
             ..template
         };
@@ -215,6 +231,10 @@ fn backends(evidence: &Evidence) -> Looked {
 
 /// Names that iptables gives to its tables.
 const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+
+#[cfg(test)]
+#[path = "firewall/recorded_tests.rs"]
+mod recorded_tests;
 
 #[cfg(test)]
 mod tests {

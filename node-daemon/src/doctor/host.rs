@@ -31,6 +31,18 @@ impl HostFiles {
         Self { root: root.to_owned(), hidden: root == Path::new("/") && std::env::var_os(IN_POD).is_some() }
     }
 
+    /// Those of a pod's container that nobody has told where the host's are.
+    #[cfg(test)]
+    pub(super) fn hidden() -> Self {
+        Self { root: "/".into(), hidden: true }
+    }
+
+    /// The host's own, whatever the tests run in.
+    #[cfg(test)]
+    pub(super) fn here() -> Self {
+        Self { root: "/".into(), hidden: false }
+    }
+
     /// The host's own programs work on what these files say: the root is the host's, and this process runs in it.
     #[must_use]
     pub fn is_here(&self) -> bool {

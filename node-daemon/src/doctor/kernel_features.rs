@@ -126,9 +126,18 @@ fn remedy(missing: &Missing, mode: Mode, host: &HostFiles, modules: &Modules, to
     let names = missing.modules.join(", ");
     let another = another_mode(mode);
     let (present, absent): (Vec<_>, Vec<_>) = missing.modules.iter().partition(|name| modules.has(name));
+    let mut forbids = Vec::new();
     if !present.is_empty() {
         told.push(format!("/lib/modules/{release}/modules.dep has {}", list(&present)));
-        told.extend(forbidden(host, &missing.modules));
+        forbids = forbidden(host, &missing.modules);
+        told.extend(forbids.clone());
+    }
+    if absent.is_empty() && !forbids.is_empty() {
+        // `modprobe` does what the line says instead of loading, and systemd-modules-load(8) heeds it, too.
+        let words = format!(
+            "somebody has forbidden them, perhaps with good reason: take that back where it is told above, and load the modules; or choose {another}"
+        );
+        return Fix::by_hand(words, [modprobe(&missing.modules)], "what was forbidden on purpose is for you to allow");
     }
     if absent.is_empty() {
         let contents = missing
@@ -279,7 +288,13 @@ mod tests {
             (&builtin, "kernel/net/ipv4/esp4.ko\n"),
             ("etc/modprobe.d/cis.conf", "options x\ninstall esp4 /bin/true\n"),
         ]);
-        assert!(both.fix.is_safe() && both.fix.commands[0] == "modprobe -a esp4 xfrm_interface", "{both:?}");
+        assert!(!both.fix.is_safe() && both.fix.commands == ["modprobe -a esp4 xfrm_interface"], "{both:?}");
+        let allowed = found(&[
+            (&dep, "kernel/net/xfrm/xfrm-interface.ko.zst: a.ko\n"),
+            (&builtin, "kernel/net/ipv4/esp4.ko\n"),
+            ("etc/modprobe.d/cis.conf", "install sctp /bin/true\n"),
+        ]);
+        assert!(allowed.fix.is_safe() && allowed.fix.commands[0] == both.fix.commands[0], "{allowed:?}");
         assert!(both.evidence.iter().any(|it| it == "/etc/modprobe.d/cis.conf:2: install esp4 /bin/true"), "{both:?}");
         let ubuntu = found(&[(&dep, "x.ko:\n"), ("etc/os-release", "NAME=\"x\"\nID=ubuntu\nID_LIKE=debian\n")]);
         assert!(ubuntu.fix.words.contains("linux-modules-extra-") && !ubuntu.fix.is_safe(), "{ubuntu:?}");

@@ -5,12 +5,12 @@ use std::thread;
 use std::time::Duration;
 
 use husk_dataplane::xfrm;
-use husk_overlay::config::RotationConfig;
+use husk_overlay::config::Config;
 use husk_overlay::name::NodeName;
 
 use super::issues::{self, Teller};
 use super::words::{age, several};
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Places};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Places, restart};
 use crate::report::{EpochReport, KeysReport};
 
 /// Keys.
@@ -37,13 +37,14 @@ fn keys(evidence: &Evidence) -> Looked {
     }
     let report = evidence.keys()?;
     let mut findings = issues::findings(evidence, Teller::Keys)?;
-    findings.extend(judge(report, &config.rotation, &evidence.places));
+    findings.extend(judge(report, config, &evidence.places));
     let newest = report.epochs.last();
     let seen = newest.map_or_else(|| "no key yet".to_owned(), |it| format!("epoch {}, {} old", it.epoch, age(it.age)));
     Ok(Outcome::of(findings, seen))
 }
 
-fn judge(report: &KeysReport, rotation: &RotationConfig, places: &Places) -> Vec<Finding> {
+fn judge(report: &KeysReport, config: &Config, places: &Places) -> Vec<Finding> {
+    let rotation = &config.rotation;
     let mut findings = Vec::new();
     let Some(newest) = report.epochs.last() else { return findings };
     let late = newest.age >= u64::from(rotation.grace).saturating_mul(LATE);
@@ -78,11 +79,7 @@ fn judge(report: &KeysReport, rotation: &RotationConfig, places: &Places) -> Vec
         let words = format!(
             "their daemons do not run, or do not hear of changes in the cluster: start them; look at {first} first"
         );
-        let fix = Fix::by_hand(
-            words,
-            [Action::run_on_host("systemctl", ["restart", "huskd"])],
-            "it is to be done on those hosts",
-        );
+        let fix = Fix::by_hand(words, [restart::of_node(config, first.as_str())], "it is to be done for each of them");
         let limit = format!(
             "the old key ends {} after it was replaced (keys.hardLifetime); until then traffic goes on under it",
             age(rotation.hard_lifetime.into())
@@ -217,6 +214,7 @@ fn meaning(counter: &str, places: &Places) -> (&'static str, &'static str, Optio
 
 #[cfg(test)]
 mod tests {
+    use husk_overlay::config::RotationConfig;
     use husk_overlay::esp::Aead;
     use husk_overlay::issue::Severity;
     use husk_overlay::keys::PrivateKey;
@@ -248,12 +246,13 @@ mod tests {
         }
     }
 
+    fn config(interval: Option<u32>) -> Config {
+        let rotation = RotationConfig { interval, grace: 30, hard_lifetime: 86_400 };
+        Config { rotation, ..Config::new(vec!["10.42.0.0/16".parse().unwrap()]) }
+    }
+
     fn judged(epochs: &[(u64, u64, &[&str])]) -> Vec<Finding> {
-        judge(
-            &report(epochs),
-            &RotationConfig { interval: Some(86_400), grace: 30, hard_lifetime: 86_400 },
-            &Places::of_tests(),
-        )
+        judge(&report(epochs), &config(Some(86_400)), &Places::of_tests())
     }
 
     #[test]
@@ -266,8 +265,7 @@ mod tests {
         assert_eq!(judged(&[(2, 86_400, &["b"])]).remove(0).severity, Severity::Error);
         let mut unpublished = report(&[(2, 300, &[])]);
         unpublished.epochs[0].published = false;
-        let rotation = RotationConfig { interval: None, grace: 30, hard_lifetime: 86_400 };
-        assert!(judge(&unpublished, &rotation, &Places::of_tests())[0].cause.contains("not published"));
+        assert!(judge(&unpublished, &config(None), &Places::of_tests())[0].cause.contains("not published"));
     }
 
     #[test]

@@ -10,9 +10,10 @@ pub(super) const CHECK: Check =
 /// What NetworkManager keeps while it runs.
 const STATE: &str = "/run/NetworkManager";
 
-/// Where its configuration is beside the main file, the directory that counts first (NetworkManager.conf(5)).
+/// Directories beside the main file, in the order in which they are read (NetworkManager.conf(5)); what is read later counts more.
+/// The main file comes before the last of them.
 const DIRECTORIES: [&str; 3] =
-    ["/etc/NetworkManager/conf.d", "/run/NetworkManager/conf.d", "/usr/lib/NetworkManager/conf.d"];
+    ["/usr/lib/NetworkManager/conf.d", "/run/NetworkManager/conf.d", "/etc/NetworkManager/conf.d"];
 
 const MAIN_FILE: &str = "/etc/NetworkManager/NetworkManager.conf";
 
@@ -38,20 +39,23 @@ fn look(evidence: &Evidence) -> Looked {
     let cause = "NetworkManager may take the overlay's interfaces for its own: it then configures them, and removes addresses and routes";
     let actions = [
         Action::WriteFile { path: FILE.into(), contents: CONTENTS.into() },
-        Action::run_on_host("nmcli", ["general", "reload", "conf"]),
+        Action::reload("nmcli", ["general", "reload", "conf"]),
     ];
     let fix = Fix::safe("tell it that they are not its own", actions);
     Ok(Outcome::of(vec![Finding::warning(cause, told, fix)], ""))
 }
 
-/// All lines, those that count more behind those that count less: the main file is read first, then the others by name
-/// (NetworkManager.conf(5)).
+/// All lines, those that count more behind those that count less. A file is shadowed by one of its name in a directory that is read
+/// later, and is not read at all.
 fn configuration(host: &HostFiles) -> Result<Vec<Entry>, Unknown> {
-    let mut all = host.read(MAIN_FILE)?.map(|text| entries(MAIN_FILE, &text)).unwrap_or_default();
-    for (path, text) in in_force(host, &DIRECTORIES, ".conf")? {
-        all.extend(entries(&path, &text));
-    }
-    Ok(all)
+    let [packages, boot, administrator] = DIRECTORIES;
+    let additions = in_force(host, &[administrator, boot, packages], ".conf")?;
+    let main = host.read(MAIN_FILE)?.map(|text| (MAIN_FILE.to_owned(), text));
+    let of = |directory: &'static str| {
+        additions.iter().filter(move |(path, _)| path.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/')))
+    };
+    let files = of(packages).chain(of(boot)).chain(&main).chain(of(administrator));
+    Ok(files.flat_map(|(path, text)| entries(path, text)).collect())
 }
 
 /// By `unmanaged-devices`, whose last assignment counts and to which `+=` adds, or by a section `[device…]`.
@@ -88,6 +92,28 @@ mod tests {
 
     fn left_alone(text: &str) -> bool {
         is_left_alone(&entries("x", text))
+    }
+
+    #[test]
+    fn files_count_in_the_order_of_their_directories() {
+        let root = tempfile::tempdir().unwrap();
+        let host = HostFiles::new(root.path());
+        let write = |path: &str, value: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, format!("[keyfile]\nunmanaged-devices={value}\n")).unwrap();
+        };
+        let values = || configuration(&host).unwrap().into_iter().map(|it| it.value).collect::<Vec<_>>();
+        // By their names alone, the packages' file would come last.
+        write("usr/lib/NetworkManager/conf.d/zzz.conf", "packages");
+        write("run/NetworkManager/conf.d/50.conf", "boot");
+        write("etc/NetworkManager/NetworkManager.conf", "main");
+        write("etc/NetworkManager/conf.d/00.conf", "administrator");
+        assert_eq!(values(), ["packages", "boot", "main", "administrator"]);
+        write("run/NetworkManager/conf.d/zzz.conf", "shadow of boot");
+        assert_eq!(values(), ["boot", "shadow of boot", "main", "administrator"]);
+        write("etc/NetworkManager/conf.d/zzz.conf", "shadow");
+        assert_eq!(values(), ["boot", "main", "administrator", "shadow"]);
     }
 
     #[test]

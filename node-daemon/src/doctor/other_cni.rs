@@ -6,7 +6,7 @@ use husk_dataplane::netlink::{Protocol, Socket};
 use husk_dataplane::underlay;
 
 use super::drop_ins::glob;
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
 
 /// Interfaces, chains and files of other networks.
 pub(super) const CHECK: Check = Check { id: "other-cni", title: "no other pod network has left anything behind", look };
@@ -86,14 +86,16 @@ const MOST_LINES: usize = 12;
 
 fn look(evidence: &Evidence) -> Looked {
     let interfaces = underlay::interfaces(&mut Socket::open(Protocol::Route)?)?;
-    let ruleset = evidence.ruleset()?;
+    // nft may be missing, or take too long: what else there is shows without it.
+    let ruleset = evidence.ruleset();
+    let unseen = ruleset.as_ref().err().map(|why| format!("chains were not looked at: {why}"));
     let config_directory = evidence.config()?.cni.config_directory.clone();
     let mut findings = Vec::new();
     for network in &NETWORKS {
         let is_one = |name: &str| network.interfaces.iter().any(|pattern| glob(pattern, name));
         let links: Vec<&str> = interfaces.iter().map(|it| it.name.as_str()).filter(|name| is_one(name)).collect();
         let mut chains: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
-        for (family, table, chain) in ruleset.chains() {
+        for (family, table, chain) in ruleset.iter().flat_map(|ruleset| ruleset.chains()) {
             if network.chains.iter().any(|pattern| glob(pattern, chain) || glob(pattern, table)) {
                 chains.entry((family, table)).or_default().push(chain);
             }
@@ -111,8 +113,18 @@ fn look(evidence: &Evidence) -> Looked {
             findings.push(finding);
         }
     }
-    let names: Vec<&str> = NETWORKS.iter().map(|network| network.name).collect();
-    Ok(Outcome::of(findings, format!("nothing of {} others that were looked for", names.len())))
+    judge(findings, unseen)
+}
+
+fn judge(mut findings: Vec<Finding>, unseen: Option<String>) -> Looked {
+    let seen = format!("nothing of {} others that were looked for", NETWORKS.len());
+    match unseen {
+        Some(why) if findings.is_empty() => Err(Unknown(format!("{seen} among interfaces and files; {why}"))),
+        why => {
+            findings.iter_mut().for_each(|finding| finding.evidence.extend(why.clone()));
+            Ok(Outcome::of(findings, seen))
+        }
+    }
 }
 
 fn finding(
@@ -167,5 +179,18 @@ mod tests {
         assert_eq!(found.fix.commands, ["ip link delete flannel.1", "rm /run/flannel/subnet.env"]);
         assert!(!found.fix.is_safe());
         assert_eq!(finding(flannel, &[], &BTreeMap::new(), &[]), None);
+    }
+
+    #[test]
+    fn without_nft_interfaces_and_files_are_told_and_chains_are_not_forgotten() {
+        let unseen = || Some("chains were not looked at: nft is missing".to_owned());
+        let found = finding(&NETWORKS[0], &["flannel.1"], &BTreeMap::new(), &[]).unwrap();
+        let Ok(Outcome::Found { findings }) = judge(vec![found.clone()], unseen()) else { panic!("it was found") };
+        assert_eq!(findings[0].evidence, ["interfaces: flannel.1", "chains were not looked at: nft is missing"]);
+        // What was not looked at is not well.
+        assert!(
+            judge(vec![], unseen()).unwrap_err().to_string().ends_with("chains were not looked at: nft is missing")
+        );
+        assert_eq!(judge(vec![found.clone()], None), Ok(Outcome::Found { findings: vec![found] }));
     }
 }

@@ -66,7 +66,7 @@ fn forwarding(evidence: &Evidence) -> Looked {
     let values = sysctl::read(&paths)?;
     let closed: Vec<String> = values.iter().filter(|(_, value)| *value == "0").map(|(path, _)| path.clone()).collect();
     let cause = "the host does not forward what arrives by some of the overlay's interfaces, and drops it";
-    let fix = set("turn it on for them", &closed, "1", &evidence.host, "zz-husk-forwarding.conf")?;
+    let fix = set("turn it on for them", &closed, "1", &evidence.host, "zz-husk-forwarding.conf");
     let found = Finding::error(cause, told(&closed, "0", &evidence.host), fix);
     let found = if closed.is_empty() { Vec::new() } else { vec![found] };
     Ok(Outcome::of(found, format!("on, and on all {} interfaces", values.len())))
@@ -126,7 +126,7 @@ fn reverse_path(evidence: &Evidence) -> Looked {
         );
         let words =
             "make it loose there (RFC 3704 section 2.4): an address has to be routed somewhere, not back the same way";
-        let fix = set(words, &paths, "2", &evidence.host, "zz-husk-rp-filter.conf")?;
+        let fix = set(words, &paths, "2", &evidence.host, "zz-husk-rp-filter.conf");
         findings.push(Finding::error(cause, told, fix));
     }
     Ok(Outcome::of(findings, "nothing is filtered that other nodes send"))
@@ -171,20 +171,63 @@ fn told(paths: &[String], value: &str, host: &HostFiles) -> Vec<String> {
 }
 
 /// Sets parameters now; and in a file that is read last, if another file would set them otherwise.
-pub(super) fn set(words: &str, paths: &[String], value: &str, host: &HostFiles, file: &str) -> Result<Fix, Unknown> {
+pub(super) fn set(words: &str, paths: &[String], value: &str, host: &HostFiles, file: &str) -> Fix {
     let mut actions: Vec<Action> =
         paths.iter().map(|path| Action::SetSysctl { path: path.clone(), value: value.to_owned() }).collect();
-    let others = sysctl_lines(host).unwrap_or_default();
-    let disturbed = |path: &&String| others.iter().any(|line| line.sets(path) && line.value != value);
-    let kept: Vec<&String> = paths.iter().filter(disturbed).collect();
-    if !kept.is_empty() {
-        let contents =
-            kept.iter().fold("# So that Husk's overlay works; found by huskctl doctor.\n".to_owned(), |text, path| {
-                text + path + " = " + value + "\n"
-            });
-        actions.push(Action::WriteFile { path: format!("/etc/sysctl.d/{file}").into(), contents });
+    let file = format!("/etc/sysctl.d/{file}");
+    match lasting(paths, value, host, &file) {
+        Ok(None) => Fix::safe(words, actions),
+        Ok(Some(contents)) => {
+            actions.push(Action::WriteFile { path: file.into(), contents });
+            Fix::safe(words, actions)
+        }
+        Err(Unknown(why)) => {
+            // Added to what is in the file, which cannot be seen either; of two lines the later one counts.
+            let lines: BTreeSet<String> = paths.iter().map(|path| format!("\"{} = {value}\"", pattern(path))).collect();
+            let lines: Vec<String> = lines.into_iter().collect();
+            let script = format!("printf '%s\\n' {} >> {file}", lines.join(" "));
+            actions.push(Action::run_on_host("sh", ["-c", &script]));
+            let words = format!(
+                "{words}. Whether a file sets it otherwise at the next boot is not known ({why}): a line in {file} on the host makes it last"
+            );
+            Fix::safe(words, actions)
+        }
     }
-    Ok(Fix::safe(words, actions))
+}
+
+/// What the file has to say so that parameters keep the value at the next boot, and what it says already; none if no other file sets
+/// them otherwise.
+fn lasting(paths: &[String], value: &str, host: &HostFiles, file: &str) -> Result<Option<String>, Unknown> {
+    let (own, others): (Vec<SysctlLine>, Vec<SysctlLine>) =
+        sysctl_lines(host)?.into_iter().partition(|line| line.file == file);
+    let disturbed = |path: &&String| others.iter().chain(&own).any(|line| line.sets(path) && line.value != value);
+    let disturbed: Vec<&String> = paths.iter().filter(disturbed).collect();
+    if disturbed.is_empty() {
+        return Ok(None);
+    }
+    let mut lines: BTreeMap<String, String> = own.into_iter().map(|line| (line.path, line.value)).collect();
+    for path in disturbed {
+        // A line for this very name counts more than any pattern (sysctl.d(5)), in whatever file it is.
+        let named = others.iter().any(|line| line.path == *path);
+        let pattern = pattern(path);
+        if pattern != *path && !named {
+            lines.remove(path);
+        }
+        lines.extend(named.then(|| (path.clone(), value.to_owned())));
+        lines.insert(pattern, value.to_owned());
+    }
+    let head = "# So that Husk's overlay works; found by huskctl doctor.\n".to_owned();
+    Ok(Some(lines.iter().fold(head, |text, (path, value)| text + path + " = " + value + "\n")))
+}
+
+/// The parameter of all of Husk's interfaces, where it has to be alike for them: those of pods that come later have other names.
+fn pattern(path: &str) -> String {
+    match path.split('/').collect::<Vec<_>>()[..] {
+        ["net", "ipv4", "conf", interface, "forwarding"] if interface.starts_with(marks::INTERFACE_PREFIX) => {
+            format!("net/ipv4/conf/{}*/forwarding", marks::INTERFACE_PREFIX)
+        }
+        _ => path.to_owned(),
+    }
 }
 
 /// Lines of the host's files that give one of the parameters this value; none where the files cannot be seen.
@@ -200,6 +243,7 @@ struct SysctlLine {
     /// Path with slashes; may have a pattern in it.
     path: String,
     value: String,
+    file: String,
     place: String,
 }
 
@@ -233,6 +277,7 @@ fn parse(path: &str, text: &str) -> Vec<SysctlLine> {
             Some(SysctlLine {
                 path: with_slashes(key),
                 value: value.split_whitespace().collect::<Vec<_>>().join(" "),
+                file: path.to_owned(),
                 place: format!("{path}:{}: {}", number + 1, line.trim()),
             })
         })
@@ -272,5 +317,63 @@ mod tests {
         assert_eq!(lines[0].place, "/etc/sysctl.d/x.conf:2: -net.ipv4.conf.*.rp_filter = 1");
         let all = parse("x", "net.ipv4.conf.all.rp_filter=1");
         assert!(all[0].sets("net/ipv4/conf/eth0/rp_filter") && !all[0].sets("net/ipv4/conf/eth0/forwarding"));
+    }
+    /// A host whose `/etc/sysctl.d` has these files.
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, HostFiles) {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("etc/sysctl.d");
+        fs::create_dir_all(&directory).unwrap();
+        files.iter().for_each(|(name, text)| fs::write(directory.join(name), text).unwrap());
+        let host = HostFiles::new(root.path());
+        (root, host)
+    }
+
+    fn forwarding_of(interfaces: &[&str]) -> Vec<String> {
+        interfaces.iter().map(|name| format!("net/ipv4/conf/{name}/forwarding")).collect()
+    }
+
+    /// Lines that a fix writes into its file, without the comment.
+    fn written(fix: &Fix) -> Vec<&str> {
+        let [Action::WriteFile { contents, .. }] = &fix.actions[fix.actions.len() - 1..] else { panic!("{fix:?}") };
+        contents.lines().skip(1).collect()
+    }
+
+    #[test]
+    fn what_a_fix_before_has_written_stays_written() {
+        let file = "zz-husk-forwarding.conf";
+        let before = "# So.\nnet.ipv4.conf.eth0.forwarding = 1\nnet/ipv4/conf/husk0123456789a/forwarding = 1\n";
+        let (_root, host) = host(&[("50-hardening.conf", "net.ipv4.conf.*.forwarding = 0\n"), (file, before)]);
+        let fix = set("", &forwarding_of(&["eth1", "husk0123456789a", "husk-vx"]), "1", &host, file);
+        let kept = [
+            "net/ipv4/conf/eth0/forwarding = 1",
+            "net/ipv4/conf/eth1/forwarding = 1",
+            "net/ipv4/conf/husk*/forwarding = 1",
+        ];
+        assert_eq!(written(&fix), kept);
+        // A new value takes the place of an old one, and nothing else does.
+        let fix = set("", &forwarding_of(&["eth0"]), "2", &host, file);
+        assert_eq!(written(&fix)[0], "net/ipv4/conf/eth0/forwarding = 2");
+        assert_eq!(written(&fix).len(), 2);
+    }
+
+    #[test]
+    fn pods_that_come_later_are_meant_too_and_a_name_counts_more_than_a_pattern() {
+        let named = "net.ipv4.conf.husk-vx.forwarding = 0\nnet.ipv4.conf.default.forwarding = 0\n";
+        let (_root, host) = host(&[("50-hardening.conf", named)]);
+        let fix = set("", &forwarding_of(&["husk-vx", "husk0123456789a"]), "1", &host, "zz-husk-forwarding.conf");
+        assert_eq!(written(&fix), ["net/ipv4/conf/husk*/forwarding = 1", "net/ipv4/conf/husk-vx/forwarding = 1"]);
+        // Filters of pods' interfaces are not the overlay's to loosen.
+        let filter = "net/ipv4/conf/husk-wg0/rp_filter";
+        assert_eq!(pattern(filter), filter);
+        let quiet = set("", &forwarding_of(&["eth0"]), "0", &host, "zz-husk-forwarding.conf");
+        assert_eq!(quiet.commands, ["sysctl -w net/ipv4/conf/eth0/forwarding=0"]);
+    }
+
+    #[test]
+    fn where_files_are_hidden_the_file_is_left_to_do_on_the_host() {
+        let fix = set("do it", &forwarding_of(&["husk-vx", "husk0123456789a"]), "1", &HostFiles::hidden(), "x.conf");
+        let file = r#"sh -c 'printf '\''%s\n'\'' "net/ipv4/conf/husk*/forwarding = 1" >> /etc/sysctl.d/x.conf'"#;
+        assert_eq!(fix.commands.last().unwrap(), file);
+        assert!(fix.is_safe() && fix.words.contains("does not see the host's files"), "{}", fix.words);
     }
 }

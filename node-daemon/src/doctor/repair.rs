@@ -96,8 +96,9 @@ fn mend(
     };
     Ok(match applied {
         Err(error) => RepairResult::Failed { error: format!("{error:#}") },
-        Ok(left) if gone => RepairResult::Gone { left },
-        Ok(left) => RepairResult::StillThere { left },
+        Ok(Left { commands, pending: true }) if gone => RepairResult::Pending { left: commands },
+        Ok(Left { commands, .. }) if gone => RepairResult::Gone { left: commands },
+        Ok(Left { commands, .. }) => RepairResult::StillThere { left: commands },
     })
 }
 
@@ -108,9 +109,17 @@ fn findings_of(report: &CheckReport) -> &[Finding] {
     }
 }
 
-/// Does it; returns what has to be done on the host itself, which this process is not in.
-fn apply(fix: &Fix, host: &HostFiles) -> Result<Vec<String>> {
-    let mut left = Vec::new();
+/// What a fix has left to do on the host itself.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Left {
+    commands: Vec<String>,
+    /// Nothing of the fix is in force before.
+    pending: bool,
+}
+
+/// Does it; returns what has to be done on the host itself, which this process is not in, or at a time that a person chooses.
+fn apply(fix: &Fix, host: &HostFiles) -> Result<Left> {
+    let mut left = Left::default();
     for action in &fix.actions {
         match action {
             Action::WriteFile { path, contents } => {
@@ -135,8 +144,16 @@ fn apply(fix: &Fix, host: &HostFiles) -> Result<Vec<String>> {
                 leases::release(run_directory, *address)?;
             }
             Action::Run { program, arguments } => run(program, arguments)?,
-            Action::RunOnHost { program, arguments } if host.is_here() => run(program, arguments)?,
-            Action::RunOnHost { .. } => left.push(action.to_string()),
+            Action::RunOnHost { program, arguments } | Action::TakeUp { program, arguments, disturbs: false }
+                if host.is_here() =>
+            {
+                run(program, arguments)?;
+            }
+            Action::RunOnHost { .. } => left.commands.push(action.to_string()),
+            Action::TakeUp { .. } => {
+                left.commands.push(action.to_string());
+                left.pending = true;
+            }
         }
     }
     Ok(left)
@@ -169,6 +186,28 @@ mod tests {
         assert!(!root.path().join("etc").exists());
         let missing = apply(&Fix::safe("", [Action::run("/nonexistent", [""])]), &HostFiles::new(root.path()));
         assert_eq!(missing.unwrap_err().to_string(), "/nonexistent is not installed");
+    }
+
+    #[test]
+    fn what_no_service_has_taken_up_is_not_told_to_be_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let host = HostFiles::new(root.path());
+        let file = Action::WriteFile { path: "/etc/file".into(), contents: "x".into() };
+        let elsewhere = Fix::safe("", [file.clone(), Action::reload("nmcli", ["general", "reload", "conf"])]);
+        let left = Left { commands: vec!["nmcli general reload conf".into()], pending: true };
+        assert_eq!(apply(&elsewhere, &host).unwrap(), left);
+        let here = HostFiles::here();
+        assert_eq!(apply(&Fix::safe("", [Action::reload("true", ["x"])]), &here).unwrap(), Left::default());
+        let later = apply(&Fix::safe("", [Action::restart_later("systemd-networkd")]), &here).unwrap();
+        assert_eq!(later, Left { commands: vec!["systemctl restart systemd-networkd".into()], pending: true });
+        // What lasts only is left, and what is there now is mended.
+        let lasting = apply(&Fix::safe("", [Action::run_on_host("udevadm", ["control", "--reload"])]), &host).unwrap();
+        assert!(!lasting.pending && lasting.commands.len() == 1);
+        let mut report = crate::report::DoctorReport::default();
+        assert!(!report.hurts());
+        let result = RepairResult::Pending { left: left.commands };
+        report.repairs.push(RepairReport { id: String::new(), cause: String::new(), result });
+        assert!(report.hurts(), "the exit status says that it is not over");
     }
 
     #[test]

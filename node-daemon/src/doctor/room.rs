@@ -129,7 +129,7 @@ fn memory(evidence: &Evidence) -> Looked {
 }
 
 /// A value of /proc/meminfo in bytes.
-fn meminfo(text: &str, name: &str) -> Option<u64> {
+pub(super) fn meminfo(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }

@@ -156,9 +156,12 @@ fn networkd(evidence: &Evidence) -> Looked {
         );
         let cause = "systemd-networkd throws away the overlay's routes on interfaces it configures, whenever it starts or configures one \
                      anew; the daemon brings them back, and packets are lost meanwhile";
-        let words = "tell it to leave routes alone that it did not make; it takes that up when it starts the next time";
+        // It reads networkd.conf when it starts; `networkctl reload` is for .network files (networkctl(1)).
+        let words = "tell it to leave routes alone that it did not make; it takes that up when it starts the next time: restart it at \
+                     a time when its interfaces may be configured anew";
         let file = Action::WriteFile { path: NETWORKD_FILE.into(), contents: NETWORKD_CONF.into() };
-        findings.push(Finding::warning(cause, vec![told], Fix::safe(words, [file])));
+        let restart = Action::restart_later("systemd-networkd");
+        findings.push(Finding::warning(cause, vec![told], Fix::safe(words, [file, restart])));
     }
     if let Some((path, names)) = taken(host)? {
         let cause = format!(
@@ -166,7 +169,7 @@ fn networkd(evidence: &Evidence) -> Looked {
         );
         let told = vec![format!("{path}: its section [Match] means {names}, and no file before it says Unmanaged=yes")];
         let file = Action::WriteFile { path: NETWORK_FILE.into(), contents: NETWORK.into() };
-        let reload = Action::run_on_host("networkctl", ["reload"]);
+        let reload = Action::reload("networkctl", ["reload"]);
         findings.push(Finding::error(cause, told, Fix::safe("tell it that they are not its own", [file, reload])));
     }
     Ok(Outcome::of(findings, "it runs, and leaves them alone"))

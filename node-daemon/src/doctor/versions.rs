@@ -9,7 +9,7 @@ use husk_overlay::ipc::{self, NODE_FILE, NodeFile};
 use husk_overlay::marks::CNI_TYPE;
 
 use super::daemon::{LIMITS, asked};
-use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
+use super::{Action, Check, Evidence, Finding, Fix, Looked, Outcome, Unknown, restart};
 use crate::files;
 
 /// The check.
@@ -28,7 +28,8 @@ const LARGEST: u64 = 1 << 20;
 
 fn look(evidence: &Evidence) -> Looked {
     let own = env!("CARGO_PKG_VERSION");
-    let directory = &evidence.config()?.cni.bin_directory;
+    let config = evidence.config()?;
+    let directory = &config.cni.bin_directory;
     let path = directory.join(CNI_TYPE);
     evidence.host.seen()?;
     let mut findings: Vec<Finding> = missing(&evidence.host.path(&path), &path, directory).into_iter().collect();
@@ -41,7 +42,7 @@ fn look(evidence: &Evidence) -> Looked {
             vec![format!("huskctl {own}"), format!("huskd {daemon}")],
             Fix::by_hand(
                 "restart the daemon if it was upgraded, else use the huskctl that belongs to it",
-                [Action::run_on_host("systemctl", ["restart", "huskd"])],
+                [restart::own(evidence, config)],
                 "which of the two is the right one only you know",
             ),
         ));
@@ -98,17 +99,15 @@ fn node_file(evidence: &Evidence) -> Looked {
     let boot = fs::read_to_string(BOOT_ID)?;
     let text = match files::read_text(&path, LARGEST) {
         Ok(text) => text,
-        Err(error) => return Ok(Outcome::of(vec![refused(&path, error.to_string())], "")),
+        Err(error) => return Ok(Outcome::of(vec![refused(evidence, &path, error.to_string())], "")),
     };
     let Some(text) = text else {
         // A daemon that is not ready takes it away, and says why.
         return Err(Unknown(format!("{} does not exist: the daemon has not been ready yet", path.display())));
     };
     let wrong = wrong_with(&text, boot.trim());
-    Ok(Outcome::of(
-        wrong.map(|told| refused(&path, told)).into_iter().collect(),
-        "of this boot, in the plugin's version",
-    ))
+    let found = wrong.map(|told| refused(evidence, &path, told));
+    Ok(Outcome::of(found.into_iter().collect(), "of this boot, in the plugin's version"))
 }
 
 fn wrong_with(text: &str, boot: &str) -> Option<String> {
@@ -122,14 +121,15 @@ fn wrong_with(text: &str, boot: &str) -> Option<String> {
     }
 }
 
-fn refused(path: &Path, told: String) -> Finding {
+fn refused(evidence: &Evidence, path: &Path, told: String) -> Finding {
+    let words = "restart the daemon; no traffic is disturbed";
     Finding::blocking(
         "the plugin refuses what the daemon told it, and adds no pod until a daemon writes it anew",
         vec![format!("{}: {told}", path.display())],
-        Fix::safe(
-            "restart the daemon; no traffic is disturbed",
-            [Action::run_on_host("systemctl", ["restart", "huskd"])],
-        ),
+        match evidence.config() {
+            Ok(config) => restart::fix(evidence, config, words),
+            Err(Unknown(why)) => Fix::by_hand(words, [], why),
+        },
     )
 }
 

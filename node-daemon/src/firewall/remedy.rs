@@ -49,9 +49,18 @@ pub(crate) fn remedy(place: &Place, kinds: &[Kind], ruleset: &Ruleset, cidrs: &[
     let because = "it opens a firewall that is somebody else's";
     let (words, actions): (String, Vec<Action>) = match keeper {
         Keeper::Firewalld => {
-            let mut actions: Vec<Action> = kinds.iter().flat_map(|kind| firewalld(*kind, cidrs)).collect();
+            let zone = zone(place, ruleset);
+            let mut actions: Vec<Action> = kinds.iter().flat_map(|kind| firewalld(*kind, cidrs, zone)).collect();
             actions.push(Action::run_on_host("firewall-cmd", ["--reload"]));
-            ("let firewalld accept them".into(), unique(actions))
+            let tunnels = kinds.iter().any(|kind| matches!(kind, Kind::Udp(_) | Kind::Esp));
+            let words = match zone {
+                None if tunnels => {
+                    "let firewalld accept them; without --zone that is the default zone: name the one of the underlay's \
+                     interface if that is in another (firewall-cmd --get-active-zones)"
+                }
+                _ => "let firewalld accept them",
+            };
+            (words.into(), unique(actions))
         }
         Keeper::Ufw => {
             ("let ufw accept them".into(), unique(kinds.iter().flat_map(|kind| ufw(*kind, cidrs)).collect()))
@@ -130,11 +139,25 @@ fn iptables(kind: Kind, hook: &str) -> Vec<String> {
     }
 }
 
-fn firewalld(kind: Kind, cidrs: &[String]) -> Vec<Action> {
-    let permanent = |what: String| Action::run_on_host("firewall-cmd", ["--permanent".to_owned(), what]);
+/// The zone whose chain it is: `filter_IN_ZONE` and parts of it, which have a suffix (firewalld's src/firewall/core/nftables.py).
+/// Policies have chains of the same form.
+fn zone<'a>(place: &'a Place, ruleset: &Ruleset) -> Option<&'a str> {
+    let name = place.chain.strip_prefix("filter_IN_").filter(|name| !name.starts_with("policy_"))?;
+    let whole = ["_pre", "_log", "_deny", "_allow", "_post"].iter().find_map(|part| name.strip_suffix(part));
+    // A zone's name may end alike.
+    let is_chain = |zone: &str| ruleset.chains().any(|(_, _, chain)| chain.strip_prefix("filter_IN_") == Some(zone));
+    Some(whole.filter(|zone| is_chain(zone)).unwrap_or(name))
+}
+
+fn firewalld(kind: Kind, cidrs: &[String], zone: Option<&str>) -> Vec<Action> {
+    let zone = zone.map(|zone| format!("--zone={zone}"));
+    let permanent = |what: String| {
+        let words = ["--permanent".to_owned()].into_iter().chain(zone.clone()).chain([what]);
+        vec![Action::run_on_host("firewall-cmd", words)]
+    };
     match kind {
-        Kind::Udp(port) => vec![permanent(format!("--add-port={port}/udp"))],
-        Kind::Esp => vec![permanent("--add-protocol=esp".into())],
+        Kind::Udp(port) => permanent(format!("--add-port={port}/udp")),
+        Kind::Esp => permanent("--add-protocol=esp".into()),
         Kind::Pods | Kind::HostToPod | Kind::PodToHost | Kind::Probe => cidrs
             .iter()
             .map(|cidr| {

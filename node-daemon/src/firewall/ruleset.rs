@@ -15,7 +15,8 @@ use serde_json::Value;
 
 use self::walk::{Fate, Walk};
 
-/// A packet of ours, as far as it is known; what is none may be anything.
+/// A packet of ours. Protocol and port that are none may be anything; an interface or address that is none is one that is not known
+/// here, without the daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Packet {
     /// Hooks that it passes, as nft names them.
@@ -28,7 +29,7 @@ pub(crate) struct Packet {
     pub(crate) output: Option<String>,
     /// Source.
     pub(crate) source: Option<IpAddr>,
-    /// Destination.
+    /// Destination. One that is none while the source is known may be anything, too: a rule that asks for one means some of the packets.
     pub(crate) destination: Option<IpAddr>,
     /// IANA protocol number.
     pub(crate) protocol: Option<u8>,
@@ -37,7 +38,7 @@ pub(crate) struct Packet {
 }
 
 /// Where a packet is dropped.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) struct Place {
     /// Family as nft names it.
     pub(crate) family: String,

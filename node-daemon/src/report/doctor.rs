@@ -20,14 +20,16 @@ pub struct DoctorReport {
 }
 
 impl DoctorReport {
-    /// Something was found that is more than a warning, and is still there.
+    /// Something was found that is more than a warning and is still there, or a fix is not in force yet.
     #[must_use]
     pub fn hurts(&self) -> bool {
         let hurts = |finding: &Finding| finding.severity >= Severity::Error;
-        self.checks.iter().any(|check| match &check.outcome {
-            Outcome::Found { findings } => findings.iter().any(hurts),
-            Outcome::Well { .. } | Outcome::DoesNotApply { .. } | Outcome::Unknown { .. } => false,
-        })
+        let pending = |repair: &RepairReport| matches!(repair.result, RepairResult::Pending { .. });
+        self.repairs.iter().any(pending)
+            || self.checks.iter().any(|check| match &check.outcome {
+                Outcome::Found { findings } => findings.iter().any(hurts),
+                Outcome::Well { .. } | Outcome::DoesNotApply { .. } | Outcome::Unknown { .. } => false,
+            })
     }
 }
 
@@ -190,6 +192,15 @@ pub enum Action {
         /// Arguments.
         arguments: Vec<String>,
     },
+    /// Runs a program of the host's that makes a service take up the files before it, of which nothing is in force until then.
+    TakeUp {
+        /// Name.
+        program: String,
+        /// Arguments.
+        arguments: Vec<String>,
+        /// It may disturb traffic: `--fix` leaves the time for it to a person.
+        disturbs: bool,
+    },
 }
 
 impl Action {
@@ -197,6 +208,19 @@ impl Action {
     #[must_use]
     pub fn run<S: Into<String>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Self {
         Self::Run { program: program.to_owned(), arguments: arguments.into_iter().map(Into::into).collect() }
+    }
+
+    /// A program of the host's that makes a service read its files again, and disturbs nothing.
+    #[must_use]
+    pub fn reload<S: Into<String>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Self {
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        Self::TakeUp { program: program.to_owned(), arguments, disturbs: false }
+    }
+
+    /// A start of a unit of the host's anew, at a time that a person chooses.
+    #[must_use]
+    pub fn restart_later(unit: &str) -> Self {
+        Self::TakeUp { program: "systemctl".into(), arguments: vec!["restart".into(), unit.into()], disturbs: true }
     }
 
     /// A program of the host's.
@@ -224,7 +248,9 @@ impl fmt::Display for Action {
                     .iter()
                     .try_for_each(|it| write!(f, " --run-directory {}", quoted(&it.display().to_string())))
             }
-            Self::Run { program, arguments } | Self::RunOnHost { program, arguments } => {
+            Self::Run { program, arguments }
+            | Self::RunOnHost { program, arguments }
+            | Self::TakeUp { program, arguments, .. } => {
                 f.write_str(&quoted(program))?;
                 arguments.iter().try_for_each(|argument| write!(f, " {}", quoted(argument)))
             }
@@ -261,7 +287,12 @@ pub struct RepairReport {
 pub enum RepairResult {
     /// Applied, and the check does not find it any more.
     Gone {
-        /// What is left to do on the host for it to take effect, as commands.
+        /// What is left to do on the host so that it lasts, as commands.
+        left: Vec<String>,
+    },
+    /// Its files are written, and in force when this was done; until then it is as it was, though the files are in order.
+    Pending {
+        /// What is left to do on the host, as commands.
         left: Vec<String>,
     },
     /// Applied, and the check finds it still.

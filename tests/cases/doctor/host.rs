@@ -112,7 +112,14 @@ fn forwarding(bed: &mut Bed) -> Result<()> {
     bed.fixed("forwarding")?;
     a.await_answer_of(&b, ARRIVES)?;
     let kept = bed.read("/etc/sysctl.d/zz-husk-forwarding.conf").context("what is set should stay set")?;
-    ensure!(kept.contains(&format!("{parameter} = 1")), "{kept}");
+    ensure!(kept.contains("net/ipv4/conf/husk*/forwarding = 1"), "{kept}");
+    // Another interface, another time: what is kept of the first stays.
+    bed.host().netns().sysctl("net/ipv4/conf/eth0/forwarding", "0")?;
+    bed.found("forwarding", &["net/ipv4/conf/eth0/forwarding = 0"])?;
+    bed.fixed("forwarding")?;
+    let both = bed.read("/etc/sysctl.d/zz-husk-forwarding.conf").context("it was there")?;
+    let eth0 = "net/ipv4/conf/eth0/forwarding = 1";
+    ensure!(both.contains(eth0) && kept.lines().all(|line| both.contains(line)), "{both}");
     bed.remove("etc/sysctl.d")?;
     Ok(())
 }

@@ -24,13 +24,14 @@ fn networkd(bed: &mut Bed) -> Result<()> {
 
     bed.write("/etc/systemd/networkd.conf", "[Network]\nManageForeignRoutes=yes\n")?;
     bed.found(check, &["/etc/systemd/networkd.conf:2: ManageForeignRoutes=yes"])?;
-    bed.fixed(check)?;
+    let left = bed.pending(check)?;
+    ensure!(left[0] == "systemctl restart systemd-networkd", "{left}");
     let file = "/etc/systemd/networkd.conf.d/zz-husk.conf";
     ensure!(bed.read(file).is_some_and(|text| text.contains("ManageForeignRoutes=no")));
 
     bed.write("/etc/systemd/network/10-all.network", "[Match]\nName=*\n\n[Network]\nDHCP=yes\n")?;
     bed.found(check, &["/etc/systemd/network/10-all.network", "husk-vx", "husk00000000000"])?;
-    let left = bed.fixed(check)?;
+    let left = bed.pending(check)?;
     ensure!(left[0] == "networkctl reload", "{left}");
     ensure!(bed.read("/etc/systemd/network/00-husk.network").is_some_and(|text| text.contains("Unmanaged=yes")));
     bed.remove("run/systemd")?;
@@ -49,7 +50,7 @@ fn network_manager(bed: &mut Bed) -> Result<()> {
     bed.well(check)?;
     bed.write(main, "[main]\nplugins=keyfile\n\n[keyfile]\nunmanaged-devices=interface-name:cali*\n")?;
     bed.found(check, &["NetworkManager.conf:5: unmanaged-devices=interface-name:cali*"])?;
-    let left = bed.fixed(check)?;
+    let left = bed.pending(check)?;
     ensure!(left[0] == "nmcli general reload conf", "{left}");
     bed.remove("run/NetworkManager")?;
     Ok(())

@@ -9,7 +9,7 @@ use husk_overlay::name::NodeName;
 
 use super::silent::{Silent, Verdict};
 use crate::doctor::words::several;
-use crate::doctor::{Action, Finding, Fix};
+use crate::doctor::{Action, Finding, Fix, restart};
 
 /// What the tunnel's packets look like on the way.
 pub(super) struct Carrier<'a> {
@@ -88,7 +88,7 @@ pub(super) fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carri
             };
             let fix = Fix::by_hand(
                 "start it there, and look at its log; `huskctl doctor` on that host tells more",
-                [Action::run_on_host("systemctl", ["status", "huskd"])],
+                of.first().map(|one| restart::state_of_node(carrier.config, &one.node)),
                 "it is another host",
             );
             Finding::error(cause, told, fix)

@@ -4,12 +4,16 @@ use std::cell::Cell;
 use std::net::IpAddr;
 
 use husk_overlay::prefix::Prefix;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Key, Packet, Place, Rule, Ruleset, words};
 
 /// Chains that call each other deeper than the kernel lets them (`NFT_JUMP_STACK_SIZE`, include/net/netfilter/nf_tables.h).
 const DEEPEST: u8 = 16;
+
+/// ufw's chain that drops what is not for this host (/etc/ufw/before.rules). It tells so by `-m addrtype`, whose arguments nft does
+/// not list as JSON.
+const UFW_NOT_LOCAL: &str = "ufw-not-local";
 
 /// How far something fits a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,6 +66,9 @@ impl<'a> Walk<'a> {
 
     fn chain(&self, key: &Key, depth: u8) -> Fate {
         let Some(chain) = self.ruleset.chains.get(key).filter(|_| depth > 0) else { return Fate::GoesOn };
+        if key.2 == UFW_NOT_LOCAL && self.is_for_host() {
+            return Fate::GoesOn;
+        }
         for rule in &chain.rules {
             let mut fit = Fit::Yes;
             for statement in &rule.statements {
@@ -119,6 +126,11 @@ impl<'a> Walk<'a> {
         Fate::GoesOn
     }
 
+    /// It is for this host itself.
+    fn is_for_host(&self) -> bool {
+        self.hook == "input" || self.packet.output.as_deref() == Some("")
+    }
+
     /// The verdict of a verdict map for the packet.
     fn look_up<'v>(&'v self, key: &Key, body: &'v Value) -> Option<(Fit, &'v Value)> {
         let elements = match &body["data"] {
@@ -163,7 +175,9 @@ impl<'a> Walk<'a> {
             return Datum::Parts(parts.iter().map(|part| self.datum(part)).collect());
         }
         let known = |value: Option<Datum>| value.unwrap_or(Datum::Any);
-        let interface = |name: &Option<String>| known(name.clone().map(Datum::Text));
+        let interface = |name: &Option<String>| name.clone().map_or(Datum::Link, Datum::Text);
+        // Ours has one, and what asks for it lets all of ours pass or none: which, only the daemon knows.
+        let address = |end: Option<IpAddr>| end.map_or(Datum::Unknown, Datum::Address);
         if let Some(meta) = expression["meta"]["key"].as_str() {
             return match meta {
                 "iifname" | "iif" => interface(&packet.input),
@@ -181,15 +195,25 @@ impl<'a> Walk<'a> {
                 // The first packet of a connection: those that follow are let pass by whoever let pass this one.
                 "state" => Datum::Text("new".into()),
                 "direction" => Datum::Text("original".into()),
+                // Nor has anybody translated its addresses.
+                "status" => Datum::Text(String::new()),
                 _ => Datum::Unknown,
             };
+        }
+        let fib = &expression["fib"];
+        // What is for this host itself has one of its addresses (`RTN_LOCAL`), all else goes to single hosts elsewhere.
+        if fib["result"] == "type" && (fib["flags"] == "daddr" || fib["flags"] == json!(["daddr"])) {
+            return Datum::Text(if self.is_for_host() { "local" } else { "unicast" }.into());
         }
         let payload = &expression["payload"];
         match (payload["protocol"].as_str(), payload["field"].as_str()) {
             (Some("ip"), _) if packet.ipv6 => Datum::None,
             (Some("ip6"), _) if !packet.ipv6 => Datum::None,
-            (Some("ip" | "ip6"), Some("saddr")) => known(packet.source.map(Datum::Address)),
-            (Some("ip" | "ip6"), Some("daddr")) => known(packet.destination.map(Datum::Address)),
+            (Some("ip" | "ip6"), Some("saddr")) => address(packet.source),
+            (Some("ip" | "ip6"), Some("daddr")) => match packet.destination {
+                None if packet.source.is_some() => Datum::Any,
+                destination => address(destination),
+            },
             (Some("ip"), Some("protocol")) | (Some("ip6"), Some("nexthdr")) => {
                 known(packet.protocol.map(|number| Datum::Number(number.into())))
             }
@@ -245,6 +269,8 @@ impl<'a> Walk<'a> {
                 None => wanted == text,
             }),
             Datum::Address(address) => in_addresses(*address, value),
+            // Not the loopback device, and more is not known of it.
+            Datum::Link => (value == "lo").then_some(false),
             Datum::None | Datum::Any | Datum::Unknown | Datum::Parts(_) => None,
         };
         match is {
@@ -261,8 +287,10 @@ enum Datum {
     None,
     /// It may be anything.
     Any,
-    /// The expression is not understood.
+    /// The expression is not understood, or what it yields is not known here.
     Unknown,
+    /// The name of an interface that is not known here.
+    Link,
     Number(u64),
     Text(String),
     Address(IpAddr),

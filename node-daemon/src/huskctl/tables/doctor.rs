@@ -129,6 +129,7 @@ pub(in crate::huskctl) fn repair(repair: &RepairReport, width: usize) -> String 
     let RepairReport { id, cause, result } = repair;
     let (tone, mark, what, left): (_, _, _, &[String]) = match result {
         RepairResult::Gone { left } => (Tone::Good, "fixed  ", "applied, and gone".to_owned(), left),
+        RepairResult::Pending { left } => (Tone::Warning, "waits  ", "written, and not in force yet".to_owned(), left),
         RepairResult::StillThere { left } => (Tone::Bad, "ERROR  ", "applied, and still there".to_owned(), left),
         RepairResult::Failed { error } => (Tone::Bad, "ERROR  ", error.clone(), &[]),
         RepairResult::ByHand { because } => (Tone::Warning, "left   ", format!("for you to do: {because}"), &[]),
