@@ -140,7 +140,7 @@ fn finding(wrong: &Wrong, more: usize, places: &Places) -> Finding {
                 pod.name,
                 deviations.first().map_or("", String::as_str)
             ),
-            told(format!("lease of {}; deviations: {}", pod.addresses, deviations.join(", "))),
+            told(format!("lease of {}; deviations: {}", pod.addresses, deviations.join("; "))),
             replaced(
                 pod,
                 "delete the pod, its replacement is wired anew; who changes it, `ip monitor` in its network namespace shows",
