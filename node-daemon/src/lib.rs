@@ -9,7 +9,7 @@
 //! what a reboot ends; [`cleanup`] the way out.
 //!
 //! What tells people: [`server`] and [`report`] are the daemon's socket, [`huskctl`] its client, [`manual`] its pages;
-//! [`trace`] what becomes of a packet; [`doctor`] what is looked at beyond the daemon, [`firewall`] rules of others, [`leases`] those of
+//! [`trace`] what becomes of a packet; [`doctor`] what is looked at beyond the daemon, `firewall` rules of others, [`leases`] those of
 //! pods that are gone; [`metrics`] what is counted, [`http`] what serves that, [`ui`] its page; [`line_log`] logs of flows and decisions.
 
 pub mod boot;
