@@ -51,7 +51,7 @@ fn ask_within<T: DeserializeOwned>(
             kind(&error).is_some_and(|kind| [ErrorKind::NotFound, ErrorKind::ConnectionRefused].contains(&kind));
         let since = *failing.get_or_insert_with(|| {
             if may_pass(&error) && !limit.is_zero() {
-                tell(format!("huskctl: {error:#}; waiting for it for {} s", limit.as_secs()));
+                tell(format!("huskctl: {error:#}; waiting for it, {} s at most", limit.as_secs()));
             }
             Instant::now()
         });
