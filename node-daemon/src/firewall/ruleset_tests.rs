@@ -173,6 +173,23 @@ fn named_sets_and_verdict_maps_are_looked_up() {
 }
 
 #[test]
+fn a_map_by_interface_leaves_doubt_where_ours_is_not_known() {
+    let rules = ruleset(vec![
+        chain("inet", "fw", "in", Some("input"), "drop"),
+        rule(
+            "inet",
+            "fw",
+            "in",
+            4,
+            json!([{"vmap": {"key": meta("iifname"), "data": {"set": [["lo", {"accept": null}], ["eth0", {"accept": null}]]}}}]),
+        ),
+    ]);
+    assert_eq!(rules.drops(&vxlan_from("192.0.2.7")), []);
+    let unknown = Packet { input: None, ..vxlan_from("192.0.2.7") };
+    assert!(rules.drops(&unknown)[0].perhaps);
+}
+
+#[test]
 fn chains_that_call_themselves_end() {
     let rules = ruleset(vec![
         chain("inet", "fw", "in", Some("input"), "drop"),

@@ -299,10 +299,10 @@ enum Datum {
 }
 
 impl Datum {
-    /// It, or a part of it, is not understood.
+    /// It, or a part of it, is not understood or not known.
     fn is_open(&self) -> bool {
         match self {
-            Self::Unknown => true,
+            Self::Unknown | Self::Link => true,
             Self::Parts(parts) => parts.iter().any(Self::is_open),
             _ => false,
         }
