@@ -109,6 +109,7 @@ fn a_vxlan_connection_is_traced() -> Result<()> {
     through_a_service(&scene)?;
     through_a_node_port(&scene)?;
     other_firewalls(&scene)?;
+    unanswered(&scene)?;
     from_elsewhere(&scene)?;
     of_this_node(&scene)?;
     filtered(&scene)?;
@@ -124,6 +125,17 @@ fn a_wireguard_connection_is_traced() -> Result<()> {
     whole(&scene)?;
     filtered(&scene)?;
     refused(&scene)
+}
+
+/// What goes there passes, and what is answered does not come back: the tunnel's device does not forward.
+fn unanswered(scene: &Scene) -> Result<()> {
+    let one = scene.cluster.host(1);
+    let set = |on: u8| one.netns().command("sysctl", ["-qw", &format!("net.ipv4.conf.husk-vx.forwarding={on}")]);
+    set(0)?;
+    let traced = Traced::ask(one, "default/web", "default/far", &[])?;
+    traced.ensure_broken("route", "answers, which arrives by husk-vx", "huskctl doctor")?;
+    set(1)?;
+    await_whole(one)
 }
 
 /// What is whole passes, between all sorts of ends.

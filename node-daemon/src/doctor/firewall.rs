@@ -119,7 +119,6 @@ fn packets(config: &Config, status: Option<&Status>, peers: &[PeerReport]) -> Ve
                     destination: router,
                     protocol: Some(protocol),
                     port: Some(marks::PROBE_PORT),
-                    ..Packet::default()
                 };
                 let leaving = Packet {
                     hooks: vec!["output", "postrouting"],

@@ -40,6 +40,8 @@ pub struct Evidence {
     pub back: Option<Result<Way, String>>,
     /// The route that the packet meets on this node; none if it meets none.
     pub route: Option<RouteEvidence>,
+    /// For a connection from here to another node's pods: by which interface what answers it arrives, and its way from there.
+    pub answers: Option<(InterfaceName, Result<Way, String>)>,
     /// The own rules.
     pub guard: Guard,
     /// Where its packets cross this node; none if they do not, or do not get that far.

@@ -67,7 +67,7 @@ pub(super) fn route(evidence: &Evidence) -> Hop {
                     let (cause, remedy) = nobody(evidence);
                     broken(NAME, cause, remedy, vec![found, "no route of Husk's covers the address".into()])
                 }
-                _ => passes(NAME, vec![found]),
+                _ => answered(evidence, found),
             }
         }
     }
@@ -94,6 +94,24 @@ fn ledger_line(ledger: &Ledger) -> String {
 }
 
 /// Why there is no way, and what to do about it.
+/// The way there is as it should be; what of the way back.
+fn answered(evidence: &Evidence, found: String) -> Hop {
+    let Some((by, Ok(Way::Refused { errno }))) = &evidence.answers else {
+        return passes(HopName::Route, vec![found]);
+    };
+    let source = evidence.source.address;
+    broken(
+        HopName::Route,
+        format!("the kernel refuses what {} answers, which arrives by {by}: {errno}", evidence.destination.address),
+        format!(
+            "let {by} forward packets, and not filter them by their source: huskctl doctor says by which kernel parameter, else \
+             see ip route get {source} from {} iif {by}",
+            evidence.destination.address
+        ),
+        vec![format!("the way there: {found}")],
+    )
+}
+
 fn refusal(evidence: &Evidence, errno: Errno, planned: bool) -> (String, String) {
     let destination = evidence.destination.address;
     match errno {
@@ -103,8 +121,7 @@ fn refusal(evidence: &Evidence, errno: Errno, planned: bool) -> (String, String)
         ),
         _ if planned => (
             format!("the kernel refuses packets to {destination}, though a route is planned"),
-            "huskctl diff shows what is missing; forwarding has to be on (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding)"
-                .into(),
+            "huskctl diff shows a route that is missing, huskctl doctor an interface that does not forward".into(),
         ),
         _ if evidence.is_in_cluster(evidence.destination.address) => nobody(evidence),
         Errno::ENETUNREACH => (

@@ -115,6 +115,7 @@ pub(super) fn healthy() -> Evidence {
             way: Ok(leaves("husk-vx", 1450, 72)),
             planned: Some(("10.42.1.0/24".parse().unwrap(), route)),
         }),
+        answers: Some((interface("husk-vx"), Ok(leaves("husk0123456789a", 1450, 72)))),
         guard: Guard { deviations: Ok(Vec::new()) },
         crossing: Some(crossing(Some("husk0123456789a"), Some("husk-vx"))),
         peer: Some(PeerEvidence {
@@ -159,7 +160,7 @@ fn peer(evidence: &mut Evidence) -> &mut PeerEvidence {
 type Breakage = (HopName, &'static str, &'static str, fn(&mut Evidence));
 
 /// What is broken, what the cause and the remedy have to say, and how.
-const BREAKAGES: [Breakage; 23] = [
+const BREAKAGES: [Breakage; 24] = [
     (HopName::Source, "eth0 is down", "ip link set eth0 up", |it| {
         it.source_endpoint = Some(endpoint(vec!["in the pod, the interface eth0 is down".into()]));
     }),
@@ -180,6 +181,9 @@ const BREAKAGES: [Breakage; 23] = [
     }),
     (HopName::Route, "though a route is planned", "huskctl diff", |it| {
         it.route.as_mut().unwrap().way = Ok(Way::Refused { errno: Errno::EHOSTUNREACH });
+    }),
+    (HopName::Route, "answers, which arrives by husk-vx", "huskctl doctor", |it| {
+        it.answers.as_mut().unwrap().1 = Ok(Way::Refused { errno: Errno::EHOSTUNREACH });
     }),
     (HopName::Route, "claims the same key", "remove the copy", |it| {
         it.route = Some(RouteEvidence { way: Ok(Way::Refused { errno: Errno::EHOSTUNREACH }), planned: None });

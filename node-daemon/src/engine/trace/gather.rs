@@ -59,6 +59,11 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             let way = self.parts.node.way(&packet).map_err(in_words);
             RouteEvidence { way, planned: planned(destination.address, last) }
         });
+        let answers = arrives_by(peer.as_ref(), last).filter(|_| course == Course::Out).map(|by| {
+            let packet =
+                Packet { source: Some(destination.address), destination: source.address, input: Some(by.clone()) };
+            (by, self.parts.node.way(&packet).map_err(in_words))
+        });
         // A pod that has no interface sends nothing, and where a port of the host leads is another connection.
         let is_sent = source.place == Place::ThisNode || input.is_some();
         let crossing = route
@@ -77,6 +82,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
             destination_endpoint: destination_lease.map(|lease| self.endpoint(&lease, last)),
             back,
             route,
+            answers,
             guard: self.guard(last),
             crossing,
             peer,
