@@ -26,7 +26,7 @@ fn ip(netns: &Netns, arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Two hosts on a link: .1 and .2, and ::1 and ::2.
+/// Two hosts on a link: .1 and .2, and ::1 and ::2. They know each other, so that no packet waits for its neighbour and is overtaken.
 fn pair() -> (Netns, Netns) {
     let (here, there) = (Netns::new_unnamed().unwrap(), Netns::new_unnamed().unwrap());
     let file = File::from(there.as_fd().try_clone_to_owned().unwrap());
@@ -34,9 +34,13 @@ fn pair() -> (Netns, Netns) {
     ip(&here, &format!("link add eth0 type veth peer name eth0 netns {peer}"));
     for (number, netns) in [&here, &there].into_iter().enumerate() {
         let number = number + 1;
-        ip(netns, "link set eth0 addrgenmode none up");
+        ip(netns, &format!("link set eth0 addrgenmode none address 02:00:00:00:00:0{number} up"));
         ip(netns, &format!("addr add 192.0.2.{number}/24 dev eth0"));
         ip(netns, &format!("addr add 2001:db8::{number}/64 dev eth0 nodad"));
+        let other = 3 - number;
+        for address in ["192.0.2.", "2001:db8::"] {
+            ip(netns, &format!("neigh add {address}{other} lladdr 02:00:00:00:00:0{other} dev eth0"));
+        }
     }
     (here, there)
 }

@@ -296,6 +296,16 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<
     }
 }
 
+/// Nobody takes questions at the daemon's socket.
+#[derive(Debug, thiserror::Error)]
+#[error("{words}")]
+struct Unreachable {
+    /// What it means, and what to do; the system's reason is among them.
+    words: String,
+    /// The system's reason.
+    kind: ErrorKind,
+}
+
 /// What an answer means that makes no sense.
 const FOREIGN: &str = "the daemon's answer is not understood; huskctl and huskd should be of one version";
 
@@ -307,15 +317,17 @@ pub(crate) fn exchange(socket: &Path, request: &Request) -> anyhow::Result<Respo
 fn exchange_within(limit: Duration, socket: &Path, request: &Request) -> anyhow::Result<Response> {
     let connected = UnixStream::connect(socket);
     let mut stream = connected.map_err(|error| {
+        let kind = error.kind();
         let socket = socket.display();
-        if error.kind() == ErrorKind::PermissionDenied {
-            anyhow::anyhow!("huskctl may not open {socket}: it needs root; try sudo huskctl")
+        let words = if kind == ErrorKind::PermissionDenied {
+            format!("huskctl may not open {socket}: it needs root; try sudo huskctl")
         } else {
-            anyhow::anyhow!(
+            format!(
                 "no daemon answers on {socket} ({error}); is huskd running? Try: systemctl status huskd, or huskd run. huskctl doctor \
                  and huskctl support-bundle work without it"
             )
-        }
+        };
+        Unreachable { words, kind }
     })?;
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;

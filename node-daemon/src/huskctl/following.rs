@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use husk_overlay::ipc::Request;
 use serde::de::DeserializeOwned;
 
-use super::{ask, style};
+use super::{Unreachable, ask, style};
 
 /// How long a daemon may be away. A restart takes a second or two, an update with a new image rarely more than this.
 const AWAY: Duration = Duration::from_secs(60);
@@ -64,7 +64,8 @@ fn ask_within<T: DeserializeOwned>(
 
 /// What the system said, if it was the system.
 fn kind(error: &anyhow::Error) -> Option<ErrorKind> {
-    error.chain().find_map(|cause| Some(cause.downcast_ref::<std::io::Error>()?.kind()))
+    let unreachable = error.downcast_ref::<Unreachable>().map(|it| it.kind);
+    unreachable.or_else(|| error.chain().find_map(|cause| Some(cause.downcast_ref::<std::io::Error>()?.kind())))
 }
 
 /// False for what waiting does not help against: a socket that may not be opened, an answer of another version.

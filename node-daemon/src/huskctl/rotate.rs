@@ -24,7 +24,7 @@ pub(super) struct Options {
     #[arg(long)]
     wait: bool,
     /// Seconds to wait at most; the grace period (keys.grace) is part of every rotation
-    #[arg(long, requires = "wait", value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, requires = "wait", value_name = "SECONDS", default_value_t = 180)]
     timeout: u64,
 }
 
