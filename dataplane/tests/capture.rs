@@ -42,6 +42,14 @@ fn pair() -> (Netns, Netns) {
             ip(netns, &format!("neigh add {address}{other} lladdr 02:00:00:00:00:0{other} dev eth0"));
         }
     }
+    // The kernel drops what is sent before it has taken note of the carrier, which it does on its own time.
+    let socket = there.run_in(|| UdpSocket::bind("192.0.2.2:1").unwrap()).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let arrives = || {
+        send(&here, "192.0.2.2", 1, b"");
+        socket.recv(&mut []).is_ok()
+    };
+    assert!((0..PATIENCE / 20).any(|_| arrives()), "the link does not come up");
     (here, there)
 }
 

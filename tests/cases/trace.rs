@@ -477,7 +477,7 @@ fn unplugged(scene: &Scene) -> Result<()> {
     let one = scene.cluster.host(1);
     scene.pod("web").netns().command("ip", ["link", "set", "eth0", "down"])?;
     let traced = Traced::ask(one, "default/web", "default/far", &[])?;
-    traced.ensure_broken("source", "in the pod, the interface eth0 is down", "ip link set eth0 up")?;
+    traced.ensure_broken("source", "in the pod, the interface eth0 is down", "delete the pod")?;
     let text = one.huskctl(["trace", "default/web", "default/far", "--port", "80"])?;
     ensure!(
         text.stdout.starts_with("BROKEN  TCP") && text.stdout.contains("The first hop that is broken is the source"),

@@ -34,6 +34,14 @@ fn rules(evidence: &Evidence) -> Looked {
     Ok(judge(config, ruleset, evidence.status().ok(), evidence.peers().unwrap_or_default()))
 }
 
+/// A rule of this host is sure to drop probes that the nodes send each other: that they are not answered says nothing about peers.
+pub(super) fn drops_probes(evidence: &Evidence) -> bool {
+    let (Ok(config), Ok(ruleset)) = (evidence.config(), evidence.ruleset()) else { return false };
+    let packets = packets(config, evidence.status().ok(), evidence.peers().unwrap_or_default());
+    let mut probes = packets.iter().filter(|(kind, _)| *kind == Kind::Probe);
+    probes.any(|(_, packet)| ruleset.drops(packet).iter().any(|place| !place.perhaps))
+}
+
 fn judge(config: &Config, ruleset: &Ruleset, status: Option<&Status>, peers: &[PeerReport]) -> Outcome {
     let packets = packets(config, status, peers);
     let mut dropped: BTreeMap<Place, BTreeMap<Kind, BTreeSet<String>>> = BTreeMap::new();

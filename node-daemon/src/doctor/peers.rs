@@ -25,7 +25,7 @@ use self::silent::{Silent, Verdict, evidence_of, examine};
 use self::verdict::{Carrier, finding};
 use super::issues::{self, Teller};
 use super::words::several;
-use super::{Check, Evidence, Finding, Fix, Looked, Outcome, Unknown};
+use super::{Check, Evidence, Finding, Fix, Looked, Outcome, Unknown, firewall};
 use crate::report::{PeerReport, PeerState, ProbeStarted};
 
 /// The check.
@@ -82,9 +82,10 @@ fn of_silent(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<Finding>,
     let examined = examine(evidence, silent)?;
     let config = evidence.config()?;
     let mode = evidence.status()?.mode;
+    let probes_dropped = firewall::drops_probes(evidence);
     let mut by_verdict: BTreeMap<Verdict, Vec<&Silent>> = BTreeMap::new();
     for one in &examined {
-        by_verdict.entry(one.verdict(mode)).or_default().push(one);
+        by_verdict.entry(one.verdict(mode, probes_dropped)).or_default().push(one);
     }
     let more = silent.len().saturating_sub(examined.len());
     let own = evidence.status()?.addresses.get(config.underlay.family);

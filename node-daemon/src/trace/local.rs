@@ -72,13 +72,14 @@ fn pod(name: HopName, endpoint: &EndpointEvidence) -> Hop {
             let cause = format!("{} is not as it was wired: {}", endpoint.name, deviations[0]);
             let on_host_only = deviations.iter().all(|it| it.starts_with("on the host"));
             let remedy = if on_host_only {
-                "huskd mends routes and neighbours by itself, see huskctl status; what it does not mend a new pod does: delete \
-                 this one"
-                    .to_owned()
+                format!(
+                    "if it is down: ip link set {interface} up. huskd mends routes and neighbours by itself, see huskctl status; \
+                     what it does not mend a new pod does: delete this one"
+                )
             } else {
                 format!(
                     "see who changes it (ip monitor in the pod's network namespace), then delete the pod, whose replacement is \
-                     wired anew; or undo it by hand in the pod, for example: ip link set {inside} up"
+                     wired anew: an interface that is only set up again ({inside}) has lost its routes and its addresses of IPv6"
                 )
             };
             broken(name, cause, remedy, std::iter::once(pair).chain(deviations.iter().skip(1).cloned()).collect())

@@ -161,7 +161,7 @@ type Breakage = (HopName, &'static str, &'static str, fn(&mut Evidence));
 
 /// What is broken, what the cause and the remedy have to say, and how.
 const BREAKAGES: [Breakage; 24] = [
-    (HopName::Source, "eth0 is down", "ip link set eth0 up", |it| {
+    (HopName::Source, "eth0 is down", "delete the pod", |it| {
         it.source_endpoint = Some(endpoint(vec!["in the pod, the interface eth0 is down".into()]));
     }),
     (HopName::Source, "route is missing", "huskctl status", |it| {

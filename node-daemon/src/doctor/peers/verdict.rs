@@ -93,6 +93,13 @@ pub(super) fn finding(verdict: Verdict, of: &[&Silent], told: Vec<String>, carri
             );
             Finding::error(cause, told, fix)
         }
+        Verdict::ProbesDropped => Finding::error(
+            format!(
+                "whether {names} can be reached is not known: a rule of this host drops the nodes' probes of each other"
+            ),
+            told,
+            Fix::words("mend what the check foreign-firewall found; the daemons then tell within seconds"),
+        ),
         Verdict::HostDown => Finding::error(
             format!("{names} is down or unplugged: nobody on the link answers for its address"),
             told,
