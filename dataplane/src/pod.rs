@@ -196,7 +196,9 @@ pub fn set_mtu(spec: &PodSpec, netns: &Netns) -> Result<(), Error> {
 /// # Errors
 /// Those of netlink and of the namespace; a missing interface is a deviation, not an error.
 pub fn check(spec: &PodSpec, netns: &Netns, pod_mtu: &PodMtu) -> Result<Vec<String>, Error> {
-    let mut deviations = inspect::host(spec, &PodMtu::OneOf(vec![spec.mtu]))?;
+    // Where any is right inside, it is not known which one is.
+    let host_mtu = if *pod_mtu == PodMtu::Any { PodMtu::Any } else { PodMtu::OneOf(vec![spec.mtu]) };
+    let mut deviations = inspect::host(spec, &host_mtu)?;
     deviations.extend(netns.run_in(|| inspect::pod(spec, pod_mtu))??);
     Ok(deviations)
 }

@@ -271,7 +271,9 @@ fn an_underlay_too_small_for_ipv6_gets_no_pod_and_a_reason() -> Result<()> {
         let pod = host.add_pod("served")?;
         assert_eq!(pod.mtu()?, 1280, "{what}");
         cluster.set_underlay_mtu(mtu)?;
-        eventually("readiness to be taken back", PATIENCE, || Ok(!host.cni_status()?.success()))?;
+        eventually("readiness to be taken back, with the reason", PATIENCE, || {
+            Ok(host.cni_with("STATUS", None, bare_config())?.stdout.contains("1280"))
+        })?;
         assert_refused(host, Some(&pod), "1280").context(what)?;
     }
     Ok(())

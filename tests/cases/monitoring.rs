@@ -253,8 +253,8 @@ const WELL: &[(&str, &str)] = &[
 /// anybody.
 const ONE_IS_DOWN: &[(&str, &str)] = &[
     ("up{job='husk'}", "1x200"),
-    ("husk_issues{kind='PeerSilent',severity='error'}", "1x200"),
-    ("husk_issues{kind='PeerSilent',severity='blocking'}", "1x200"),
+    ("husk_issues{kind='NoRouteToPeer',severity='error'}", "1x200"),
+    ("husk_issues{kind='NoRouteToPeer',severity='blocking'}", "1x200"),
     ("husk_peers{state='connected'}", "97x200"),
     ("husk_peers{state='waiting'}", "1x200"),
     ("husk_paths{family='ipv4',standing='verified'}", "97x200"),
@@ -280,7 +280,7 @@ fn of_many_nodes() -> Value {
         json!({"labels": label, "value": 1})
     };
     let all = [
-        firing("HuskIssues", "kind=\"PeerSilent\",severity=\"warning\""),
+        firing("HuskIssues", "kind=\"NoRouteToPeer\",severity=\"warning\""),
         firing("HuskSourceDown", "severity=\"warning\""),
         firing("HuskNodeIsolated", "instance=\"lonely\",severity=\"critical\""),
         firing("HuskPeersWithoutTunnel", "severity=\"critical\",state=\"waiting\""),

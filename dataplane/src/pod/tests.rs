@@ -134,6 +134,8 @@ fn the_pods_end_may_have_another_mtu_where_that_is_allowed() {
     assert_eq!(found(PodMtu::OneOf(vec![MTU, 1300])), [""; 0]);
     assert_eq!(found(PodMtu::AtMost(MTU)), [""; 0]);
     assert_eq!(found(PodMtu::Any), [""; 0]);
+    let unknown = PodSpec { mtu: 0, ..spec.clone() };
+    assert_eq!(host.0.run_in(|| check(&unknown, &pod, &PodMtu::Any)).unwrap().unwrap(), [""; 0]);
     for (mtu, expected) in [(PodMtu::OneOf(vec![MTU, 1301]), "1301"), (PodMtu::AtMost(1299), "at most 1299")] {
         let [deviation] = found(mtu).try_into().unwrap();
         assert!(deviation.contains("eth0 has the MTU 1300") && deviation.contains(expected), "{deviation}");
