@@ -130,7 +130,15 @@ fn huskctl_runs_on_nodes(bench: &Bench) -> Result<()> {
     ensure!(capture.status.code() == Some(0), "{capture:?}");
 
     let selector = format!("spec.nodeName={}", node.name());
-    let name = ["get", "pods", "--selector", "app.kubernetes.io/name=husk", "--output", "name", "--field-selector"];
+    let name = [
+        "get",
+        "pods",
+        "--selector",
+        "app.kubernetes.io/name=husk,app.kubernetes.io/component=daemon",
+        "--output",
+        "name",
+        "--field-selector",
+    ];
     let pod = admin.run(["--namespace", "husk-system"].into_iter().chain(name).chain([selector.as_str()]))?;
     let bundle = node.file("/run/bundle.tar.gz");
     let script = r#""$0" -n husk-system exec "$1" -c huskd -- huskctl support-bundle --file - >"$2""#;
