@@ -254,7 +254,7 @@ impl Error {
 mod tests {
     use super::*;
 
-    fn refusal(errno: Errno, explanation: Option<&str>) -> Error {
+    pub(super) fn refusal(errno: Errno, explanation: Option<&str>) -> Error {
         Error::Refused(Refusal {
             operation: "add route",
             object: "10.42.1.0/24 dev husk-vx".to_owned(),

@@ -73,6 +73,15 @@ impl Plan {
         self.issues.iter().filter(|issue| issue.severity == Severity::Blocking)
     }
 
+    /// The peer that a person means: by its name, or by an address of it.
+    #[must_use]
+    pub fn peer_named(&self, text: &str) -> Option<(&NodeName, &PeerPlan)> {
+        let address = text.parse().ok();
+        self.peers
+            .iter()
+            .find(|(name, peer)| name.as_str() == text || address.is_some_and(|address| peer.has_address(address)))
+    }
+
     /// What to probe.
     #[must_use]
     pub fn probe_targets(&self) -> BTreeMap<Path, Target> {

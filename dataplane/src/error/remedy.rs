@@ -111,16 +111,8 @@ fn remedy(errno: Errno) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::refusal;
     use super::*;
-
-    fn refusal(errno: Errno, explanation: Option<&str>) -> Error {
-        Error::Refused(Refusal {
-            operation: "add route",
-            object: "10.42.1.0/24 dev husk-vx".to_owned(),
-            errno,
-            explanation: explanation.map(str::to_owned),
-        })
-    }
 
     #[test]
     fn a_remedy_claims_a_missing_privilege_only_where_one_is_missing() {

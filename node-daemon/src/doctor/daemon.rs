@@ -83,17 +83,9 @@ fn silent(evidence: &Evidence, why: String) -> Finding {
         systemd.then(|| systemctl(&["show", UNIT, "--property=LoadState,ActiveState,SubState,Result"])).flatten();
     // Something listens, though nothing came from it.
     let hangs = UnixStream::connect(evidence.places.run_directory.join(SOCKET_FILE)).is_ok();
-    let (cause, start) = if hangs {
-        (
-            "the daemon hangs: pods that run go on, but none can be added, and nothing follows what changes in the cluster",
-            "restart it",
-        )
-    } else {
-        (
-            "no daemon answers: pods that run go on, but none can be added, and nothing follows what changes in the cluster",
-            "start it",
-        )
-    };
+    let (what, start) = if hangs { ("the daemon hangs", "restart it") } else { ("no daemon answers", "start it") };
+    let cause =
+        format!("{what}: pods that run go on, but none can be added, and nothing follows what changes in the cluster");
     let fix = match unit {
         Some(unit) if !unit.contains("LoadState=not-found") => {
             told.push(format!("{UNIT}: {}", unit.split_whitespace().collect::<Vec<_>>().join(" ")));

@@ -13,6 +13,7 @@
 mod silent;
 mod verdict;
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 use std::time::Duration;
@@ -82,10 +83,10 @@ fn of_silent(evidence: &Evidence, silent: &[PeerReport]) -> Result<Vec<Finding>,
     let examined = examine(evidence, silent)?;
     let config = evidence.config()?;
     let mode = evidence.status()?.mode;
-    let probes_dropped = firewall::drops_probes(evidence);
+    let probes_dropped = LazyCell::new(|| firewall::drops_probes(evidence));
     let mut by_verdict: BTreeMap<Verdict, Vec<&Silent>> = BTreeMap::new();
     for one in &examined {
-        by_verdict.entry(one.verdict(mode, probes_dropped)).or_default().push(one);
+        by_verdict.entry(one.verdict(mode, || *probes_dropped)).or_default().push(one);
     }
     let more = silent.len().saturating_sub(examined.len());
     let own = evidence.status()?.addresses.get(config.underlay.family);

@@ -15,14 +15,12 @@ use husk_overlay::prefix::{Family, Prefix};
 use husk_policy::cluster::DEFAULT_NAMESPACE;
 
 use super::{Engine, Node, Pass};
+use crate::firewall::ESP;
 use crate::report::{CaptureReport, Tap, TunnelPorts, VerifyPath};
 use crate::source::ClusterSource;
 
 /// Most addresses whose names are told, those of this node first.
 const NAMES: usize = 4096;
-
-/// IANA protocol number of ESP (RFC 4303).
-const ESP: u8 = 50;
 
 /// What people call this node.
 const THIS_HOST: &str = "host";
@@ -46,12 +44,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
         if target == THIS_HOST || target == self.parts.node_name.as_str() {
             return self.of_host(last);
         }
-        let address: Option<IpAddr> = target.parse().ok();
-        let is_meant = |(name, peer): &(&NodeName, &PeerPlan)| {
-            name.as_str() == target || address.is_some_and(|it| peer.has_address(it))
-        };
-        let found = last.plan.peers.iter().find(is_meant);
-        if let Some((name, peer)) = found {
+        if let Some((name, peer)) = last.plan.peer_named(target) {
             return self.of_peer(&name.clone(), &peer.clone(), last);
         }
         Err(self.nobody(target))

@@ -81,13 +81,7 @@ impl<K: Kernel, S: ClusterSource, N: Node> Engine<K, S, N> {
     pub(super) fn probe_peer(&mut self, peer: &str) -> Response {
         let refused = |reason: String| Response::Refused { reason };
         let Some(last) = &self.last else { return self.report(|_, _| ()) };
-        let address = peer.parse().ok();
-        let found = last
-            .plan
-            .peers
-            .iter()
-            .find(|(name, plan)| name.as_str() == peer || address.is_some_and(|it| plan.has_address(it)));
-        let Some((name, plan)) = found.map(|(name, plan)| (name.clone(), plan)) else {
+        let Some((name, plan)) = last.plan.peer_named(peer).map(|(name, plan)| (name.clone(), plan)) else {
             return refused(format!("{peer:?} is no other node of the cluster; huskctl peers lists them"));
         };
         if let Some(reason) = &plan.refused {

@@ -93,7 +93,6 @@ fn ledger_line(ledger: &Ledger) -> String {
     format!("underlay {}{} = {inner}", ledger.underlay_mtu, layers.concat())
 }
 
-/// Why there is no way, and what to do about it.
 /// The way there is as it should be; what of the way back.
 fn answered(evidence: &Evidence, found: String) -> Hop {
     let Some((by, Ok(Way::Refused { errno }))) = &evidence.answers else {
@@ -112,6 +111,7 @@ fn answered(evidence: &Evidence, found: String) -> Hop {
     )
 }
 
+/// Why there is no way, and what to do about it.
 fn refusal(evidence: &Evidence, errno: Errno, planned: bool) -> (String, String) {
     let destination = evidence.destination.address;
     match errno {

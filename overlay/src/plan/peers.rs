@@ -59,12 +59,9 @@ impl PeerPlan {
     pub fn is_silent(&self) -> bool {
         !self.silent.is_empty() && self.silent.len() == self.probe.len()
     }
-}
 
-impl PeerPlan {
     /// True for its underlay address, and for its own addresses inside the overlay.
-    #[must_use]
-    pub fn has_address(&self, address: IpAddr) -> bool {
+    pub(super) fn has_address(&self, address: IpAddr) -> bool {
         self.address == Some(address) || self.router.iter().any(|own| own == address)
     }
 }

@@ -17,11 +17,11 @@ const NAMED: usize = 5;
 
 /// The families in which a peer is probed and does not answer.
 pub(super) fn of(context: &Context<'_>, peer: &Peer) -> BTreeSet<Family> {
-    let path = |family| Path { peer: peer.record.name.clone(), family };
-    let probed = peer.plan.probe.keys().copied();
     if context.facts.silent.is_empty() {
         return BTreeSet::new();
     }
+    let path = |family| Path { peer: peer.record.name.clone(), family };
+    let probed = peer.plan.probe.keys().copied();
     probed.filter(|family| context.facts.silent.contains(&path(*family))).collect()
 }
 

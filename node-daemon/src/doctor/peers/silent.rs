@@ -67,9 +67,9 @@ pub(super) enum Verdict {
 
 impl Silent {
     /// What is wrong with it, if a rule of this host drops the nodes' probes, or does not.
-    pub(super) fn verdict(&self, mode: Mode, probes_dropped: bool) -> Verdict {
+    pub(super) fn verdict(&self, mode: Mode, probes_dropped: impl FnOnce() -> bool) -> Verdict {
         match self.of_answers(mode) {
-            Verdict::DaemonSilent if probes_dropped => Verdict::ProbesDropped,
+            Verdict::DaemonSilent if probes_dropped() => Verdict::ProbesDropped,
             verdict => verdict,
         }
     }
@@ -183,21 +183,25 @@ mod tests {
     #[test]
     fn what_answers_tells_what_does_not() {
         let up = Silent { host_answers: Some(true), ..silent() };
-        assert_eq!(up.verdict(Mode::Wireguard, false), Verdict::TunnelBlocked);
-        assert_eq!(up.verdict(Mode::Direct, false), Verdict::DaemonSilent, "there is no tunnel that could be blocked");
-        let through = Silent { tunnel_answers: true, ..up.clone() };
-        assert_eq!(through.verdict(Mode::Wireguard, false), Verdict::DaemonSilent);
-        // It is this host that does not let them ask each other.
-        assert_eq!(through.verdict(Mode::Wireguard, true), Verdict::ProbesDropped);
-        assert_eq!(up.verdict(Mode::Wireguard, true), Verdict::TunnelBlocked);
-        assert_eq!(Silent { neighbour_failed: true, ..silent() }.verdict(Mode::Vxlan, false), Verdict::HostDown);
+        assert_eq!(up.verdict(Mode::Wireguard, || false), Verdict::TunnelBlocked);
         assert_eq!(
-            Silent { neighbour_failed: true, route: Some(false), ..silent() }.verdict(Mode::Vxlan, false),
+            up.verdict(Mode::Direct, || false),
+            Verdict::DaemonSilent,
+            "there is no tunnel that could be blocked"
+        );
+        let through = Silent { tunnel_answers: true, ..up.clone() };
+        assert_eq!(through.verdict(Mode::Wireguard, || false), Verdict::DaemonSilent);
+        // It is this host that does not let them ask each other.
+        assert_eq!(through.verdict(Mode::Wireguard, || true), Verdict::ProbesDropped);
+        assert_eq!(up.verdict(Mode::Wireguard, || true), Verdict::TunnelBlocked);
+        assert_eq!(Silent { neighbour_failed: true, ..silent() }.verdict(Mode::Vxlan, || false), Verdict::HostDown);
+        assert_eq!(
+            Silent { neighbour_failed: true, route: Some(false), ..silent() }.verdict(Mode::Vxlan, || false),
             Verdict::HostSilent
         );
-        assert_eq!(silent().verdict(Mode::Vxlan, false), Verdict::HostSilent);
-        assert_eq!(Silent { route: None, ..silent() }.verdict(Mode::Vxlan, false), Verdict::NoRoute);
-        assert_eq!(Silent { host_answers: None, ..silent() }.verdict(Mode::Vxlan, false), Verdict::Undecided);
+        assert_eq!(silent().verdict(Mode::Vxlan, || false), Verdict::HostSilent);
+        assert_eq!(Silent { route: None, ..silent() }.verdict(Mode::Vxlan, || false), Verdict::NoRoute);
+        assert_eq!(Silent { host_answers: None, ..silent() }.verdict(Mode::Vxlan, || false), Verdict::Undecided);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use husk_overlay::marks::PROBE_PORT;
 use husk_overlay::mode::Mode;
 use husk_overlay::name::NodeName;
 use husk_overlay::prefix::Family;
+use husk_overlay::probe::wire;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -28,13 +29,13 @@ use crate::huskctl::Show;
 use crate::report::{CaptureReport, VerifyPath};
 
 /// Datagrams that are sent.
-const DATAGRAMS: usize = 10;
+const DATAGRAMS: u32 = 10;
 
 /// Pause between two: the first may have to wait for a handshake.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long sending takes.
-const WHILE_SENDING: Duration = Duration::from_millis(DATAGRAMS as u64 * 100);
+const WHILE_SENDING: Duration = PAUSE.saturating_mul(DATAGRAMS);
 
 /// How long it is looked on after the last one: longer than a handshake that has to be tried again (`REKEY_TIMEOUT`, five
 /// seconds; WireGuard paper, section 6.1).
@@ -89,7 +90,7 @@ impl Verified {
     fn judge(&mut self) {
         self.verdict = if self.with_marker > 0 {
             Finding::Plaintext
-        } else if self.recognised == DATAGRAMS as u64 && self.sent == self.recognised && self.lost == 0 {
+        } else if self.recognised == u64::from(DATAGRAMS) && self.sent == self.recognised && self.lost == 0 {
             Finding::Encrypted
         } else {
             Finding::Unproven
@@ -120,7 +121,7 @@ fn look(report: &CaptureReport, path: &VerifyPath, marker: &[u8]) -> anyhow::Res
         Ok(true)
     })?;
     anyhow::ensure!(end != End::Interrupted, INTERRUPTED);
-    let sizes = sizes::choose(DATAGRAMS, (&path.stack, Family::of(path.underlay)), path.mtu, &taken)?;
+    let sizes = sizes::choose(DATAGRAMS as usize, (&path.stack, Family::of(path.underlay)), path.mtu, &taken)?;
     let sending = send(path, marker, &sizes)?;
     let mut recognition = Recognition::of(sizes);
     let mut verified = Verified {
@@ -150,7 +151,7 @@ fn look(report: &CaptureReport, path: &VerifyPath, marker: &[u8]) -> anyhow::Res
         anyhow::ensure!(end != End::Interrupted, INTERRUPTED);
         waited += ROUND;
         let came = recognition.seen().max(verified.with_marker);
-        if end != End::Time || came >= DATAGRAMS as u64 {
+        if end != End::Time || came >= u64::from(DATAGRAMS) {
             break;
         }
     }
@@ -196,13 +197,9 @@ fn send(path: &VerifyPath, marker: &[u8], sizes: &[Size]) -> anyhow::Result<Send
     Ok(std::thread::Builder::new().name("marker".into()).spawn(send)?)
 }
 
-/// Bytes in a UDP datagram of a packet of so many bytes (RFC 791 section 3.1, RFC 8200 section 3, RFC 768).
+/// Bytes in a UDP datagram of a packet of so many bytes.
 fn payload_of(packet: u32, family: Family) -> usize {
-    let headers = match family {
-        Family::Ipv4 => 20 + 8,
-        Family::Ipv6 => 40 + 8,
-    };
-    packet.saturating_sub(headers) as usize
+    packet.saturating_sub(wire::headers(family)) as usize
 }
 
 fn in_words(verified: &Verified) -> String {
